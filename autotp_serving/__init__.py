@@ -1,0 +1,1 @@
+"""AutoTP Serving: an LLM server over several Intel GPUs, Intel CPUs or CUDA cards."""

@@ -1,0 +1,131 @@
+"""Every setting of the server, each default stated once. Same on all ranks, standard library only.
+
+`ServingConfig` is the one frozen record; the command line is built from its fields, so a flag
+exists if and only if a field does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; its message names the flag and the cure, in one line."""
+
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Read '512MiB', '4g', '1.5 GB' or a plain number of bytes; units are powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size: write 512MiB or 4GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def setting(
+    default: Any, text: str, *, flags: tuple[str, ...] = (), parse: Any = None, **rest: Any
+) -> Any:
+    """Declare a field together with its help text and further argparse options."""
+    return field(default=default, metadata={"help": text, "flags": flags, "parse": parse, **rest})
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """All settings of one server. Checked at birth; raises ConfigError naming the flag."""
+
+    model_path: str = setting(
+        "", "folder of a Hugging Face checkpoint", flags=("--repo-id-or-model-path", "--model")
+    )
+    low_bit: str = setting("bf16", "weight format", flags=("--low-bit",))
+    dtype: str = setting(
+        "auto",
+        "type of activations; auto: float16 with --low-bit fp16, else bfloat16",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    device: str = setting(
+        "auto", "where to run; auto: xpu, cuda or cpu", choices=("auto", "cpu", "cuda", "xpu")
+    )
+    host: str = setting("0.0.0.0", "address to listen on")
+    port: int = setting(8000, "port to listen on")
+    max_num_seqs: int = setting(
+        8, "most sequences in one step", flags=("--max-num-seqs", "--max-num-seq")
+    )
+    max_num_batched_tokens: int = setting(
+        4096,
+        "most tokens in one step; longer prompts run in chunks",
+        flags=("--max-num-batched-tokens", "--max-num-batched-token"),
+    )
+    max_model_len: int | None = setting(
+        None, "most tokens of prompt and answer together; default: the model's own limit", parse=int
+    )
+    max_queue_len: int = setting(1024, "most requests that wait; one more is answered 503")
+    gpu_memory_utilization: float = setting(
+        0.9, "share of a device's memory to use in all, weights included, 0 to 1"
+    )
+    kv_cache_memory: int | None = setting(
+        None,
+        "bytes of KV cache per rank, as 512MiB or 4GiB; default: sized by the server",
+        parse=parse_bytes,
+    )
+    block_size: int = setting(16, "tokens in one page of the KV cache")
+    enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
+    seed: int = setting(0, "seeds the draws of requests that name no seed of their own")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+
+    def __post_init__(self) -> None:
+        if not self.model_path:
+            raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
+        at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
+                        "block_size", "kv_cache_memory")  # fmt: skip
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be from 0 to 65535, not {self.port}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"--gpu-memory-utilization must be above 0 and at most 1, "
+                f"not {self.gpu_memory_utilization}"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-num-seqs ({self.max_num_seqs}): each sequence runs a token a step"
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as one ConfigError instead of usage text and an exit."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the command line from the fields of `ServingConfig`."""
+    parser = _Parser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for item in fields(ServingConfig):
+        options = dict(item.metadata)
+        flags = options.pop("flags") or (f"--{item.name.replace('_', '-')}",)
+        parse = options.pop("parse")
+        if isinstance(item.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" not in options:
+            options["type"] = parse or type(item.default)
+        parser.add_argument(*flags, dest=item.name, default=item.default, **options)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> ServingConfig:
+    """Read the command line. Raises ConfigError; exits only for --help."""
+    return ServingConfig(**vars(build_parser().parse_args(argv)))
