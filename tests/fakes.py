@@ -1,0 +1,159 @@
+"""Stand-ins for model and tokenizer, so that the whole control side runs in seconds without torch.
+
+`FakeRunner` keeps a real paged memory and checks every read, so a wrong slot, block table or stale
+page fails the test that caused it. Its default model answers any prompt with letters that depend
+on every token before them: `generate` computes the same text without pages, as the reference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from autotp_serving.plan import SampleInput, StepPlan
+
+NextToken = Callable[[list[int], SampleInput], int]
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte, and one that ends the text."""
+
+    EOS = 256
+
+    def __init__(self) -> None:
+        self.eos_token_ids = frozenset({self.EOS})
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the bytes; the end token has none, incomplete bytes appear as U+FFFD."""
+        return bytes(token for token in token_ids if token < 256).decode("utf-8", "replace")
+
+
+def letters(context: list[int], sample: SampleInput) -> int:
+    """A lower-case letter that depends on all tokens so far and, unless greedy, on the draw."""
+    draw = 0 if sample.params.is_greedy else int(sample.uniform * 2**20)
+    return ord("a") + hash((*context, draw)) % 26
+
+
+def answers(book: Mapping[str, str]) -> NextToken:
+    """A model of `ByteTokenizer` that answers known prompts, then ends; others get `letters`."""
+    scripts = [(list(p.encode()), [*a.encode(), ByteTokenizer.EOS]) for p, a in book.items()]
+
+    def next_token(context: list[int], sample: SampleInput) -> int:
+        for prompt, script in scripts:
+            done = context[len(prompt) :]
+            if context[: len(prompt)] == prompt and done == script[: len(done)]:
+                return script[len(done)] if len(done) < len(script) else ByteTokenizer.EOS
+        return letters(context, sample)
+
+    return next_token
+
+
+def generate(
+    prompt: Sequence[int], samples: Sequence[SampleInput], next_token: NextToken = letters
+) -> list[int]:
+    """One token per sample, as a runner must produce them: the reference without any pages."""
+    context = list(prompt)
+    for sample in samples:
+        context.append(next_token(context, sample))
+    return context[len(prompt) :]
+
+
+class FakeRunner:
+    """Obeys plans as a model would, and asserts that each plan and each page it reads is right.
+
+    A slot remembers (position, token, chain), where the chain depends on all tokens before: as
+    real keys and values do. Old context is read before anything is written, so a page that is
+    shared before the step that fills it has run is caught too.
+
+    Args:
+        num_blocks: pages in the pool.
+        block_size: tokens a page holds.
+        next_token: the model: (context, sample) -> token id; -1 stands for NaN logits.
+        delay: seconds each step takes.
+        fail_at_step: raise RuntimeError in the step of this index, from 0.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        *,
+        next_token: NextToken = letters,
+        delay: float = 0.0,
+        fail_at_step: int | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.next_token = next_token
+        self.delay = delay
+        self.fail_at_step = fail_at_step
+        self.plans: list[StepPlan] = []
+        self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
+
+    def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
+        """Check the plan, write its tokens into the pages, choose the next ones."""
+        if len(self.plans) == self.fail_at_step:
+            raise RuntimeError("rank 1 is gone")
+        if self.delay:
+            time.sleep(self.delay)
+        assert StepPlan.from_bytes(plan.to_bytes()) == plan, "the plan does not survive the wire"
+        self.plans.append(plan)
+        self._check_shape(plan, samples)
+        contexts = [
+            self._read(table, context_len - query_len)
+            for table, context_len, query_len in zip(
+                plan.block_tables, plan.context_lens, plan.query_lens, strict=True
+            )
+        ]
+        chosen: dict[int, list[int]] = {}
+        row = 0
+        for table, query_len, (tokens, chain) in zip(
+            plan.block_tables, plan.query_lens, contexts, strict=True
+        ):
+            for index in range(row, row + query_len):
+                position, token = plan.positions[index], plan.token_ids[index]
+                assert position == len(tokens), f"position {position}, expected {len(tokens)}"
+                assert plan.slots[index] == self._slot(table, position), "token in a wrong slot"
+                chain = hash((chain, token))
+                tokens.append(token)
+                self._memory[plan.slots[index]] = (position, token, chain)
+                if index in plan.logit_rows:
+                    chosen[index] = list(tokens)
+            row += query_len
+        return [
+            self.next_token(chosen[index], sample)
+            for index, sample in zip(plan.logit_rows, samples, strict=True)
+        ]
+
+    def _check_shape(self, plan: StepPlan, samples: Sequence[SampleInput]) -> None:
+        num_tokens = len(plan.token_ids)
+        assert num_tokens > 0, "an empty step"
+        assert len(plan.positions) == len(plan.slots) == sum(plan.query_lens) == num_tokens
+        assert len(plan.query_lens) == len(plan.context_lens) == len(plan.block_tables)
+        assert min(plan.query_lens) >= 1
+        assert len(set(plan.slots)) == num_tokens, "two tokens in one slot"
+        assert len(plan.logit_rows) == len(samples)
+        assert all(0 <= row < num_tokens for row in plan.logit_rows)
+        for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True):
+            assert len(table) == -(-context_len // self.block_size), "table does not fit context"
+            assert len(set(table)) == len(table), "a page twice in one table"
+            assert all(0 <= block < self.num_blocks for block in table)
+
+    def _slot(self, table: list[int], position: int) -> int:
+        return table[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _read(self, table: list[int], context_len: int) -> tuple[list[int], int]:
+        """Tokens of the context and their chain, read back through the pages."""
+        tokens: list[int] = []
+        chain = 0
+        for position in range(context_len):
+            entry = self._memory[self._slot(table, position)]
+            assert entry is not None, f"page read at position {position} before it was written"
+            chain = hash((chain, entry[1]))
+            assert entry == (position, entry[1], chain), f"stale page at position {position}"
+            tokens.append(entry[1])
+        return tokens, chain
