@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Start the server with the embedded model, sharded over two processes, on http://127.0.0.1:8000 .
+#
+#     bash run_demo.sh                                  # the first time also installs everything
+#     NUM_RANKS=1 PORT=9000 bash run_demo.sh            # one process, another port
+#     bash run_demo.sh --max-num-seqs 16                # further flags go to serving.py
+#
+# Environment: NUM_RANKS (2), PORT (8000), OMP_NUM_THREADS (cores / ranks), VENV (.venv),
+# PYTHON (python3), TORCH_INDEX_URL (where torch comes from), DRY_RUN=1 (print the last command only).
+set -euo pipefail
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+source "$ROOT/scripts/common.sh"
+
+NUM_RANKS=${NUM_RANKS:-2}
+PORT=${PORT:-8000}
+require_count NUM_RANKS "$NUM_RANKS"
+
+cd -- "$ROOT"
+[[ -f demo_model/config.json ]] ||
+    die "demo_model/ is not complete: clone the repository again, or remake it as demo_model/README.md says"
+setup_venv requirements.txt
+check_compiler
+share_cores "$NUM_RANKS"
+
+# On a machine with several memory nodes each rank stays on one, where its weights lie.
+BIND=()
+if (($(numa_nodes) > 1 && NUM_RANKS > 1)); then BIND=(-bind-to numa); fi
+
+launch mpirun -np "$NUM_RANKS" --prepend-rank ${BIND[@]+"${BIND[@]}"} \
+    python serving.py --repo-id-or-model-path demo_model --port "$PORT" "$@"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Set everything up and run every test.
+#
+#     bash run_tests.sh                           # all tests
+#     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
+#
+# Environment: VENV (.venv), PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
+set -euo pipefail
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+source "$ROOT/scripts/common.sh"
+cd -- "$ROOT"
+
+setup_venv requirements.txt requirements-dev.txt
+for tool in wrk jq curl; do ensure_apt "$tool" "$tool"; done
+check_compiler
+
+# Tests use the embedded model and models that they make: nothing is fetched from a hub.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+# Run one job of the suite: its name, then the command. The first failure ends the run.
+run_job() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    say "$name: $(printf '%q ' "$@")"
+    "$@" || status=$?
+    if ((status == 5)); then warn "$name: pytest found no test at all, which counts as a failure"; fi
+    if ((status != 0)); then
+        warn "$name: FAILED (exit code $status) after $((SECONDS - start)) s"
+        exit "$status"
+    fi
+    say "$name: passed in $((SECONDS - start)) s"
+}
+
+# Each job that needs an environment of its own gets a line here, behind a flag of its own.
+run_job "tests" python -m pytest --timeout="${TEST_TIMEOUT:-600}" --durations=10 "$@"

@@ -1,0 +1,138 @@
+# shellcheck shell=bash
+# What the launch scripts share: narration, the virtual environment, cores shared out to the ranks.
+# Sourced by them, never run; expects ROOT, the folder of the repository.
+
+VENV=${VENV:-$ROOT/.venv}
+
+say() { printf '==> %s\n' "$*" >&2; }
+warn() { printf 'WARNING: %s\n' "$*" >&2; }
+
+# One line, cause and cure; 2 is the exit code of everything that cannot start.
+die() {
+    printf 'ERROR: %s\n' "$*" >&2
+    exit 2
+}
+
+# Stop unless $2 is a whole number of at least 1; $1 is its name for the reader.
+require_count() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number of at least 1, not '$2'"
+}
+
+# Cores this process may use: the smallest of affinity, physical cores and the container's quota.
+usable_cores() {
+    local cores physical quota period
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+    physical=$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l) || physical=0
+    if ((physical > 0 && physical < cores)); then cores=$physical; fi
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max ]]; then
+        quota=$((quota / period))
+        if ((quota > 0 && quota < cores)); then cores=$quota; fi
+    fi
+    echo "$cores"
+}
+
+# Give each of $1 ranks its share of the cores. OMP_NUM_THREADS set by the caller wins.
+share_cores() {
+    local ranks=$1 cores
+    cores=$(usable_cores)
+    if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+        export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+    fi
+    # Where torch runs on Intel's OpenMP runtime: threads sleep soon after a parallel region (the
+    # event loop and the engine need the core between steps), and with several ranks they are not
+    # pinned, or every rank would take the same first cores.
+    export KMP_BLOCKTIME=${KMP_BLOCKTIME:-1}
+    if ((ranks > 1)); then export KMP_AFFINITY=${KMP_AFFINITY:-disabled}; fi
+    say "$ranks rank(s), $OMP_NUM_THREADS thread(s) each, on $cores core(s)"
+}
+
+# Show the last command of a script and become it; with DRY_RUN=1 only show it.
+launch() {
+    say "$(printf '%q ' "$@")"
+    if [[ ${DRY_RUN:-0} == 1 ]]; then exit 0; fi
+    export PYTHONUNBUFFERED=1 # lines reach the terminal as they are written, also through mpirun
+    exec "$@"
+}
+
+numa_nodes() { lscpu -p=NODE 2>/dev/null | grep -v '^#' | sort -u | grep -c . || true; }
+
+# Find a Python of 3.10 or later that can make environments; PYTHON names another one.
+find_python() {
+    PYTHON=${PYTHON:-python3}
+    command -v "$PYTHON" >/dev/null || die "$PYTHON is not there: apt-get install python3 python3-venv"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$("$PYTHON" -V) is too old: install Python 3.10 or later and name it, PYTHON=python3.11"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null && return
+    ensure_apt ensurepip python3-venv
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+        die "$PYTHON cannot make virtual environments: apt-get install python3-venv"
+}
+
+# Where torch comes from: TORCH_INDEX_URL if given; PyTorch's CPU index when there is no NVIDIA card
+# and the index can be reached; else pip's own configuration decides.
+torch_index() {
+    local cpu_index=https://download.pytorch.org/whl/cpu
+    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+        echo "$TORCH_INDEX_URL"
+    elif ! command -v nvidia-smi >/dev/null && "$VENV/bin/python" - "$cpu_index/torch/" <<'PY' 2>/dev/null; then
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1], timeout=5)
+PY
+        echo "$cpu_index"
+    fi
+}
+
+# Install the given requirement files into $VENV, torch first; nothing to do when they have not
+# changed since the last time. Then the environment is the one in use.
+setup_venv() {
+    local stamp_file key index torch name file files=()
+    name=${*##*/}
+    stamp_file=$VENV/.installed-${name// /+}
+    exec 9>"$ROOT/.venv.lock"
+    flock 9 # two scripts started at once install one after the other
+    find_python
+    if [[ ! -x $VENV/bin/python ]]; then
+        say "making a virtual environment in $VENV with $("$PYTHON" -V)"
+        "$PYTHON" -m venv "$VENV" || die "could not make $VENV: is there room on the disk?"
+    fi
+    key=$({ "$VENV/bin/python" -V && cat -- "$@"; } | sha256sum)
+    if [[ ! -f $stamp_file || $(<"$stamp_file") != "$key" ]]; then
+        torch=$(grep -h -m1 '^torch==' -- "$@" || true)
+        if [[ -n $torch ]] && ! pip_has "$torch"; then
+            index=$(torch_index)
+            say "installing $torch from ${index:-the configured package index}"
+            pip_install ${index:+--index-url "$index"} "$torch"
+        fi
+        for file in "$@"; do files+=(-r "$file"); done
+        say "installing $name (a few minutes the first time)"
+        pip_install "${files[@]}"
+        printf '%s\n' "$key" >"$stamp_file"
+    fi
+    exec 9>&-
+    export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+}
+
+pip_has() { "$VENV/bin/python" -m pip freeze 2>/dev/null | grep -qE "^${1}(\+|$)"; }
+
+pip_install() {
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -q "$@" ||
+        die "pip could not install the requirements: see its message above, mend that, start again"
+}
+
+# Without a C++ compiler everything works, only slower.
+check_compiler() {
+    command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+        warn "no C++ compiler: ranks fall back to Gloo, about 100 times slower for small messages (apt-get install g++)"
+}
+
+# ensure_apt COMMAND PACKAGE: install a system package when its command is missing and we may.
+ensure_apt() {
+    command -v "$1" >/dev/null && return
+    if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+        warn "$1 is missing: sudo apt-get install $2"
+        return
+    fi
+    say "installing $2 with apt-get"
+    { apt-get install -y -qq "$2" || { apt-get update -qq && apt-get install -y -qq "$2"; }; } \
+        >/dev/null 2>&1 </dev/null || warn "$1 is missing and apt-get could not install $2"
+}

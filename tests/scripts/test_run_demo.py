@@ -1,0 +1,110 @@
+"""run_demo.sh: what it installs, when it does not, and the command that it ends in."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+
+def test_installs_once_then_starts_at_once(fresh_tree):
+    first = fresh_tree.run("run_demo.sh")
+    assert first.returncode == 0, first.stderr
+    assert "making a virtual environment" in first.stderr
+    assert "installing requirements.txt" in first.stderr
+    second = fresh_tree.run("run_demo.sh")
+    assert second.returncode == 0
+    assert "installing" not in second.stderr
+    assert "making" not in second.stderr
+    (fresh_tree.root / "requirements.txt").write_text("# changed\n")
+    assert "installing requirements.txt" in fresh_tree.run("run_demo.sh").stderr
+
+
+def test_starts_two_ranks_on_port_8000_and_passes_flags_through(tree):
+    result = tree.run("run_demo.sh", "--max-num-seqs", "16", "--low-bit", "fp16")
+    assert result.returncode == 0, result.stderr
+    command = " ".join(tree.arguments)
+    assert command.startswith("-np 2 --prepend-rank")
+    assert command.endswith(
+        "python serving.py --repo-id-or-model-path demo_model --port 8000"
+        " --max-num-seqs 16 --low-bit fp16"
+    )
+    assert tree.environment["VIRTUAL_ENV"] == str(tree.venv)
+    assert int(tree.environment["OMP_NUM_THREADS"]) >= 1
+
+
+def test_num_ranks_port_and_threads_come_from_the_environment(tree):
+    result = tree.run("run_demo.sh", NUM_RANKS="3", PORT="9001", OMP_NUM_THREADS="5")
+    assert result.returncode == 0, result.stderr
+    assert tree.arguments[:2] == ["-np", "3"]
+    assert tree.arguments[-2:] == ["--port", "9001"]
+    assert tree.environment["OMP_NUM_THREADS"] == "5"
+
+
+def test_cores_are_shared_out(tree):
+    tree.fake("nproc", "#!/bin/sh\necho 8\n")
+    tree.fake("lscpu", "#!/bin/sh\nseq 1 8\n")
+    result = tree.run("run_demo.sh", NUM_RANKS="2")
+    cores = int(re.search(r"on (\d+) core", result.stderr)[1])
+    assert 1 <= cores <= 8  # a container's quota may lower it
+    assert int(tree.environment["OMP_NUM_THREADS"]) == max(1, cores // 2)
+
+
+def test_ranks_are_bound_to_memory_nodes_where_there_are_several(tree):
+    tree.fake("lscpu", "#!/bin/sh\nseq 0 1\n")
+    tree.run("run_demo.sh")
+    assert "-bind-to numa" in " ".join(tree.arguments)
+    tree.fake("lscpu", "#!/bin/sh\necho 0\n")
+    tree.run("run_demo.sh")
+    assert "-bind-to" not in tree.arguments
+
+
+def test_exit_code_of_the_group_is_the_script_s(tree):
+    assert tree.run("run_demo.sh", FAKE_EXIT="7").returncode == 7
+
+
+def test_bad_num_ranks_and_missing_model_are_one_line(tree):
+    bad = tree.run("run_demo.sh", NUM_RANKS="two")
+    assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+    assert "NUM_RANKS" in bad.stderr
+    (tree.root / "demo_model" / "config.json").unlink()
+    gone = tree.run("run_demo.sh")
+    assert (gone.returncode, len(gone.stderr.splitlines())) == (2, 1)
+    assert "demo_model" in gone.stderr
+
+
+def test_dry_run_only_shows_the_command(tree):
+    result = tree.run("run_demo.sh", DRY_RUN="1")
+    assert result.returncode == 0
+    assert "serving.py --repo-id-or-model-path demo_model" in result.stderr
+    assert not (tree.record / "arguments").exists()
+
+
+def test_requirements_that_cannot_be_installed_end_in_one_line_of_ours(fresh_tree):
+    (fresh_tree.root / "requirements.txt").write_text("./no-such-folder\n")
+    result = fresh_tree.run("run_demo.sh")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("ERROR: pip could not install")
+    assert not list(fresh_tree.venv.glob(".installed-*"))
+
+
+FAKE_PYTHON = """#!/bin/sh
+[ "$2" = pytest ] && exit {status}
+exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize(("status", "message"), [(5, "no test at all"), (1, "FAILED")])
+def test_run_tests_fails_with_pytest(tree, tmp_path, status, message):
+    """An empty run (pytest's exit code 5) counts as a failure like any other."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    for tool in ("wrk", "jq", "curl"):
+        tree.fake(tool, "#!/bin/sh\n")
+    python = venv / "bin" / "python"
+    python.write_text(FAKE_PYTHON.format(status=status, python=tree.venv / "bin" / "python"))
+    python.chmod(0o755)
+    result = tree.run("run_tests.sh", VENV=str(venv))
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "passed" not in result.stderr
