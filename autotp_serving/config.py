@@ -64,6 +64,14 @@ class ServingConfig:
         None, "most tokens of prompt and answer together; default: the model's own limit", parse=int
     )
     max_queue_len: int = setting(1024, "most requests that wait; one more is answered 503")
+    max_body_size: int = setting(
+        32 * 2**20,
+        "most bytes of a request body; more is answered 413",
+        parse=parse_bytes,
+    )
+    drain_seconds: float = setting(
+        30.0, "seconds that running requests get to finish after SIGTERM or Ctrl+C"
+    )
     gpu_memory_utilization: float = setting(
         0.9, "share of a device's memory to use in all, weights included, 0 to 1"
     )
@@ -81,11 +89,13 @@ class ServingConfig:
         if not self.model_path:
             raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
         at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
-                        "block_size", "kv_cache_memory")  # fmt: skip
+                        "max_body_size", "block_size", "kv_cache_memory")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not 0.0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"--drain-seconds must be 0 or more, not {self.drain_seconds}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, not {self.port}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
