@@ -12,6 +12,9 @@ from typing import Protocol
 
 from autotp_serving.request import SamplingParams
 
+INVALID_TOKEN = -1
+"""Stands for the token of a row whose logits were NaN or infinite."""
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -99,5 +102,8 @@ class Runner(Protocol):
     block_size: int
 
     def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
-        """Run one step and return a token id for each of `plan.logit_rows`, in order."""
+        """Run one step and return a token id for each of `plan.logit_rows`, in order.
+
+        INVALID_TOKEN stands for a row whose logits were not finite.
+        """
         ...

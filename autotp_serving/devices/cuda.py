@@ -1,0 +1,47 @@
+"""One CUDA card per rank. Every rank of a CUDA server."""
+
+from __future__ import annotations
+
+import torch
+
+from autotp_serving.devices.base import DeviceError, Memory
+
+
+class CudaDevice:
+    """The card with this rank's number on its host."""
+
+    kind = "cuda"
+    backend = "nccl"
+
+    def __init__(self, local_rank: int) -> None:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise DeviceError(
+                f"rank {local_rank} of this host has no CUDA card: {count} visible. "
+                "Start fewer ranks, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+            )
+        self.torch_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(self.torch_device)
+
+    @staticmethod
+    def is_present() -> bool:
+        """True when torch sees a CUDA card."""
+        return torch.cuda.is_available()
+
+    def memory(self) -> Memory:
+        """Memory of the card, other processes' share counted as taken."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return Memory(total=total, free=free)
+
+    def peak_memory(self) -> int:
+        """Peak of torch's allocator on this card."""
+        return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def reset_peak_memory(self) -> None:
+        """Give cached memory back and start a new peak."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def synchronize(self) -> None:
+        """Wait for the card."""
+        torch.cuda.synchronize(self.torch_device)

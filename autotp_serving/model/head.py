@@ -1,0 +1,58 @@
+"""The output head, split over the vocabulary. Every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class VocabParallelHead(nn.Module):
+    """Computes this rank's slice of the logits and hands every rank all of them.
+
+    AutoTP would split the input instead, and so round each logit once per rank. Split over the
+    vocabulary, logits are those of one rank, and a tied head is a view of the whole embedding
+    that every rank holds anyway.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        has_bias: bool,
+        dtype: torch.dtype,
+        rank: int,
+        num_ranks: int,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.num_ranks = num_ranks
+        self.start = vocab_size * rank // num_ranks
+        self.stop = vocab_size * (rank + 1) // num_ranks
+        self._all_reduce = all_reduce
+        num_rows = self.stop - self.start
+        self.weight = nn.Parameter(
+            torch.empty((num_rows, hidden_size), dtype=dtype, device="meta"), requires_grad=False
+        )
+        self.bias = None
+        if has_bias:
+            self.bias = nn.Parameter(
+                torch.empty(num_rows, dtype=dtype, device="meta"), requires_grad=False
+            )
+
+    def tie_to(self, embedding: torch.Tensor) -> None:
+        """Share the memory of the embedding, [vocab_size, hidden_size]."""
+        self.weight = nn.Parameter(embedding[self.start : self.stop], requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [..., hidden_size] to [..., vocab_size], equal on all ranks."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        if self.num_ranks == 1:
+            return logits
+        # A sum with zeros elsewhere is a gather that works for uneven slices on every backend.
+        full = logits.new_zeros((*logits.shape[:-1], self.vocab_size))
+        full[..., self.start : self.stop] = logits
+        return self._all_reduce(full)

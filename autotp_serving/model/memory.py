@@ -1,0 +1,124 @@
+"""How large the KV cache may be, the same on all ranks. Every rank."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.devices import Device
+from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.kv_cache import KVCacheShape
+from autotp_serving.plan import StepPlan
+from autotp_serving.ranks import Control
+
+logger = logging.getLogger(__name__)
+
+CPU_PROBE_TOKENS = 16
+
+
+@dataclass
+class CacheProbe:
+    """Stands in for the KV cache in a first forward pass and notes what each layer would store."""
+
+    device: torch.device
+    block_size: int
+    head_shapes: dict[int, tuple[int, int, int]]
+
+    def write(
+        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the shapes; a prefill without earlier context reads nothing back."""
+        self.head_shapes[layer] = (key.shape[1], key.shape[2], value.shape[2])
+        return key, value
+
+
+def probe_model(
+    model: nn.Module, config: ServingConfig, device: Device, max_model_len: int
+) -> tuple[KVCacheShape, int]:
+    """Run the heaviest step once, to learn what the cache must hold and what a step needs.
+
+    A CPU's step is short: its peak is small beside host memory, and its time is not.
+
+    Returns:
+        The cache's shape on this rank, and the peak bytes of activations.
+    """
+    probe = CacheProbe(device.torch_device, config.block_size, {})
+    num_tokens = CPU_PROBE_TOKENS if device.kind == "cpu" else config.max_num_batched_tokens
+    lens = [min(max_model_len, num_tokens)] * max(1, num_tokens // max_model_len)
+    positions = [position for length in lens for position in range(length)]
+    plan = StepPlan(
+        token_ids=[0] * len(positions),
+        positions=positions,
+        slots=[0] * len(positions),
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=[[] for _ in lens],
+        logit_rows=list(range(min(len(positions), config.max_num_seqs))),
+    )
+    device.reset_peak_memory()
+    before = device.peak_memory()
+    with torch.inference_mode():
+        model(
+            input_ids=torch.tensor([plan.token_ids], device=device.torch_device),
+            position_ids=torch.tensor([plan.positions], device=device.torch_device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(plan.logit_rows, device=device.torch_device),
+            attention_context=AttentionContext.from_plan(plan, probe),
+        )
+    device.synchronize()
+    peak = max(0, device.peak_memory() - before)
+    device.reset_peak_memory()
+    head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
+    return KVCacheShape(head_shapes, config.block_size, model.dtype), peak
+
+
+def count_blocks(
+    config: ServingConfig,
+    shape: KVCacheShape,
+    activation_bytes: int,
+    device: Device,
+    control: Control,
+    max_model_len: int,
+) -> int:
+    """Number of KV pages that every rank can hold.
+
+    With --kv-cache-memory, as many as fit in it. Otherwise what is left of the device after
+    weights and activations; on CPU no more than the running sequences can fill, because host
+    memory has other uses.
+
+    Raises:
+        ConfigError: not even one sequence of the full length fits.
+    """
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    memory = device.memory()
+    if config.kv_cache_memory is not None:
+        budget = config.kv_cache_memory
+        wanted = budget // shape.bytes_per_block
+    elif device.kind == "cpu":
+        taken = (1.0 - config.gpu_memory_utilization) * memory.total
+        budget = int(max(0.0, memory.free - taken) / control.local_size)
+        wanted = min(budget // shape.bytes_per_block, config.max_num_seqs * blocks_per_sequence)
+    else:
+        taken = (1.0 - config.gpu_memory_utilization) * memory.total
+        budget = int(memory.free - taken) - activation_bytes
+        wanted = max(0, budget) // shape.bytes_per_block
+    num_blocks = min(control.all_gather(wanted))
+    if num_blocks < blocks_per_sequence:
+        raise ConfigError(
+            f"the KV cache holds {num_blocks * config.block_size} tokens in {budget >> 20} MiB, "
+            f"but --max-model-len is {max_model_len}, which takes "
+            f"{blocks_per_sequence * shape.bytes_per_block >> 20} MiB: "
+            "lower --max-model-len or raise --kv-cache-memory or --gpu-memory-utilization"
+        )
+    if control.rank == 0:
+        logger.info(
+            "KV cache: %d pages of %d tokens, %d MiB per rank",
+            num_blocks,
+            config.block_size,
+            num_blocks * shape.bytes_per_block >> 20,
+        )
+    return num_blocks

@@ -1,0 +1,65 @@
+"""Choose the next tokens from logits. Rank 0 only.
+
+The choice is a pure function of a row's logits, its sampling parameters and one uniform number
+drawn from the request's own stream, so a request's text does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from autotp_serving.plan import INVALID_TOKEN, SampleInput
+
+
+def sample_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> list[int]:
+    """Choose one token per row.
+
+    Args:
+        logits: [num_rows, vocab_size], any floating type.
+        samples: num_rows sampling inputs, in the same order.
+
+    Returns:
+        Token ids; INVALID_TOKEN where a row holds NaN or no finite maximum.
+    """
+    best, token_ids = logits.max(dim=-1)
+    valid = best.isfinite()
+    rows = [row for row, sample in enumerate(samples) if not sample.params.is_greedy]
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        drawn = _draw(logits[index].float(), [samples[row] for row in rows])
+        token_ids[index] = drawn
+    return token_ids.where(valid, INVALID_TOKEN).tolist()
+
+
+def _draw(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
+    """Invert the cumulative distribution of each row at its uniform number.
+
+    Temperature first, then top-k, then top-p over what top-k kept, in the order of
+    transformers' processors. Float32 throughout: some Intel GPUs have no float64.
+    """
+    device = logits.device
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    temperature = column([sample.params.temperature for sample in samples])
+    top_p = column([sample.params.top_p for sample in samples])
+    vocab_size = logits.shape[-1]
+    top_k = column([sample.params.top_k or vocab_size for sample in samples])
+    # The largest logit becomes 0 before the division, which then cannot overflow to +inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab_size, device=device)
+    ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    # Rank 0 always stays: rounding must never leave a row without a token.
+    probability = probability.masked_fill((before >= top_p) & (rank > 0), 0.0)
+    cumulative = probability.cumsum(-1)
+    threshold = column([sample.uniform for sample in samples]) * cumulative[:, -1:]
+    choice = (cumulative <= threshold).sum(-1, keepdim=True)
+    # A uniform within rounding of 1 must not step past the last token that has probability.
+    last = (probability > 0).sum(-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(choice, last)).squeeze(1)

@@ -1,0 +1,77 @@
+"""From a config to a model that is ready to run: join the ranks, load, size the cache. Every rank.
+
+Shared by the server and by offline use; nothing here knows of HTTP or of scheduling.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.devices import Device, open_device
+from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.loader import check_heads, load_model, read_model_config
+from autotp_serving.model.memory import count_blocks, probe_model
+from autotp_serving.model.runner import LeadRunner, ModelRunner
+from autotp_serving.ranks import Control, join_collectives
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank, loaded and ready.
+
+    Attributes:
+        max_model_len: most tokens of a prompt and its answer together.
+        lead: what the engine drives; on rank 0 only.
+    """
+
+    control: Control
+    device: Device
+    runner: ModelRunner
+    lead: LeadRunner | None
+    max_model_len: int
+
+
+def start_worker(config: ServingConfig, control: Control) -> Worker:
+    """Load this rank's part of the model; all ranks must call it.
+
+    Raises:
+        ConfigError, CheckpointError, DeviceError: in one line, with the cure.
+    """
+    model_config = read_model_config(config)
+    check_heads(model_config, control.size)
+    max_model_len = find_max_model_len(config, model_config)
+    device = open_device(config.device, control.local_rank)
+    if device.kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        num_cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, num_cores // control.local_size))
+    all_reduce = join_collectives(control, device.kind, device.backend)
+    model = load_model(config, model_config, control, device.torch_device, all_reduce)
+    shape, activation_bytes = probe_model(model, config, device, max_model_len)
+    num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
+    cache = KVCache(shape, num_blocks, device.torch_device)
+    runner = ModelRunner(model, cache)
+    lead = LeadRunner(runner, cache, control) if control.rank == 0 else None
+    return Worker(control, device, runner, lead, max_model_len)
+
+
+def find_max_model_len(config: ServingConfig, model_config: object) -> int:
+    """The asked length, or the model's own limit.
+
+    Raises:
+        ConfigError: more is asked than the model was made for.
+    """
+    limit = model_config.get_text_config().max_position_embeddings
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is over the model's own limit of {limit}"
+        )
+    return config.max_model_len
