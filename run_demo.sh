@@ -27,5 +27,5 @@ share_cores "$NUM_RANKS"
 BIND=()
 if (($(numa_nodes) > 1 && NUM_RANKS > 1)); then BIND=(-bind-to numa); fi
 
-launch mpirun -np "$NUM_RANKS" --prepend-rank ${BIND[@]+"${BIND[@]}"} \
+launch mpirun -np "$NUM_RANKS" --prepend-rank "${BIND[@]}" \
     python serving.py --repo-id-or-model-path demo_model --port "$PORT" "$@"

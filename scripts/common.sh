@@ -48,8 +48,15 @@ share_cores() {
 
 # Show the last command of a script and become it; with DRY_RUN=1 only show it.
 launch() {
+    local word
     say "$(printf '%q ' "$@")"
     if [[ ${DRY_RUN:-0} == 1 ]]; then exit 0; fi
+    for word in "$@"; do
+        if [[ $word == YOUR_REPO_ID_OR_MODEL_PATH ]]; then
+            die "no model named: put its path into the last line of $0, or give it as the first argument"
+        fi
+    done
+    command -v mpirun >/dev/null || die "mpirun is missing: install the requirements first (see README.md)"
     export PYTHONUNBUFFERED=1 # lines reach the terminal as they are written, also through mpirun
     exec "$@"
 }
@@ -110,6 +117,23 @@ setup_venv() {
     fi
     exec 9>&-
     export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+}
+
+# Use the environment that the caller is in, else $VENV; $1 names what belongs into it.
+use_environment() {
+    local missing
+    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $VENV/bin/python ]]; then
+        export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+    fi
+    missing=$(python - 2>/dev/null <<'PY'
+from importlib.util import find_spec
+print(*[name for name in ("torch", "transformers", "deepspeed", "mpi4py", "fastapi") if not find_spec(name)])
+PY
+    ) || missing=python
+    if [[ -n $missing ]]; then
+        warn "missing from this environment: $missing (pip install -r $1)"
+        if [[ ${DRY_RUN:-0} != 1 ]]; then exit 2; fi
+    fi
 }
 
 pip_has() { "$VENV/bin/python" -m pip freeze 2>/dev/null | grep -qE "^${1}(\+|$)"; }
