@@ -1,0 +1,10 @@
+"""The engine room: which request runs when, in which pages, and what text comes of it.
+
+Rank 0 only, plain Python over integers, never torch.
+"""
+
+from __future__ import annotations
+
+from autotp_serving.engine.engine import Engine, EngineError, EngineStats, QueueFullError
+
+__all__ = ["Engine", "EngineError", "EngineStats", "QueueFullError"]

@@ -1,0 +1,182 @@
+"""Pages of the KV cache: who holds which, and which still hold a known beginning. Rank 0 only.
+
+Paging after Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with
+PagedAttention". A full page may be reused by every sequence that begins with the same tokens:
+pages form a chain in which each is known by its parent's content and its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import count
+
+ContentKey = tuple[int, tuple[int, ...]]
+"""(content number of the page before, tokens of this page). The dictionary compares it whole, so
+a hash collision can never serve a wrong page."""
+
+NO_PARENT = -1
+"""Content number before a sequence's first page. Distinct roots would keep tenants apart."""
+
+
+class BlockManager:
+    """Hands out pages by number; knows nothing of what a page is made of.
+
+    A page is held (by one or more block tables), cached (held by none, content still known, first
+    in the least recently used order to be taken) or free. Every call is O(1) per page it touches.
+
+    Args:
+        num_blocks: pages in the pool.
+        block_size: tokens a page holds.
+        enable_prefix_caching: False makes every page private and forgotten on release.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+    ) -> None:
+        assert num_blocks > 0 and block_size > 0
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._enable_prefix_caching = enable_prefix_caching
+        self._num_holders = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._block_of: dict[ContentKey, int] = {}
+        self._key_of: list[ContentKey | None] = [None] * num_blocks
+        self._content_of: list[int | None] = [None] * num_blocks
+        self._content_numbers = count()
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be handed out now, those with a cached content included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        """Pages that sequences hold."""
+        return self.num_blocks - self.num_available
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens fill."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, token_ids: Sequence[int]) -> list[int]:
+        """Pages that hold the longest known beginning of `token_ids`, none taken yet.
+
+        The last token is never covered: it has to run for its logits.
+        """
+        blocks: list[int] = []
+        if not self._enable_prefix_caching:
+            return blocks
+        content = NO_PARENT
+        for start in range(0, len(token_ids) - self.block_size, self.block_size):
+            key = (content, tuple(token_ids[start : start + self.block_size]))
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+            content = self._content_of[block]
+        return blocks
+
+    def num_needed(self, num_tokens: int, matched: Sequence[int]) -> int:
+        """Available pages that holding `num_tokens` tokens would use up, reusing `matched`."""
+        num_shared = sum(self._num_holders[block] > 0 for block in matched)
+        return self.num_blocks_for(num_tokens) - num_shared
+
+    def take(self, block_table: list[int], matched: Sequence[int]) -> None:
+        """Begin an empty block table with the pages that `match` found just now."""
+        assert not block_table
+        for block in matched:
+            if self._num_holders[block] == 0:
+                del self._cached[block]
+            self._num_holders[block] += 1
+        block_table.extend(matched)
+
+    def grow(self, block_table: list[int], num_tokens: int) -> bool:
+        """Append pages until the table covers `num_tokens`; False, and nothing done, if too few."""
+        num_missing = self.num_blocks_for(num_tokens) - len(block_table)
+        if num_missing > self.num_available:
+            return False
+        for _ in range(num_missing):
+            block_table.append(self._allocate())
+        return True
+
+    def register(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> None:
+        """Make page `index` of a table known by its `token_ids`, a full page of them.
+
+        Call it once the step that fills the page has run, and for page after page in order.
+        Where another page has the same content already, the table takes that one instead, so
+        that equal prompts which arrived together end up sharing memory.
+        """
+        if not self._enable_prefix_caching:
+            return
+        assert len(token_ids) == self.block_size
+        block = block_table[index]
+        parent = self._content_of[block_table[index - 1]] if index else NO_PARENT
+        assert parent is not None, f"page {index} is registered before the one it follows"
+        key = (parent, tuple(token_ids))
+        known = self._block_of.get(key)
+        if known is None:
+            self._block_of[key] = block
+            self._key_of[block] = key
+            self._content_of[block] = next(self._content_numbers)
+        elif known != block:
+            if self._num_holders[known] == 0:
+                del self._cached[known]
+            self._num_holders[known] += 1
+            block_table[index] = known
+            self._drop(block)
+
+    def release(self, block_table: list[int], *, forget: bool = False) -> None:
+        """Give up all pages of a table and empty it.
+
+        Last page first: a later page is of no use without those before it, so it goes first.
+
+        Args:
+            forget: the contents are not to be trusted, nobody may find them again.
+        """
+        for block in reversed(block_table):
+            if forget:
+                self._forget(block)
+            self._drop(block)
+        block_table.clear()
+
+    def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
+        """Audit: the tables given are all there are. Raises AssertionError naming what is off."""
+        holders = Counter(block for table in block_tables for block in table)
+        expected = [holders[block] for block in range(self.num_blocks)]
+        assert self._num_holders == expected, "holder counts differ from the block tables"
+        idle = [*self._free, *self._cached]
+        assert len(idle) == len(set(idle)), "a page is on two lists"
+        assert set(idle) == {b for b, num in enumerate(expected) if not num}, "a page is lost"
+        assert all(self._key_of[block] is None for block in self._free), "a free page is known"
+        assert all(self._key_of[block] is not None for block in self._cached), "no content cached"
+        known = {key: block for block, key in enumerate(self._key_of) if key is not None}
+        assert known == self._block_of, "the index differs from the pages"
+
+    def _allocate(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+        self._content_of[block] = None
+        self._num_holders[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        self._num_holders[block] -= 1
+        assert self._num_holders[block] >= 0, f"page {block} released twice"
+        if self._num_holders[block] == 0:
+            if self._key_of[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def _forget(self, block: int) -> None:
+        # The content number stays until the page is handed out again: pages registered after this
+        # one still need it as their parent, and nobody can reach them without finding it first.
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._key_of[block] = None

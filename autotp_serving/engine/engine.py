@@ -1,0 +1,296 @@
+"""The engine: one thread on rank 0 that turns requests into outputs, one step after another.
+
+Any thread may call `submit`, `abort`, `stats` and `shutdown`; they leave a note in the inbox. All
+else happens in the engine's own thread, or in the caller's where `step` is called by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+
+from autotp_serving.config import ServingConfig
+from autotp_serving.engine.detokenizer import Detokenizer
+from autotp_serving.engine.scheduler import Scheduler
+from autotp_serving.engine.sequence import Sequence
+from autotp_serving.engine.stats import EngineStats
+from autotp_serving.plan import Runner
+from autotp_serving.request import FinishReason, Request, RequestError, RequestOutput
+from autotp_serving.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
+
+SECONDS_FOR_LAST_STEP = 10.0
+"""How long `shutdown` waits, after draining, for a step that is still under way."""
+
+
+class EngineError(RuntimeError):
+    """The engine takes no requests: it failed or shuts down. The message says why."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may wait; try again later."""
+
+
+class Engine:
+    """Takes requests, runs them in steps, hands out their outputs.
+
+    Args:
+        runner: executes plans on all ranks.
+        tokenizer: decodes, and knows the end tokens.
+        config: the server's settings.
+        max_model_len: most tokens of prompt and answer together.
+        on_outputs: called once per step with all outputs of that step, in the engine's thread.
+            Each request gets outputs until one has a `finish_reason`, and exactly one that does.
+        on_failure: called once, after the last outputs, with the sentence that is in `failure`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        config: ServingConfig,
+        max_model_len: int,
+        on_outputs: Callable[[list[RequestOutput]], None],
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self.failure: str | None = None
+        self.scheduler = Scheduler(
+            config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
+        )
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        # Those that may run do not wait, even in the moment before the thread has seen them.
+        self._max_num_alive = config.max_num_seqs + config.max_queue_len
+        self._on_outputs = on_outputs
+        self._on_failure = on_failure
+        self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._alive: dict[str, Request] = {}
+        self._closed = False
+        self._deadline: float | None = None
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self._outputs: list[RequestOutput] = []
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_finished: dict[FinishReason, int] = dict.fromkeys(
+            ("stop", "length", "abort", "error"), 0
+        )
+        self._last_step_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted request has not had its last output."""
+        return bool(self._alive)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its outputs come through `on_outputs`.
+
+        Raises:
+            RequestError: prompt and answer are longer than the model or the KV cache allows.
+            QueueFullError: as many requests wait as may wait.
+            EngineError: the engine has failed or shuts down.
+            ValueError: a request with this id is alive.
+        """
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        if num_prompt_tokens + max_tokens > self._max_model_len:
+            raise RequestError(
+                "prompt",
+                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
+                f"the {self._max_model_len} tokens that fit",
+            )
+        self.scheduler.check_fits(request)
+        with self._lock:
+            if self.failure is not None:
+                raise EngineError(self.failure)
+            if self._closed:
+                raise EngineError("the server is shutting down")
+            if len(self._alive) >= self._max_num_alive:
+                raise QueueFullError(f"{len(self._alive)} requests run or wait already")
+            if request.request_id in self._alive:
+                raise ValueError(f"request id {request.request_id} is in use")
+            self._alive[request.request_id] = request
+            self._inbox.put(partial(self._add, request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; a last output says so. Unknown ids are ignored."""
+        self._inbox.put(partial(self._abort, request_id))
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment; cheap enough to ask for at any time."""
+        scheduler = self.scheduler
+        num_running = len(scheduler.running)
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=max(0, len(self._alive) - num_running),
+            num_blocks=scheduler.blocks.num_blocks,
+            num_held_blocks=scheduler.blocks.num_held,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_finished=dict(self._num_finished),
+            last_step_seconds=self._last_step_seconds,
+        )
+
+    def start(self) -> None:
+        """Start the engine's thread; it sleeps until there is a request."""
+        self._thread.start()
+
+    def shutdown(self, drain_seconds: float = 0.0) -> bool:
+        """Take no more requests, finish those alive within `drain_seconds`, abort the rest.
+
+        Blocks until the thread has ended, so call it outside the event loop. Returns False if a
+        step still runs several seconds after that: the runner hangs.
+        """
+        with self._lock:
+            self._closed = True
+            self._inbox.put(partial(self._set_deadline, time.monotonic() + drain_seconds))
+        if self._thread.is_alive():
+            self._thread.join(drain_seconds + SECONDS_FOR_LAST_STEP)
+        else:
+            self._run()
+        return not self._thread.is_alive()
+
+    def step(self, *, wait: bool = False) -> None:
+        """Take in what is in the inbox, run one step, hand out its outputs.
+
+        Args:
+            wait: with nothing to run, sleep until there is a note in the inbox.
+
+        Raises:
+            EngineError: something failed; every request had a last output that says so.
+        """
+        if self.failure is not None:
+            raise EngineError(self.failure)
+        try:
+            self._read_inbox(wait)
+            started = time.perf_counter()
+            step = self.scheduler.schedule()
+            if step is not None:
+                token_ids = self._runner.execute(step.plan, step.samples)
+                self.scheduler.update(step, token_ids)
+                for sequence in step.sampled:
+                    self._emit(sequence)
+                self._num_steps += 1
+            self._publish()
+            self._last_step_seconds = time.perf_counter() - started
+        except Exception as error:
+            logger.exception("the engine failed")
+            raise EngineError(self._fail(error)) from error
+
+    def _run(self) -> None:
+        """Step until shut down or failed: the thread's whole life."""
+        try:
+            while self._deadline is None or (self.has_work and time.monotonic() < self._deadline):
+                self.step(wait=True)
+            for request in tuple(self._alive.values()):
+                self._end(request, "abort")
+            self._publish()
+        except EngineError:
+            return  # everyone has been told
+
+    def _read_inbox(self, wait: bool) -> None:
+        if wait and not self.scheduler.has_work:
+            self._inbox.get()()
+        while not self._inbox.empty():  # no one else takes from it
+            self._inbox.get()()
+
+    def _add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self._detokenizers[request.request_id] = Detokenizer(
+            self._tokenizer, request.prompt_token_ids, request.params.stop
+        )
+
+    def _abort(self, request_id: str) -> None:
+        request = self._alive.get(request_id)
+        if request is not None:
+            self._end(request, "abort")
+
+    def _set_deadline(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def _emit(self, sequence: Sequence) -> None:
+        """Put the output of a sequence that was sampled in this step on the step's list."""
+        reason = sequence.finish_reason
+        is_valid = reason != "error"
+        detokenizer = self._detokenizers[sequence.request_id]
+        # With reason "stop" the token only marks the end, it is no part of the text.
+        text = detokenizer.add(sequence.token_ids[-1]) if reason in (None, "length") else ""
+        if detokenizer.stopped:
+            if reason is None:
+                self.scheduler.finish(sequence, "stop")
+            reason = "stop"
+        if reason is not None:
+            text += detokenizer.flush()
+            self._retire(sequence.request_id, reason)
+        if is_valid:
+            self._num_generated_tokens += 1
+            if sequence.num_output_tokens == 1:
+                self._num_prompt_tokens += sequence.num_prompt_tokens
+        self._outputs.append(
+            RequestOutput(
+                sequence.request_id,
+                text,
+                token_ids=(sequence.token_ids[-1],) if is_valid else (),
+                finish_reason=reason,
+                error=None if is_valid else INVALID_NUMBERS,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_output_tokens=sequence.num_output_tokens,
+                num_cached_tokens=sequence.num_cached_tokens,
+            )
+        )
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End a request between steps, wherever it is, and say so in its last output."""
+        sequence = self.scheduler.abort(request.request_id, reason)
+        self._retire(request.request_id, reason)
+        self._outputs.append(
+            RequestOutput(
+                request.request_id,
+                text="",
+                finish_reason=reason,
+                error=error,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_output_tokens=sequence.num_output_tokens if sequence else 0,
+                num_cached_tokens=sequence.num_cached_tokens if sequence else 0,
+            )
+        )
+
+    def _retire(self, request_id: str, reason: FinishReason) -> None:
+        self._num_finished[reason] += 1
+        self._detokenizers.pop(request_id, None)
+        with self._lock:
+            del self._alive[request_id]
+
+    def _publish(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            self._on_outputs(outputs)
+
+    def _fail(self, error: Exception) -> str:
+        """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
+        detail = str(error).strip().partition("\n")[0]
+        failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")
+        with self._lock:
+            self.failure = failure
+        try:
+            for request in tuple(self._alive.values()):
+                self._end(request, "error", failure)
+            self._publish()
+        except Exception:
+            logger.exception("not every request could be told that the engine failed")
+        if self._on_failure is not None:
+            self._on_failure(failure)
+        return failure

@@ -1,0 +1,249 @@
+"""Continuous batching: which sequences run in the next step, and what becomes of them. Rank 0 only.
+
+Iteration-level scheduling after Yu et al. 2022, "Orca"; chunked prefill after Agrawal et al. 2024,
+"Sarathi-Serve". First come, first served: whoever runs arrived before whoever waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+from autotp_serving.config import ServingConfig
+from autotp_serving.engine.block_manager import BlockManager
+from autotp_serving.engine.sequence import Sequence, make_stream
+from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepPlan
+from autotp_serving.request import FinishReason, Request, RequestError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan together with whom it serves.
+
+    Attributes:
+        plan: what the runner executes.
+        samples: [num_rows], what the sampler needs for each of `plan.logit_rows`.
+        sequences: [num_seqs], in the plan's order.
+        sampled: [num_rows], the sequences that get a token, in the order of `samples`.
+    """
+
+    plan: StepPlan
+    samples: list[SampleInput]
+    sequences: list[Sequence]
+    sampled: list[Sequence]
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences and their pages.
+
+    The running list is in order of arrival, and all that wait arrived later: admission takes the
+    head of the queue, preemption puts the latest back there. So only the latest can be in the
+    middle of its prompt, and preempting from the end never hits one that is already planned.
+
+    Args:
+        config: limits of a step, prefix caching, seed.
+        num_blocks: pages in the pool.
+        block_size: tokens a page holds.
+        eos_token_ids: tokens that end a text unless the request ignores them.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        num_blocks: int,
+        block_size: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.blocks = BlockManager(
+            num_blocks, block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_arrivals = 0
+        self.num_preemptions = 0
+        self.num_prefix_query_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self._config = config
+        self._eos_token_ids = eos_token_ids
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """True while a sequence runs or waits."""
+        return bool(self._sequences)
+
+    def check_fits(self, request: Request) -> None:
+        """Refuse what could never run, even alone. Reads constants only: safe in any thread.
+
+        Raises:
+            RequestError: prompt and answer need more pages than there are.
+        """
+        num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
+        # The last token is only given out, it never enters the cache.
+        if self.blocks.num_blocks_for(num_tokens - 1) > self.blocks.num_blocks:
+            raise RequestError(
+                "prompt",
+                f"{len(request.prompt_token_ids)} tokens of prompt and up to "
+                f"{request.params.max_tokens} of answer do not fit in the KV cache of "
+                f"{self.blocks.num_blocks * self.blocks.block_size} tokens",
+            )
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request that `check_fits` let pass."""
+        stream = make_stream(request.params.seed, self._config.seed, self.num_arrivals)
+        sequence = Sequence(request, stream)
+        self.num_arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self.waiting.append(sequence)
+        return sequence
+
+    def schedule(self) -> Step | None:
+        """Plan the next step, or None when there is nothing to run."""
+        budget = self._config.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        chunks: list[tuple[Sequence, int]] = []
+        # An answer's next token goes first, so a long prompt never stops those that stream.
+        # Preemption shortens the list at its end while this loop walks towards it.
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+                chunks.append((sequence, 1))
+                budget -= 1
+        if self.running and self.running[-1].num_uncomputed_tokens > 1:
+            budget -= self._add_prefill(chunks, self.running[-1], budget)
+        # Pages were short a moment ago: whoever comes in now would be the next one out.
+        if self.num_preemptions == num_preemptions:
+            while budget > 0 and (sequence := self._admit()):
+                budget -= self._add_prefill(chunks, sequence, budget)
+        return self._write_step(chunks) if chunks else None
+
+    def update(self, step: Step, token_ids: Rows[int]) -> None:
+        """Take in what the runner returned: a token for each of `step.sampled`.
+
+        Sequences that are done get their `finish_reason` and give back their pages.
+        """
+        for sequence, query_len in zip(step.sequences, step.plan.query_lens, strict=True):
+            sequence.num_computed_tokens += query_len
+            self._register_full_blocks(sequence)
+        for sequence, token in zip(step.sampled, token_ids, strict=True):
+            if token == INVALID_TOKEN:
+                self.finish(sequence, "error")
+                continue
+            sequence.token_ids.append(token)
+            reason = self._find_end(sequence, token)
+            if reason is not None:
+                self.finish(sequence, reason)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence wherever it is: the one way out, its pages are available at once."""
+        assert sequence.finish_reason is None
+        sequence.finish_reason = reason
+        del self._sequences[sequence.request_id]
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        # After numbers that are not finite, its pages may be what is broken.
+        self.blocks.release(sequence.block_table, forget=reason == "error")
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
+        """End a request by its id; None when there is no such request (any more)."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.finish(sequence, reason)
+        return sequence
+
+    def check_integrity(self) -> None:
+        """Audit lists and pages against each other. Raises AssertionError."""
+        sequences = [*self.running, *self.waiting]
+        assert self._sequences == {seq.request_id: seq for seq in sequences}
+        assert not any(seq.block_table for seq in self.waiting), "a waiting sequence holds pages"
+        self.blocks.check_integrity(seq.block_table for seq in self.running)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Get pages for one more token, at the cost of later arrivals; False if it had to go."""
+        while not self.blocks.grow(sequence.block_table, sequence.num_tokens):
+            if self._preempt() is sequence:
+                return False
+        return True
+
+    def _preempt(self) -> Sequence:
+        """Send the latest arrival back to the head of the queue, to be computed anew."""
+        victim = self.running.pop()
+        self.blocks.release(victim.block_table)
+        victim.num_computed_tokens = 0
+        victim.num_registered_blocks = 0
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(victim)
+        return victim
+
+    def _admit(self) -> Sequence | None:
+        """Move the head of the queue into the running list with all pages it needs by now."""
+        if not self.waiting or len(self.running) >= self._config.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        matched = self.blocks.match(sequence.token_ids)
+        # One page stays for each that runs, or the newcomer would soon be preempted for it.
+        num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
+        if num_needed > self.blocks.num_available:
+            return None
+        self.running.append(self.waiting.popleft())
+        self.blocks.take(sequence.block_table, matched)
+        self.blocks.grow(sequence.block_table, sequence.num_tokens)
+        sequence.num_registered_blocks = len(matched)
+        sequence.num_computed_tokens = len(matched) * self.blocks.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_prefix_query_tokens += sequence.num_tokens
+            self.num_prefix_hit_tokens += sequence.num_computed_tokens
+        return sequence
+
+    @staticmethod
+    def _add_prefill(chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int) -> int:
+        """Plan as much of a prompt as the budget allows; returns the number of tokens."""
+        query_len = min(budget, sequence.num_uncomputed_tokens)
+        if query_len:
+            chunks.append((sequence, query_len))
+        return query_len
+
+    def _write_step(self, chunks: list[tuple[Sequence, int]]) -> Step:
+        block_size = self.blocks.block_size
+        plan = StepPlan([], [], [], [], [], [], [])
+        step = Step(plan, [], [], [])
+        for sequence, query_len in chunks:
+            start = sequence.num_computed_tokens
+            end = start + query_len
+            # Copies: a plan may still be under way when the next step changes the sequence.
+            table = sequence.block_table[: self.blocks.num_blocks_for(end)]
+            plan.token_ids.extend(sequence.token_ids[start:end])
+            plan.positions.extend(range(start, end))
+            plan.slots.extend(
+                table[position // block_size] * block_size + position % block_size
+                for position in range(start, end)
+            )
+            plan.query_lens.append(query_len)
+            plan.context_lens.append(end)
+            plan.block_tables.append(table)
+            step.sequences.append(sequence)
+            if end == sequence.num_tokens:
+                plan.logit_rows.append(len(plan.token_ids) - 1)
+                step.samples.append(SampleInput(sequence.params, sequence.uniforms.random()))
+                step.sampled.append(sequence)
+        return step
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        block_size = self.blocks.block_size
+        while (sequence.num_registered_blocks + 1) * block_size <= sequence.num_computed_tokens:
+            index = sequence.num_registered_blocks
+            tokens = sequence.token_ids[index * block_size : (index + 1) * block_size]
+            self.blocks.register(sequence.block_table, index, tokens)
+            sequence.num_registered_blocks += 1
+
+    def _find_end(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.params
+        if token in params.stop_token_ids:
+            return "stop"
+        if token in self._eos_token_ids and not params.ignore_eos:
+            return "stop"
+        return "length" if sequence.num_output_tokens >= params.max_tokens else None

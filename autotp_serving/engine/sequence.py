@@ -1,0 +1,80 @@
+"""A request while it runs: its tokens, its pages, its random stream. Rank 0 only."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from autotp_serving.request import FinishReason, Request, SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """The changing half of a `Request`; the scheduler owns it, nobody else changes it.
+
+    Attributes:
+        request: what was asked, never changed.
+        uniforms: the request's own stream of draws in [0, 1), one per output position.
+        token_ids: prompt, then output.
+        block_table: pages that hold or will hold keys and values, in order of position.
+        num_computed_tokens: tokens whose keys and values are in the pages.
+        num_registered_blocks: leading pages that others may reuse.
+        num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
+        num_preemptions: how often it lost its pages and started over.
+        finish_reason: None while it waits or runs.
+    """
+
+    request: Request
+    uniforms: random.Random
+    token_ids: list[int] = field(init=False)
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_registered_blocks: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 1
+        assert all(token >= 0 for token in self.token_ids)
+
+    @property
+    def request_id(self) -> str:
+        """The request's identity."""
+        return self.request.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        """How to sample and when to stop."""
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that still have to run before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+def make_stream(seed: int | None, server_seed: int, index: int) -> random.Random:
+    """Make a request's stream of draws from its own seed, or else the server's and its number.
+
+    Text seeds, because `Random(-1)` and `Random(1)` are the same stream.
+    """
+    if seed is not None:
+        return random.Random(f"request seed {seed}")
+    return random.Random(f"server seed {server_seed}, request {index}")

@@ -1,0 +1,40 @@
+"""The engine's figures at one moment, for metrics and logs. Rank 0 only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotp_serving.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of now and totals since the start.
+
+    Attributes:
+        num_running: sequences that take part in steps.
+        num_waiting: requests accepted and not running, preempted ones included.
+        num_blocks: pages in the KV pool.
+        num_held_blocks: pages that running sequences hold.
+        num_steps: steps run.
+        num_prompt_tokens: prompt tokens of the requests that got a first token.
+        num_generated_tokens: tokens sampled.
+        num_prefix_query_tokens: prompt tokens looked up in the prefix cache.
+        num_prefix_hit_tokens: those of them that were found.
+        num_preemptions: times a running sequence lost its pages and went back to wait.
+        num_finished: requests ended, by reason.
+        last_step_seconds: how long the last step took, all in all.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_held_blocks: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    num_preemptions: int
+    num_finished: dict[FinishReason, int]
+    last_step_seconds: float
