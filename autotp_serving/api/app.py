@@ -1,0 +1,40 @@
+"""The HTTP application: which routes there are and what surrounds them. Rank 0 only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from autotp_serving import __version__
+from autotp_serving.api.admission import Admission
+from autotp_serving.api.errors import install_error_handlers
+from autotp_serving.api.guard import RequestGuard
+from autotp_serving.api.health import health_routes
+from autotp_serving.api.native import native_routes
+from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.config import ServingConfig
+from autotp_serving.tokenizer import Tokenizer
+
+
+def build_app(
+    engine: AsyncEngine, tokenizer: Tokenizer, config: ServingConfig, max_model_len: int
+) -> FastAPI:
+    """Put the application together around a running engine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.bind(asyncio.get_running_loop())
+        yield
+
+    app = FastAPI(
+        title="AutoTP Serving", version=__version__, lifespan=lifespan, redirect_slashes=False
+    )
+    install_error_handlers(app)
+    app.add_middleware(RequestGuard, max_body_size=config.max_body_size)
+    admission = Admission(tokenizer, max_model_len)
+    app.include_router(native_routes(engine, admission))
+    app.include_router(health_routes(engine))
+    return app

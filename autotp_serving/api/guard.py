@@ -1,0 +1,173 @@
+"""What every HTTP request passes through, whatever its route. Rank 0 only.
+
+The guard reads the body within its size limit, names the request, ends its handler when the
+client leaves, and writes one line to the access log. Prompts never reach the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from autotp_serving.api.errors import error_response
+from autotp_serving.api.streams import Usage
+
+logger = logging.getLogger("autotp_serving.access")
+
+CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
+QUIET_PATHS = frozenset({"/health", "/metrics"})
+
+
+@dataclass
+class RequestRecord:
+    """What the access log tells of one HTTP request; handlers fill in `usage`."""
+
+    request_id: str
+    arrival_time: float
+    status: int = 0
+    is_answered: bool = False
+    usage: Usage = field(default_factory=Usage)
+
+
+class _BodyTooLarge(Exception):
+    """The body exceeds the limit."""
+
+
+class _ClientLeft(Exception):
+    """The client closed the connection while it was still sending."""
+
+
+class RequestGuard:
+    """Outermost ASGI layer; plain ASGI, since wrapped responses would hide who left."""
+
+    def __init__(self, app: ASGIApp, max_body_size: int) -> None:
+        self.app = app
+        self.max_body_size = max_body_size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = RequestRecord(f"req-{uuid.uuid4().hex}", time.monotonic())
+        scope.setdefault("state", {})["record"] = record
+        header = (b"x-request-id", record.request_id.encode("ascii"))
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            elif not message.get("more_body", False):
+                record.is_answered = True
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_named, record)
+        except Exception:
+            record.status = record.status or 500
+            raise
+        finally:
+            _log(scope, record)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
+        try:
+            body = await _read_body(scope, receive, self.max_body_size)
+        except _BodyTooLarge:
+            refusal = error_response(
+                413,
+                f"the body is larger than {self.max_body_size} bytes (--max-body-size)",
+                headers={"Connection": "close"},
+            )
+            await refusal(scope, receive, send)
+            return
+        except _ClientLeft:
+            record.status = CLIENT_LEFT
+            return
+        _label_as_json(scope)
+        await _run_while_connected(self.app, scope, body, receive, send)
+        if not record.is_answered:
+            record.status = CLIENT_LEFT
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Read the whole request body. Raises _BodyTooLarge before holding more than `limit`."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise _BodyTooLarge
+    chunks = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeft
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise _BodyTooLarge
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _label_as_json(scope: Scope) -> None:
+    """Call every body JSON: all our routes take nothing else, and curl -d says form."""
+    if scope["method"] == "POST":
+        others = [header for header in scope["headers"] if header[0] != b"content-type"]
+        scope["headers"] = [*others, (b"content-type", b"application/json")]
+
+
+async def _run_while_connected(
+    app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
+    """Run `app` on a body already read; cancel it if the client leaves before the answer's end.
+
+    Waiting for the disconnect here covers every phase of every route: tokenizing, queued, prefill,
+    decode, streaming or not. The handlers release what they hold when they are cancelled.
+    """
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+
+    async def receive_rest() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.shield(gone)
+        return {"type": "http.disconnect"}
+
+    work = asyncio.ensure_future(app(scope, receive_rest, send))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if scope["state"]["record"].is_answered:  # servers report the end as a disconnect too
+            await asyncio.wait((work,))
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.wait((work, gone))
+    if not work.cancelled() and (error := work.exception()) is not None:
+        raise error
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _log(scope: Scope, record: RequestRecord) -> None:
+    if scope["path"] in QUIET_PATHS and record.status == 200:
+        return
+    logger.info(
+        "%s %s %d %.3fs in=%d out=%d %s",
+        scope["method"],
+        # Decoded paths may hold line breaks, which would forge lines of this log.
+        scope["path"].encode("unicode_escape").decode("ascii")[:200],
+        record.status,
+        time.monotonic() - record.arrival_time,
+        record.usage.num_prompt_tokens,
+        record.usage.num_output_tokens,
+        record.request_id,
+    )

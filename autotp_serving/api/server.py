@@ -1,0 +1,139 @@
+"""Runs the application under uvicorn: port, console lines, drain, exit code. Rank 0 only."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import errno
+import logging
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
+
+from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.config import ConfigError, ServingConfig
+
+logger = logging.getLogger("uvicorn.error")
+
+# Seconds for answers that are complete to reach their clients once the server stops.
+FLUSH_SECONDS = 5
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Bind early, so that a port in use is known before minutes go into loading a model.
+
+    Raises:
+        ConfigError: naming the address and the cure.
+    """
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host} is not an address of this machine: {error}") from error
+    family, kind, protocol, _, address = infos[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        try:
+            # Without SO_REUSEADDR: two servers that both load may not share the port.
+            sock.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # With it the remains of a server just stopped (TIME_WAIT) are no obstacle.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is taken: stop what listens on it, or choose another with --port"
+            ) from error
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return sock
+
+
+def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket.socket) -> int:
+    """Serve until SIGTERM, SIGINT or the engine's failure. Returns the process exit code."""
+    uvicorn_config = uvicorn.Config(
+        app,
+        host=config.host,
+        port=sock.getsockname()[1],
+        log_config=_log_config(),
+        access_log=False,  # the guard writes its own line, with tokens and request id
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
+    # Connections inherit it, so that their remains do not keep the next server off the port.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server = _Server(uvicorn_config, engine, config.drain_seconds)
+    server.run(sockets=[sock])
+    if engine.engine.failure is not None:
+        logger.error("Stopped: %s", engine.engine.failure)
+        return 1
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that keeps answering while it drains, and stops when the engine fails."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:  # given a socket, uvicorn leaves this line to its caller
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            logger.info(
+                "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, self.config.port
+            )
+
+    async def on_tick(self, counter: int) -> bool:
+        failure = self._engine.engine.failure
+        if failure is not None:
+            self._engine.end_all(failure)
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, stop at the second."""
+        if self._loop is None or not self.started:
+            self.should_exit = True
+        else:  # a signal interrupts anything: leave the work to the event loop
+            self._loop.call_soon_threadsafe(self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._drain is None:
+            self._drain = asyncio.ensure_future(self._drain_and_exit())
+        else:
+            self._engine.end_all("the server was stopped")
+
+    async def _drain_and_exit(self) -> None:
+        if self._engine.num_open:
+            logger.info(
+                "Finishing %d requests, at most %g s (CTRL+C to stop now)",
+                self._engine.num_open,
+                self._drain_seconds,
+            )
+        await self._engine.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def _log_config() -> dict[str, Any]:
+    """uvicorn's logging with our own loggers in the same format."""
+    log_config = copy.deepcopy(LOGGING_CONFIG)
+    log_config["loggers"]["autotp_serving"] = {
+        "handlers": ["default"],
+        "level": "INFO",
+        "propagate": False,
+    }
+    return log_config
