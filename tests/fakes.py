@@ -45,7 +45,7 @@ def answers(book: Mapping[str, str]) -> NextToken:
     def next_token(context: list[int], sample: SampleInput) -> int:
         for prompt, script in scripts:
             done = context[len(prompt) :]
-            if context[: len(prompt)] == prompt and done == script[: len(done)]:
+            if context[: len(prompt)] == prompt and done[: len(script)] == script[: len(done)]:
                 return script[len(done)] if len(done) < len(script) else ByteTokenizer.EOS
         return letters(context, sample)
 

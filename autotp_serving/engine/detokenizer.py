@@ -85,11 +85,14 @@ class StopStrings:
         Sets `found` once one is complete; it and what follows are never returned.
         """
         text = self._held + piece
-        starts = [start for start in map(text.find, self._stop) if start >= 0]
-        if starts:
+        starts = [(text.find(stop), stop) for stop in self._stop]
+        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if matches:
+            # The one complete first, and so the same one however the text is cut into pieces.
+            _, start = min(matches)
             self.found = True
             self._held = ""
-            return text[: min(starts)]
+            return text[:start]
         held_len = max((self._overlap_len(text, stop) for stop in self._stop), default=0)
         certain_len = len(text) - held_len
         self._held = text[certain_len:]
