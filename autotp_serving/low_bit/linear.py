@@ -1,0 +1,103 @@
+"""A linear layer whose weight stays low-bit. Runs on every rank, each with its own shard.
+
+Takes the place of DeepSpeed AutoTP's `LinearLayer` (split by rows, no reduction) and
+`LinearAllreduce` (split by columns, partial sums reduced over the ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .formats import Format
+from .tensor import LowBitTensor, dequantize
+
+# Multiplies `x` [tokens, cols] by the transposed weight [rows, cols] into [tokens, rows].
+Matmul = Callable[[Tensor, LowBitTensor], Tensor]
+
+# Weights dequantized at once. On CPU a tile of 16-bit numbers then fits in half an L2 cache of
+# 1 MiB; on an accelerator it is 32 MiB, enough rows to keep a matrix multiplication busy.
+CPU_TILE = 2**18
+ACCELERATOR_TILE = 2**24
+
+
+class LowBitLinear(nn.Module):
+    """`reduce(x @ weight.T) + bias` with a low-bit weight `[out_features, in_features]`.
+
+    `bias` `[out_features]` or None; with `reduce` it is whole on every rank, since it is added
+    once, after the sum. `reduce` takes and returns a tensor of the output's shape and may work
+    in place. The planes are buffers under their own names (`codes`, `scales`, ...); `weight` is
+    the same memory as one LowBitTensor.
+    """
+
+    def __init__(
+        self,
+        weight: LowBitTensor,
+        bias: Tensor | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        for name, plane in weight.planes.items():
+            self.register_buffer(name, plane)
+        self.register_buffer("bias", bias)
+        self.reduce = reduce
+        self.weight = weight
+        self.matmul = select_matmul(weight.format, weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
+        out = self.matmul(x.reshape(-1, self.in_features), self.weight)
+        if self.reduce is not None:
+            out = self.reduce(out)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"low_bit={self.weight.format.name}, bias={self.bias is not None}, "
+            f"reduce={self.reduce is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Follow `.to(device)`, but keep the planes as they are under `.half()` or `.to(dtype)`."""
+        super()._apply(fn, recurse)
+        weight = self.weight
+        for name, plane in weight.planes.items():
+            moved = getattr(self, name)
+            if moved.dtype != plane.dtype:
+                setattr(self, name, plane.to(moved.device))
+        planes = {name: getattr(self, name) for name in weight.planes}
+        self.weight = LowBitTensor(weight.format, weight.shape, planes)
+        self.matmul = select_matmul(weight.format, self.weight.device)
+        return self
+
+
+def select_matmul(format: Format, device: torch.device) -> Matmul:
+    """The fastest way to multiply by a weight of `format` on `device`.
+
+    So far there is the portable one; kernels per device plug in here.
+    """
+    return portable_matmul
+
+
+def portable_matmul(x: Tensor, weight: LowBitTensor, *, tile: int | None = None) -> Tensor:
+    """Multiply `x` `[tokens, cols]` by `weight` `[rows, cols]` transposed: `[tokens, rows]`.
+
+    Dequantizes `tile` weights at a time into the dtype of `x`, multiplies and forgets them.
+    """
+    rows, cols = weight.shape
+    tile = tile or (CPU_TILE if x.device.type == "cpu" else ACCELERATOR_TILE)
+    step = max(1, tile // cols)
+    out = x.new_empty(x.shape[0], rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = dequantize(weight.slice_rows(start, stop), x.dtype)
+        out[:, start:stop] = functional.linear(x, part)
+    return out

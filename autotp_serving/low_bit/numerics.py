@@ -1,0 +1,189 @@
+"""How 64 numbers become codes and a scale, and back, per kind of format. Same on all ranks.
+
+Everything is float32 and integer arithmetic in separate steps, so each device gives the same
+bytes: no float64 (Arc A-series has none), no fused multiply-add, and divisors are tensors because
+CUDA turns division by a Python number into multiplication by its rounded reciprocal.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formats import Format, LowBitError
+
+FLOAT16_MAX = 65504.0
+
+
+class Blocks(NamedTuple):
+    """Codes of `[n, 64]` weights with their scales: what is packed, before it is packed.
+
+    `codes` uint8 `[n, 64]` (two's complement in sym_int8); `scales` and `mins` `[n, 1]` in the
+    format's dtype, or None; `peak` 0-dim float32, the largest magnitude seen (NaN if any was).
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    mins: Tensor | None
+    peak: Tensor
+
+
+def encode(weights: Tensor, format: Format) -> Blocks:
+    """Quantize float32 `[n, 64]`, each row one block. Look at `peak` before trusting the codes."""
+    encoders = {
+        "symmetric": _encode_symmetric,
+        "asymmetric": _encode_asymmetric,
+        "table": _encode_table,
+        "minifloat": _encode_minifloat,
+    }
+    return encoders[format.kind](weights, format)
+
+
+def decode(codes: Tensor, scales: Tensor | None, mins: Tensor | None, format: Format) -> Tensor:
+    """Turn uint8 codes `[n, 64]` into float32 `[n, 64]`."""
+    if format.kind == "table":
+        levels = torch.tensor(format.levels, dtype=torch.float32, device=codes.device)
+        values = levels.index_select(0, codes.flatten().int()).view_as(codes)
+    elif format.kind == "minifloat":
+        values = _decode_minifloat(codes, format)
+    elif format.code_bits == 8:
+        values = codes.view(torch.int8).float()
+    else:
+        values = codes.float()
+        if format.kind == "symmetric":
+            values -= 2 ** (format.code_bits - 1)
+    if scales is not None:
+        values *= scales
+    if mins is not None:
+        values += mins
+    return values
+
+
+def largest_weight(format: Format) -> float:
+    """Largest magnitude whose block still has finite scales, mins and codes."""
+    if format.scale_dtype is None:
+        return format.largest_level
+    if format.scale_dtype == "float32":
+        return 1e38
+    if format.kind == "symmetric":
+        return FLOAT16_MAX * 2 ** (format.code_bits - 1)
+    if format.kind == "asymmetric":
+        return FLOAT16_MAX
+    return FLOAT16_MAX * format.largest_level
+
+
+def check_peak(peak: float, format: Format) -> None:
+    """Raise LowBitError when a weight was NaN, infinite or too large for `format`."""
+    if peak != peak or peak == float("inf"):
+        raise LowBitError("the weight holds NaN or infinity")
+    if peak > largest_weight(format):
+        raise LowBitError(
+            f"the weight holds {peak:.6g}, too large for {format.name}: at most "
+            f"{largest_weight(format):.6g}"
+        )
+
+
+def _encode_symmetric(weights: Tensor, format: Format) -> Blocks:
+    """Codes around 2**(bits - 1): the weight of largest magnitude gets code 0 (ggml's q4_0, q5_0).
+
+    sym_int8 is ggml's q8_0: codes -127 to 127, halves away from zero.
+    """
+    highest, lowest = weights.amax(1, keepdim=True), weights.amin(1, keepdim=True)
+    magnitude = torch.maximum(highest, -lowest)
+    if format.code_bits == 8:
+        scales = magnitude / torch.full_like(magnitude[:1], 127.0)
+        scaled = weights * _reciprocal(scales)
+        # The largest float below a half: adding a half itself would take 0.49999997 up to 1.
+        rounded = scaled.add_(torch.sign(scaled).mul_(0.49999997)).trunc_()
+        return Blocks(rounded.to(torch.int8).view(torch.uint8), scales, None, magnitude.max())
+    half = 2 ** (format.code_bits - 1)
+    extreme = torch.where(highest > -lowest, highest, lowest)
+    tied = ((highest == -lowest) & (highest > 0)).flatten().nonzero().flatten()
+    if len(tied):
+        # Both signs reach the largest magnitude: the first of them decides, as in ggml's loop.
+        rows = weights[tied]
+        first = (rows.abs() == magnitude[tied]).to(torch.uint8).argmax(1, keepdim=True)
+        extreme[tied] = rows.gather(1, first)
+    scales = extreme * (-1.0 / half)
+    codes = (weights * _reciprocal(scales)).add_(half + 0.5).clamp_(0, 2 * half - 1)
+    return Blocks(codes.to(torch.uint8), scales.half(), None, magnitude.max())
+
+
+def _encode_asymmetric(weights: Tensor, format: Format) -> Blocks:
+    """Codes 0 to 2**bits - 1 from the smallest to the largest weight (ggml's q4_1, q5_1)."""
+    highest, lowest = weights.amax(1, keepdim=True), weights.amin(1, keepdim=True)
+    steps = 2**format.code_bits - 1
+    scales = (highest - lowest) / torch.full_like(highest[:1], steps)
+    codes = (weights - lowest).mul_(_reciprocal(scales)).add_(0.5).clamp_(0, steps)
+    peak = torch.maximum(highest, -lowest).max()
+    return Blocks(codes.to(torch.uint8), scales.half(), lowest.half(), peak)
+
+
+def _encode_table(weights: Tensor, format: Format) -> Blocks:
+    """The nearest level of weight / largest magnitude; halves go to the lower level."""
+    magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
+    scaled = weights * _reciprocal(magnitude)
+    # Counting the boundaries below is many times faster on CPU than torch.bucketize.
+    codes = torch.zeros_like(scaled, dtype=torch.uint8)
+    for below, above in pairwise(format.levels):
+        codes += scaled > (below + above) / 2
+    return Blocks(codes, magnitude.half(), None, magnitude.max())
+
+
+def _encode_minifloat(weights: Tensor, format: Format) -> Blocks:
+    """The nearest small float, halves to the even code; the largest magnitude gets the last code.
+
+    bigdl-core cuts the lower bits off instead, which shrinks weights by 4 % (fp8_e4m3) to 8 %
+    (fp8_e5m2, fp6) on average, and sends fp4's 0.75 to 1 down to 0.5.
+    """
+    magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
+    largest = torch.full_like(magnitude[:1], format.largest_level)
+    if format.scale_dtype is None:
+        return Blocks(_minifloat_codes(weights, format), None, None, magnitude.max())
+    if format.scale_dtype == "float32":
+        # The detour over the inverse gives bigdl-core's scales to the last bit.
+        inverses = _finite(largest / magnitude)
+        scales = _reciprocal(inverses)
+    else:
+        scales = magnitude / largest
+        inverses = _reciprocal(scales)
+        scales = scales.half()
+    scaled = weights * (inverses / format.level_unit)
+    return Blocks(_minifloat_codes(scaled, format), scales, None, magnitude.max())
+
+
+def _minifloat_codes(levels: Tensor, format: Format) -> Tensor:
+    """Round float32 levels to the nearest that the top bits of a float16 can hold."""
+    mantissa_bits = format.mantissa_bits
+    drop = 23 - mantissa_bits
+    bits = levels.view(torch.int32)
+    magnitude_bits = bits & 0x7FFFFFFF
+    odd = (magnitude_bits >> drop) & 1
+    normal = (magnitude_bits + odd + (2 ** (drop - 1) - 1) >> drop) - ((127 - 15) << mantissa_bits)
+    # Below the smallest normal number of float16 the codes are evenly spaced.
+    smallest = 2.0**-14
+    even = (levels.abs().clamp_(max=smallest) * (2**mantissa_bits / smallest)).round_().int()
+    codes = torch.where(magnitude_bits < (127 - 14) << 23, even, normal)
+    sign = (bits >> 31) & 1
+    return (codes | sign << (format.code_bits - 1)).to(torch.uint8)
+
+
+def _decode_minifloat(codes: Tensor, format: Format) -> Tensor:
+    """The float32 levels of uint8 codes, same shape."""
+    largest_code = 2 ** (format.code_bits - 1) - 1
+    bits = (codes & largest_code).to(torch.int16) << (10 - format.mantissa_bits)
+    levels = bits.view(torch.float16).float().mul_(format.level_unit)
+    return torch.where(codes > largest_code, -levels, levels)
+
+
+def _reciprocal(values: Tensor) -> Tensor:
+    """1 / values, and 0 where that is not finite: a block of zeros keeps its codes at zero."""
+    return _finite(torch.reciprocal(values))
+
+
+def _finite(values: Tensor) -> Tensor:
+    """`values` with 0 in place of infinity and NaN."""
+    return torch.where(values.isfinite(), values, torch.zeros_like(values))
