@@ -101,7 +101,6 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plan the next step, or None when there is nothing to run."""
         budget = self._config.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
         chunks: list[tuple[Sequence, int]] = []
         # An answer's next token goes first, so a long prompt never stops those that stream.
         # Preemption shortens the list at its end while this loop walks towards it.
@@ -111,10 +110,8 @@ class Scheduler:
                 budget -= 1
         if self.running and self.running[-1].num_uncomputed_tokens > 1:
             budget -= self._add_prefill(chunks, self.running[-1], budget)
-        # Pages were short a moment ago: whoever comes in now would be the next one out.
-        if self.num_preemptions == num_preemptions:
-            while budget > 0 and (sequence := self._admit()):
-                budget -= self._add_prefill(chunks, sequence, budget)
+        while budget > 0 and (sequence := self._admit()):
+            budget -= self._add_prefill(chunks, sequence, budget)
         return self._write_step(chunks) if chunks else None
 
     def update(self, step: Step, token_ids: Rows[int]) -> None:
@@ -157,7 +154,14 @@ class Scheduler:
         """Audit lists and pages against each other. Raises AssertionError."""
         sequences = [*self.running, *self.waiting]
         assert self._sequences == {seq.request_id: seq for seq in sequences}
-        assert not any(seq.block_table for seq in self.waiting), "a waiting sequence holds pages"
+        for seq in self.waiting:
+            assert not seq.block_table, f"{seq.request_id} waits and holds pages"
+            assert seq.num_computed_tokens == seq.num_registered_blocks == 0
+        for seq in self.running:
+            assert seq.num_computed_tokens < seq.num_tokens
+            assert self.blocks.num_blocks_for(seq.num_computed_tokens) <= len(seq.block_table)
+            num_full_blocks = seq.num_computed_tokens // self.blocks.block_size
+            assert seq.num_registered_blocks == num_full_blocks
         self.blocks.check_integrity(seq.block_table for seq in self.running)
 
     def _make_room(self, sequence: Sequence) -> bool:

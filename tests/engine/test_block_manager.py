@@ -152,6 +152,15 @@ def test_releasing_twice_is_caught():
         blocks.release(copy)
 
 
+def test_registering_out_of_order_is_caught():
+    blocks = BlockManager(2, BLOCK_SIZE)
+    blocks.release(fill(blocks, list(range(8))))
+    table: list[int] = []
+    blocks.grow(table, 8)
+    with pytest.raises(AssertionError, match="page 1 is registered before"):
+        blocks.register(table, 1, [0] * BLOCK_SIZE)
+
+
 def test_audit_sees_a_lost_page():
     blocks = BlockManager(2, BLOCK_SIZE)
     blocks.grow([], 1)

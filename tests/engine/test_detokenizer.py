@@ -69,10 +69,11 @@ def stream(tokens: Sequence[int], stop=(), prompt=(), tokenizer=None) -> list[st
 
 
 @pytest.mark.parametrize("text", SAMPLES)
+@pytest.mark.parametrize("prompt", ["x", "é 日", "日日日日日", "🎉日日日日"])
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), PieceTokenizer()])
-def test_bytes_come_out_as_whole_characters_as_soon_as_they_are_complete(text, tokenizer):
+def test_bytes_come_out_as_whole_characters_once_complete(text, prompt, tokenizer):
     tokens = tokenizer.encode(text)
-    deltas = stream(tokens, prompt=tokenizer.encode("é 日"), tokenizer=tokenizer)
+    deltas = stream(tokens, prompt=tokenizer.encode(prompt), tokenizer=tokenizer)
     assert "".join(deltas) == text
     assert len(deltas) == len(tokens) + 1
     done = 0

@@ -200,14 +200,21 @@ def test_requests_without_a_seed_repeat_with_the_servers_seed():
 
 
 def test_requests_that_are_too_long_are_refused_with_both_numbers():
-    bench = Bench(FakeRunner(num_blocks=4), max_model_len=100)
-    with pytest.raises(RequestError, match=r"90 tokens of prompt and 11 of answer.* 100 tokens"):
-        bench.submit("a", prompt="x" * 90, max_tokens=11)
-    with pytest.raises(RequestError, match="do not fit in the KV cache of 64 tokens"):
-        bench.submit("b", prompt="x" * 60, max_tokens=6)
-    bench.submit("c", prompt="x" * 60, max_tokens=5)
+    bench = Bench(max_model_len=65)
+    with pytest.raises(RequestError, match=r"50 tokens of prompt and 16 of answer.* 65 tokens"):
+        bench.submit("a", prompt="x" * 50, max_tokens=16)
+    bench.submit("b", prompt="x" * 50, max_tokens=15)
     bench.run()
-    assert bench.last("c").finish_reason == "length"
+    assert bench.last("b").finish_reason == "length"
+
+
+def test_requests_that_can_never_fit_in_the_cache_are_refused():
+    bench = Bench(FakeRunner(num_blocks=4))
+    with pytest.raises(RequestError, match="do not fit in the KV cache of 64 tokens"):
+        bench.submit("a", prompt="x" * 60, max_tokens=6)
+    bench.submit("b", prompt="x" * 60, max_tokens=5)
+    bench.run()
+    assert bench.last("b").finish_reason == "length"
 
 
 def test_queue_limit_counts_at_arrival_and_frees_with_the_last_output():
@@ -261,12 +268,15 @@ def test_abort_frees_pages_before_the_next_step(num_steps):
     assert bench.engine.stats().num_finished["abort"] == 3
 
 
-def test_all_outputs_of_a_step_come_in_one_call():
-    bench = Bench(max_num_seqs=4)
+def test_all_outputs_of_a_step_come_in_one_call_and_none_without_outputs():
+    bench = Bench(max_num_seqs=4, max_num_batched_tokens=4)
     for name in "abcd":
-        bench.submit(name, max_tokens=3)
+        bench.submit(name, prompt="x", max_tokens=3)
     bench.run()
-    assert [len(step) for step in bench.steps] == [4, 4, 4]
+    bench.submit("long", prompt="y" * 16, max_tokens=1)
+    bench.run()
+    bench.engine.step()
+    assert [len(step) for step in bench.steps] == [4, 4, 4, 1]
 
 
 def test_failing_runner_ends_every_request_with_the_error_and_refuses_more():
@@ -307,15 +317,21 @@ def test_requests_stopped_in_the_step_that_fails_to_decode_still_end_once():
 
 
 def test_failure_is_reported_even_if_outputs_cannot_be_delivered():
+    """And what may have been delivered is not given out a second time."""
+    calls: list[list[str]] = []
+
     def refuse(outputs):
+        calls.append([output.request_id for output in outputs])
         raise RuntimeError("event loop is closed")
 
     failures: list[str] = []
     config = ServingConfig(model_path="fake")
     engine = Engine(FakeRunner(), ByteTokenizer(), config, 64, refuse, failures.append)
-    engine.submit(Request("a", (1, 2), SamplingParams(), 0.0))
+    engine.submit(Request("a", (1, 2), SamplingParams(max_tokens=1), 0.0))
+    engine.submit(Request("b", (1, 2), SamplingParams(max_tokens=2), 0.0))
     with pytest.raises(EngineError):
         engine.step()
+    assert calls == [["a", "b"], ["b"]]
     assert failures == ["the engine failed: RuntimeError: event loop is closed"]
 
 

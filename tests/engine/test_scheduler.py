@@ -113,6 +113,19 @@ def test_head_of_the_queue_is_not_overtaken_by_a_smaller_one():
     assert [seq.request_id for seq in bench.scheduler.waiting] == ["large", "small"]
 
 
+def test_admission_leaves_a_page_for_each_that_runs():
+    """Else the newcomer would be preempted in the next step, its prompt computed for nothing."""
+    bench = Bench(num_blocks=6, max_num_seqs=4)
+    bench.add("a", 7, max_tokens=4)
+    bench.step()  # it holds 2 pages now, and will need a third after the next step
+    bench.add("b", [7] * 16, max_tokens=1)
+    assert rows(bench.step()) == {"a": 1}
+    bench.add("c", [8], max_tokens=1)
+    bench.scheduler.abort("b")
+    assert rows(bench.step()) == {"a": 1, "c": 1}
+    assert bench.scheduler.num_preemptions == 0
+
+
 def test_the_latest_is_preempted_and_still_says_the_same():
     bench = Bench(num_blocks=6, max_num_seqs=3)
     sequences = [bench.add(name, [ord(name)] * 3, max_tokens=14) for name in "abc"]
@@ -129,6 +142,7 @@ def test_the_latest_is_preempted_and_still_says_the_same():
         assert sequence.finish_reason == "length"
         assert output(sequence) == reference(sequence)
     assert bench.scheduler.blocks.num_held == 0
+    assert bench.scheduler.num_prefix_query_tokens == 9, "a second start is no new query"
 
 
 def test_a_sequence_in_the_middle_of_its_prompt_can_be_preempted():
@@ -247,6 +261,15 @@ def test_equal_prompts_in_one_step_do_not_read_each_others_unwritten_pages():
     pair = [bench.add(name, 18, max_tokens=4) for name in "ab"]
     assert rows(bench.step()) == {"a": 18, "b": 18}
     assert pair[0].block_table[:4] == pair[1].block_table[:4]  # one copy from now on
+    bench.run()
+    assert output(pair[0]) == output(pair[1]) == reference(pair[0])
+
+
+def test_pages_of_a_chunk_that_has_not_run_are_not_found():
+    bench = Bench(max_num_batched_tokens=16)
+    pair = [bench.add(name, 26, max_tokens=4) for name in "ab"]
+    assert rows(bench.step()) == {"a": 16}
+    assert rows(bench.step()) == {"a": 10, "b": 6}  # 16 of b's 26 tokens were there
     bench.run()
     assert output(pair[0]) == output(pair[1]) == reference(pair[0])
 
