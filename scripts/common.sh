@@ -95,7 +95,8 @@ setup_venv() {
     local stamp_file key index torch name file files=()
     name=${*##*/}
     stamp_file=$VENV/.installed-${name// /+}
-    exec 9>"$ROOT/.venv.lock"
+    mkdir -p "$VENV"
+    exec 9>"$VENV/.lock"
     flock 9 # two scripts started at once install one after the other
     find_python
     if [[ ! -x $VENV/bin/python ]]; then
