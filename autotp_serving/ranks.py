@@ -1,8 +1,7 @@
-"""Who am I among the ranks, and how rank 0 tells the others what to do. Every rank.
+"""Who am I among the ranks, and how they agree at start-up: MPI or torchrun. Every rank.
 
-Control messages are bytes from rank 0, over MPI under `mpirun`, over Gloo under `torchrun`. The
-collectives of the model itself are DeepSpeed's and belong to the device. A single process is a
-group of one and takes the same path.
+Step plans travel through `channel.py`, sums inside the model through `collectives.py`. A single
+process is a group of one and takes the same path.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
-SPIN_SECONDS = 0.02
-LONGEST_SLEEP_SECONDS = 0.002
+POLL_SECONDS = 0.002
 GROUP_TIMEOUT = timedelta(days=3650)  # an idle server waits inside a receive; idle is no fault
 
 
@@ -24,24 +22,39 @@ class LaunchError(RuntimeError):
     """The ranks do not form one group; the message says what to start instead."""
 
 
+class GroupFailure(RuntimeError):
+    """Some rank cannot start; every rank raises this with that rank's message."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank that cannot start hands to the others in place of the value they await."""
+
+    message: str
+
+
+def raise_failure(values: list[Any]) -> list[Any]:
+    """Return exchanged values, or raise GroupFailure if one of the ranks could not give its own."""
+    for value in values:
+        if isinstance(value, Failure):
+            raise GroupFailure(value.message)
+    return values
+
+
 class Control(Protocol):
-    """The way from rank 0 to the others, and a few collectives for start-up."""
+    """One rank's place in the group."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
 
-    def send(self, message: bytes) -> None:
-        """On rank 0: hand a message to every other rank."""
-        ...
-
-    def receive(self) -> bytes:
-        """On the other ranks: wait for the next message, asleep while the server is idle."""
-        ...
-
     def all_gather(self, value: Any) -> list[Any]:
-        """Exchange small picklable values among ranks; start-up only."""
+        """Exchange small picklable values among ranks; start-up only.
+
+        Raises:
+            GroupFailure: on every rank, when one of them gives a Failure.
+        """
         ...
 
     def abort(self) -> None:
@@ -58,16 +71,9 @@ class LocalControl:
     local_rank: int = 0
     local_size: int = 1
 
-    def send(self, message: bytes) -> None:
-        """There is nobody to tell."""
-
-    def receive(self) -> bytes:
-        """Rank 0 never receives."""
-        raise RuntimeError("a group of one has no follower")
-
     def all_gather(self, value: Any) -> list[Any]:
         """The group is this process."""
-        return [value]
+        return raise_failure([value])
 
     def abort(self) -> None:
         """Leave with a failing exit code, past any thread that still runs."""
@@ -94,32 +100,15 @@ class MpiControl:
         self.local_rank = host.Get_rank()
         self.local_size = host.Get_size()
 
-    def send(self, message: bytes) -> None:
-        """Send point to point: a follower can then look for a message without blocking in MPI."""
-        for rank in range(1, self.size):
-            self._world.Send([message, self._mpi.BYTE], dest=rank)
-
-    def receive(self) -> bytes:
-        """Look for a message, eagerly at first; the longer none comes, the longer the sleeps.
-
-        A rank blocked inside MPI would keep a core busy for as long as the server is idle.
-        """
-        status = self._mpi.Status()
-        started = time.monotonic()
-        sleep_seconds = 0.0001
-        while not self._world.Iprobe(source=0, status=status):
-            if time.monotonic() - started < SPIN_SECONDS:
-                os.sched_yield()
-            else:
-                time.sleep(sleep_seconds)
-                sleep_seconds = min(2 * sleep_seconds, LONGEST_SLEEP_SECONDS)
-        message = bytearray(status.Get_count(self._mpi.BYTE))
-        self._world.Recv([message, self._mpi.BYTE], source=0)
-        return bytes(message)
-
     def all_gather(self, value: Any) -> list[Any]:
-        """Exchange pickled values."""
-        return self._world.allgather(value)
+        """Exchange pickled values, asleep until the last rank has come.
+
+        Ranks may wait here for minutes while one of them compiles or reads from a slow disk.
+        """
+        everyone_here = self._world.Ibarrier()
+        while not everyone_here.Test():
+            time.sleep(POLL_SECONDS)
+        return raise_failure(self._world.allgather(value))
 
     def abort(self) -> None:
         """Have mpirun end the whole job."""
@@ -144,35 +133,15 @@ class TorchControl:
             self._gloo = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
         return self._gloo
 
-    def send(self, message: bytes) -> None:
-        """Broadcast the length, then the bytes."""
-        self._broadcast(message)
-
-    def receive(self) -> bytes:
-        """Wait in Gloo, which sleeps on its socket."""
-        return self._broadcast(None)
-
-    def _broadcast(self, message: bytes | None) -> bytes:
-        import torch
-        import torch.distributed as dist
-
-        length = torch.tensor([len(message or b"")], dtype=torch.int64)
-        dist.broadcast(length, src=0, group=self._group())
-        if not length:
-            return b""
-        buffer = torch.frombuffer(
-            bytearray(message if message is not None else int(length)), dtype=torch.uint8
-        )
-        dist.broadcast(buffer, src=0, group=self._group())
-        return buffer.numpy().tobytes()
-
     def all_gather(self, value: Any) -> list[Any]:
         """Exchange pickled values."""
         import torch.distributed as dist
 
+        if not dist.is_initialized():
+            return raise_failure([value])  # too early to tell the others; torchrun ends them
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group())
-        return values
+        return raise_failure(values)
 
     def abort(self) -> None:
         """Leave with a failing exit code; torchrun ends the others."""
@@ -213,44 +182,18 @@ def join_control(environ: Mapping[str, str]) -> Control:
     return LocalControl()
 
 
-def join_collectives(control: Control, device_kind: str, backend: str) -> Callable[[Any], Any]:
-    """Start DeepSpeed's collectives for the model, on every rank.
+def own_host(control: Control) -> str:
+    """Address at which other ranks can meet this one: loopback unless they live on other hosts.
 
-    DeepSpeed reads the group from the environment; `LOCAL_SIZE` must be right before its
-    shared-memory all-reduce starts, or that crashes.
-
-    Returns:
-        A function that sums a tensor over the ranks, in place, and returns it.
+    Raises:
+        LaunchError: this host's name leads only to itself.
     """
-    if control.size == 1:
-        return lambda tensor: tensor
-    if not isinstance(control, TorchControl):
-        address, port = control.all_gather(_own_address(control))[0]
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
-    os.environ.update(
-        RANK=str(control.rank),
-        WORLD_SIZE=str(control.size),
-        LOCAL_RANK=str(control.local_rank),
-        LOCAL_SIZE=str(control.local_size),
-        DS_ACCELERATOR=device_kind,
-    )
-    import deepspeed
-    import deepspeed.comm
-
-    deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
-
-    def all_reduce(tensor: Any) -> Any:
-        deepspeed.comm.inference_all_reduce(tensor)
-        return tensor
-
-    return all_reduce
-
-
-def _own_address(control: Control) -> tuple[str, str]:
-    """Where rank 0 can be met: the loopback address unless ranks live on several hosts."""
-    host = "127.0.0.1"
-    if control.local_size < control.size:
-        host = socket.gethostbyname(socket.gethostname())
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, str(probe.getsockname()[1])
+    if control.local_size == control.size:
+        return "127.0.0.1"
+    host = socket.gethostbyname(socket.gethostname())
+    if host.startswith("127."):
+        raise LaunchError(
+            f"the name of this host, {socket.gethostname()}, resolves to {host}, which other "
+            "hosts cannot reach: mend /etc/hosts"
+        )
+    return host

@@ -5,19 +5,112 @@ The engine sees the `Tokenizer` protocol; tests put a byte tokenizer in its plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+
+from autotp_serving.config import ConfigError
+from autotp_serving.request import RequestError
+
+SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message"})
 
 
 class Tokenizer(Protocol):
     """What the server asks of a tokenizer; all calls are thread-safe."""
 
     eos_token_ids: frozenset[int]
+    vocab_size: int
 
-    def encode(self, text: str) -> list[int]:
-        """Tokenize with the model's own special tokens added (a leading BOS, where it has one)."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize, the model's own special tokens added (a leading BOS, where it has one)."""
+        ...
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
+        """Tokenize a conversation as the model was taught to read one.
+
+        `options` are the template's own variables; `add_generation_prompt` and
+        `continue_final_message` are known to all.
+
+        Raises:
+            RequestError: there is no template, or it refuses the messages.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special tokens left out; incomplete bytes appear as U+FFFD."""
         ...
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer that comes with a checkpoint.
+
+    Calls go to the Rust tokenizer inside, which is never changed after loading and so may be used
+    by several threads at once.
+
+    Raises:
+        ConfigError: the folder has none, or only one without a fast implementation.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._outer: Any = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
+        self._inner = getattr(self._outer, "backend_tokenizer", None)
+        if self._inner is None:
+            raise ConfigError(
+                f"the tokenizer of '{folder}' has no fast implementation: add a tokenizer.json "
+                "(save_pretrained of a fast tokenizer writes one)"
+            )
+        self.vocab_size = len(self._outer)
+        self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """See Tokenizer."""
+        # The batch call lets other threads run meanwhile, encode() holds the interpreter's lock.
+        (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
+        """See Tokenizer."""
+        if self._outer.chat_template is None:
+            raise RequestError("messages", "this model has no chat template: use /v1/completions")
+        # By name, an option would change how transformers renders, not what the template sees.
+        own = inspect.signature(self._outer.apply_chat_template).parameters
+        for name in options:
+            if name in own and name not in SHARED_TEMPLATE_OPTIONS:
+                raise RequestError("chat_template_kwargs", f"'{name}' cannot be set by a request")
+        try:
+            text = self._outer.apply_chat_template(list(messages), tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RequestError("messages", f"the chat template refuses them: {reason}") from error
+        return self.encode(text, add_special_tokens=False)  # the template wrote them itself
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return self._inner.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """All tokens that end an answer: those of generation_config.json, config.json, tokenizer."""
+    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
+from autotp_serving.channel import PlanChannel
+from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
-from autotp_serving.devices import Device, open_device
+from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import check_heads, load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
-from autotp_serving.ranks import Control, join_collectives
+from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,9 @@ class Worker:
         lead: what the engine drives; on rank 0 only.
     """
 
-    control: Control
-    device: Device
     runner: ModelRunner
     lead: LeadRunner | None
+    channel: PlanChannel
     max_model_len: int
 
 
@@ -42,12 +43,16 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
 
     Raises:
-        ConfigError, CheckpointError, DeviceError: in one line, with the cure.
+        ConfigError: in one line, with the cure.
+        GroupFailure: another rank could not start.
     """
     model_config = read_model_config(config)
     check_heads(model_config, control.size)
     max_model_len = find_max_model_len(config, model_config)
-    device = open_device(config.device, control.local_rank)
+    try:
+        device = open_device(config.device, control.local_rank)
+    except DeviceError as error:
+        raise ConfigError(f"--device {config.device}: {error}") from error
     if device.kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         num_cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, num_cores // control.local_size))
@@ -57,8 +62,9 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
     runner = ModelRunner(model, cache)
-    lead = LeadRunner(runner, cache, control) if control.rank == 0 else None
-    return Worker(control, device, runner, lead, max_model_len)
+    channel = PlanChannel(control)
+    lead = LeadRunner(runner, cache, channel) if control.rank == 0 else None
+    return Worker(runner, lead, channel, max_model_len)
 
 
 def find_max_model_len(config: ServingConfig, model_config: object) -> int:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from autotp_serving.config import ConfigError
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be read; the message names the file and the cure."""
 
 

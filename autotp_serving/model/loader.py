@@ -7,8 +7,6 @@ straight to its device.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import logging
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from autotp_serving.collectives import quiet_deepspeed
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
@@ -129,17 +128,15 @@ def shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> N
 
     AutoTP gives the shards memory, on the host and untouched; it is given back here.
     """
-    import deepspeed
+    with quiet_deepspeed():
+        import deepspeed
 
-    with contextlib.redirect_stdout(io.StringIO()) as chatter:
         deepspeed.init_inference(
             model,
             tensor_parallel={"tp_size": num_ranks},
             dtype=dtype,
             keep_module_on_host=True,
         )
-    for line in chatter.getvalue().splitlines():
-        logger.debug("deepspeed: %s", line)
     model.to_empty(device="meta")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from autotp_serving.channel import PlanChannel
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.sampler import sample_tokens
 from autotp_serving.plan import SampleInput, StepPlan
-from autotp_serving.ranks import Control
 
 STOP_MESSAGE = b""
 
@@ -39,27 +39,27 @@ class ModelRunner:
             attention_context=AttentionContext.from_plan(plan, self._cache),
         ).logits[0]
 
-    def follow(self, control: Control) -> None:
+    def follow(self, channel: PlanChannel) -> None:
         """On ranks other than 0: obey plans until rank 0 says stop."""
-        while (message := control.receive()) != STOP_MESSAGE:
+        while (message := channel.receive()) != STOP_MESSAGE:
             self.run(StepPlan.from_bytes(message))
 
 
 class LeadRunner:
     """Rank 0's runner: tells the other ranks, runs with them, samples."""
 
-    def __init__(self, runner: ModelRunner, cache: KVCache, control: Control) -> None:
+    def __init__(self, runner: ModelRunner, cache: KVCache, channel: PlanChannel) -> None:
         self._runner = runner
-        self._control = control
+        self._channel = channel
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
 
     def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
         """Run one step on all ranks and choose a token for each of the plan's logit rows."""
-        self._control.send(plan.to_bytes())
+        self._channel.send(plan.to_bytes())
         logits = self._runner.run(plan)
         return sample_tokens(logits, samples) if samples else []
 
     def stop(self) -> None:
         """Let the other ranks go."""
-        self._control.send(STOP_MESSAGE)
+        self._channel.send(STOP_MESSAGE)

@@ -1,0 +1,116 @@
+"""The way of step plans from rank 0 to the others: one TCP connection per follower.
+
+Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling it with sleeps
+costs several percent of one, and a connection also tells at once that its peer has died. They work
+alike under every launcher. Messages are a 4-byte length and that many bytes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import socket
+import struct
+import time
+
+from autotp_serving.ranks import Control, own_host
+
+LENGTH = struct.Struct("!I")
+SECRET_LEN = 16
+CONNECT_SECONDS = 60.0
+SPIN_SECONDS = 0.01
+
+
+class PlanChannel:
+    """Carries messages from rank 0 to every other rank; all ranks open it together."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._followers: dict[int, socket.socket] = {}
+        self._lead: socket.socket | None = None
+        if control.size == 1:
+            return
+        listener = self._listen() if control.rank == 0 else None
+        secret = secrets.token_bytes(SECRET_LEN)
+        address = listener.getsockname() if listener is not None else None
+        (address, secret), *_ = control.all_gather((address, secret))
+        if listener is not None:
+            with listener:
+                self._accept_followers(listener, secret)
+        else:
+            self._lead = socket.create_connection(address, timeout=CONNECT_SECONDS)
+            self._lead.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._lead.sendall(secret + LENGTH.pack(control.rank))
+            self._lead.settimeout(None)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.create_server((own_host(self._control), 0))
+        listener.settimeout(CONNECT_SECONDS)
+        return listener
+
+    def _accept_followers(self, listener: socket.socket, secret: bytes) -> None:
+        """Take one connection per follower; whoever does not know the secret is turned away."""
+        while len(self._followers) < self._control.size - 1:
+            peer, _ = listener.accept()
+            peer.settimeout(CONNECT_SECONDS)
+            greeting = _read(peer, SECRET_LEN + LENGTH.size)
+            if not hmac.compare_digest(greeting[:SECRET_LEN], secret):
+                peer.close()
+                continue
+            peer.settimeout(None)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._followers[LENGTH.unpack(greeting[SECRET_LEN:])[0]] = peer
+
+    def send(self, message: bytes) -> None:
+        """On rank 0: hand a message to every other rank.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
+        framed = LENGTH.pack(len(message)) + message
+        for rank, follower in self._followers.items():
+            try:
+                follower.sendall(framed)
+            except OSError as error:
+                raise ConnectionError(f"rank {rank} has died ({error.strerror})") from error
+
+    def receive(self) -> bytes:
+        """On the other ranks: wait for the next message.
+
+        The next step usually comes within milliseconds, so the wait begins awake; then the
+        process sleeps in the kernel for as long as the server is idle.
+
+        Raises:
+            ConnectionError: rank 0 is gone.
+        """
+        assert self._lead is not None, "rank 0 does not receive"
+        header = b""
+        self._lead.setblocking(False)
+        deadline = time.monotonic() + SPIN_SECONDS
+        while not header and time.monotonic() < deadline:
+            try:
+                header = self._lead.recv(LENGTH.size)
+            except BlockingIOError:
+                os.sched_yield()
+            else:
+                if not header:
+                    raise ConnectionError("rank 0 has died")
+        self._lead.setblocking(True)
+        header += _read(self._lead, LENGTH.size - len(header))
+        return _read(self._lead, LENGTH.unpack(header)[0])
+
+
+def _read(connection: socket.socket, num_bytes: int) -> bytes:
+    """Read exactly that many bytes.
+
+    Raises:
+        ConnectionError: the peer closed the connection.
+    """
+    parts = bytearray()
+    while len(parts) < num_bytes:
+        part = connection.recv(num_bytes - len(parts))
+        if not part:
+            raise ConnectionError("the other rank has died")
+        parts += part
+    return bytes(parts)

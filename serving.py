@@ -1,0 +1,108 @@
+"""Start the server: `mpirun -np N python serving.py --repo-id-or-model-path FOLDER`. Every rank.
+
+Rank 0 schedules, samples and serves HTTP; the others run the step plans it sends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from autotp_serving.config import ConfigError, ServingConfig, parse_args
+from autotp_serving.logs import configure_logging
+from autotp_serving.ranks import Control, Failure, GroupFailure, LaunchError, join_control
+
+EXIT_CANNOT_START = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run this rank until the server stops. Returns the exit code: 2 when it could not start."""
+    try:
+        control = join_control(os.environ)
+    except LaunchError as error:
+        return report(str(error))
+    try:
+        return run_rank(control, argv)
+    except GroupFailure as error:
+        return report(str(error)) if control.rank == 0 else EXIT_CANNOT_START
+    except Exception:
+        # The other ranks may be waiting for this one inside a collective: none may stay behind.
+        logging.getLogger("autotp_serving").exception("rank %d failed", control.rank)
+        control.abort()
+        return 1
+
+
+def report(message: str) -> int:
+    """Say in one line why the server cannot start."""
+    print(f"serving.py: error: {message}", file=sys.stderr, flush=True)
+    return EXIT_CANNOT_START
+
+
+def run_rank(control: Control, argv: list[str] | None) -> int:
+    """Parse, load and serve or follow.
+
+    Raises:
+        GroupFailure: on every rank, when some rank cannot start.
+    """
+    try:
+        # --help is for one reader, not for one reader per rank.
+        silence = contextlib.redirect_stdout(io.StringIO()) if control.rank else None
+        with silence or contextlib.nullcontext():
+            config = parse_args(argv)
+        configure_logging()
+        if control.rank == 0:
+            return lead(config, control)
+        return follow(config, control)
+    except (ConfigError, LaunchError) as error:
+        control.all_gather(Failure(" ".join(str(error).split())))
+        raise
+
+
+def lead(config: ServingConfig, control: Control) -> int:
+    """Rank 0: load, then answer requests until told to stop."""
+    from autotp_serving.api.app import build_app
+    from autotp_serving.api.server import reserve_port, serve
+    from autotp_serving.api.streams import AsyncEngine
+    from autotp_serving.engine import Engine
+    from autotp_serving.tokenizer import HuggingFaceTokenizer
+    from autotp_serving.worker import start_worker
+
+    sock = reserve_port(config.host, config.port)
+    worker = start_worker(config, control)
+    tokenizer = HuggingFaceTokenizer(
+        Path(config.model_path), trust_remote_code=config.trust_remote_code
+    )
+    engine = AsyncEngine(
+        lambda deliver: Engine(worker.lead, tokenizer, config, worker.max_model_len, deliver)
+    )
+    control.all_gather("ready")
+    engine.engine.start()
+    exit_code = serve(
+        build_app(engine, tokenizer, config, worker.max_model_len), engine, config, sock
+    )
+    if exit_code:
+        control.abort()
+    engine.engine.shutdown()
+    worker.lead.stop()
+    return exit_code
+
+
+def follow(config: ServingConfig, control: Control) -> int:
+    """Other ranks: load, then obey rank 0, which alone decides when to stop."""
+    from autotp_serving.worker import start_worker
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker = start_worker(config, control)
+    control.all_gather("ready")
+    worker.runner.follow(worker.channel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
