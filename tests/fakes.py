@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from autotp_serving.plan import SampleInput, StepPlan
 
@@ -22,10 +23,20 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.eos_token_ids = frozenset({self.EOS})
+        self.vocab_size = 257
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
         return list(text.encode("utf-8"))
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> list[int]:
+        """A line "role: content" for each message, and the beginning of the answer's."""
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        if options.get("add_generation_prompt"):
+            lines.append("assistant: ")
+        return self.encode("".join(lines))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the bytes; the end token has none, incomplete bytes appear as U+FFFD."""
