@@ -1,3 +1,21 @@
 """AutoTP Serving: an LLM server over several Intel GPUs, Intel CPUs or CUDA cards."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the two public names when they are asked for: rank 0's API needs no torch."""
+    if name == "LLM":
+        from autotp_serving.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from autotp_serving.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""Sharding proved by equality: the same tokens at 1, 2, 3 and 4 ranks as from transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.model.checkpoints import save_tiny_llama
+
+PROGRAM = Path(__file__).with_name("generate_program.py")
+ROOT = PROGRAM.parents[2]
+
+pytestmark = pytest.mark.ranks
+
+
+def make_prompts(vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 1 to 700 tokens, pairs of them sharing a beginning, and their answer lengths."""
+    draw = random.Random(7)
+    lens = [1, 2, 15, 16, 17, 33, 64, 100, 250, 700]
+    prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lens]
+    prompts.append(prompts[-1][:640] + [draw.randrange(vocab_size) for _ in range(30)])
+    return prompts, [draw.randint(4, 40) for _ in prompts]
+
+
+def generate(num_ranks: int, model_path: Path, job: dict, folder: Path) -> list[list[int]]:
+    """Run the job under mpirun and read the tokens back."""
+    in_path, out_path = folder / "in.json", folder / f"out{num_ranks}.json"
+    in_path.write_text(json.dumps(job))
+    command = [sys.executable, str(PROGRAM), str(model_path), str(in_path), str(out_path)]
+    mpirun = Path(sys.executable).with_name("mpirun")
+    subprocess.run(
+        [str(mpirun), "-np", str(num_ranks), *command],
+        check=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    return json.loads(out_path.read_text())
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(model_path: Path) -> list[list[int]]:
+    """Greedy tokens of the whole model in float32, by transformers' own generate."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    prompts, lens = make_prompts(256)
+    answers = []
+    for prompt, length in zip(prompts, lens, strict=True):
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_tokens_equal_those_of_transformers(
+    num_ranks: int, model_path: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """In float32 there is no rounding to excuse a difference: chunks of 96, small pool, reuse."""
+    prompts, lens = make_prompts(256)
+    settings = {
+        "dtype": "float32",
+        "max_num_batched_tokens": 96,
+        "max_num_seqs": 4,
+        "max_model_len": 768,
+        "kv_cache_memory": 100 * 2**20,
+    }
+    job = {"prompts": prompts, "max_tokens": lens, "settings": settings}
+    assert generate(num_ranks, model_path, job, tmp_path) == expected
