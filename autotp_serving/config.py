@@ -41,6 +41,9 @@ class ServingConfig:
     model_path: str = setting(
         "", "folder of a Hugging Face checkpoint", flags=("--repo-id-or-model-path", "--model")
     )
+    served_model_name: tuple[str, ...] = setting(
+        (), "names under which /v1 serves the model; default: its folder's", parse=str, nargs="+"
+    )
     low_bit: str = setting("bf16", "weight format", flags=("--low-bit",))
     dtype: str = setting(
         "auto",
@@ -108,6 +111,12 @@ class ServingConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each sequence runs a token a step"
             )
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that clients may call the model by, the preferred one first."""
+        folder = self.model_path.rstrip("/").rpartition("/")[2]
+        return tuple(self.served_model_name) or tuple(dict.fromkeys((folder, self.model_path)))
 
 
 class _Parser(argparse.ArgumentParser):

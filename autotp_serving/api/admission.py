@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
-from autotp_serving.request import Request, SamplingParams
+from autotp_serving.request import Request, RequestError, SamplingParams
 from autotp_serving.tokenizer import Tokenizer
 
 MAX_INLINE_CHARS = 4096
@@ -19,40 +22,88 @@ class Admission:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
 
-    async def encode(self, text: str) -> list[int]:
-        """Tokenize without holding up the event loop."""
-        if len(text) <= MAX_INLINE_CHARS:  # about a millisecond: cheaper than changing threads
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+    async def encode(
+        self, prompt: str | list[int], *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokenize a prompt without holding up the event loop; check one that is tokens already.
+
+        Raises:
+            RequestError: naming `prompt`, when a token is not in the vocabulary.
+        """
+        if not isinstance(prompt, str):
+            self.check_tokens(prompt, "prompt")
+            return prompt
+        encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens)
+        return await _run(encode, len(prompt))
+
+    async def encode_chat(
+        self, messages: list[dict[str, str]], options: dict[str, Any]
+    ) -> list[int]:
+        """Tokenize a conversation by the model's chat template.
+
+        Raises:
+            RequestError: when there is no template, or it refuses the messages.
+        """
+        size = sum(len(message["content"]) for message in messages)
+        return await _run(partial(self.tokenizer.apply_chat_template, messages, options), size)
+
+    def check_tokens(self, token_ids: list[int], field_name: str) -> None:
+        """Refuse tokens that the model does not have."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self.tokenizer.vocab_size:
+                last = self.tokenizer.vocab_size - 1
+                raise RequestError(field_name, f"token {token_id} is not from 0 to {last}")
+
+    def room(self, prompt_token_ids: list[int]) -> int:
+        """Tokens that the model has left for an answer; may be negative."""
+        return self.max_model_len - len(prompt_token_ids)
 
     def admit(
         self,
         prompt_token_ids: list[int],
-        params: SamplingParams,
+        choices: Sequence[SamplingParams],
         record: RequestRecord,
         *,
-        choice: int = 0,
-        length_field: str,
-    ) -> Request:
-        """Make the engine's request. `length_field` is the client's word for max_tokens.
+        first_choice: int = 0,
+        prompt_field: str = "prompt",
+        length_field: str = "max_tokens",
+    ) -> list[Request]:
+        """Make the engine's requests, one for each answer wanted to one prompt.
+
+        Args:
+            choices: how to sample each answer.
+            record: of the HTTP request; its usage counts the prompt once.
+            first_choice: number of the first answer among all of this HTTP request.
+            prompt_field: the client's word for the prompt.
+            length_field: the client's word for max_tokens.
 
         Raises:
             ApiError: 400 when prompt and answer together exceed the model's length.
             RequestError: when the prompt has no tokens.
         """
         num_prompt_tokens = len(prompt_token_ids)
-        total = num_prompt_tokens + params.max_tokens
+        max_tokens = choices[0].max_tokens
+        total = num_prompt_tokens + max_tokens
         if total > self.max_model_len:
+            param = prompt_field if num_prompt_tokens >= self.max_model_len else length_field
             raise ApiError(
                 400,
-                f"prompt: {num_prompt_tokens} tokens and {length_field} {params.max_tokens} make "
-                f"{total}, over the limit of {self.max_model_len} (--max-model-len)",
-                param="prompt" if num_prompt_tokens >= self.max_model_len else length_field,
+                f"{param}: {num_prompt_tokens} tokens of prompt and {length_field} {max_tokens} "
+                f"make {total}, over the limit of {self.max_model_len} (--max-model-len)",
+                param=param,
                 code="context_length_exceeded",
             )
-        return Request(
-            request_id=f"{record.request_id}-{choice}",
-            prompt_token_ids=tuple(prompt_token_ids),
-            params=params,
-            arrival_time=record.arrival_time,
-        )
+        if not prompt_token_ids:
+            raise RequestError(prompt_field, "must not be empty")
+        record.usage.num_prompt_tokens += num_prompt_tokens
+        prompt = tuple(prompt_token_ids)
+        return [
+            Request(f"{record.request_id}-{number}", prompt, params, record.arrival_time)
+            for number, params in enumerate(choices, first_choice)
+        ]
+
+
+async def _run(tokenize: Callable[[], list[int]], num_chars: int) -> list[int]:
+    if num_chars <= MAX_INLINE_CHARS:  # a millisecond or two: cheaper than changing threads
+        return tokenize()
+    return await asyncio.to_thread(tokenize)

@@ -14,7 +14,9 @@ from autotp_serving.api.errors import install_error_handlers
 from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
 from autotp_serving.api.native import native_routes
+from autotp_serving.api.openai_routes import ModelNames, openai_routes
 from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.api.tokens import token_routes
 from autotp_serving.config import ServingConfig
 from autotp_serving.tokenizer import Tokenizer
 
@@ -35,6 +37,9 @@ def build_app(
     install_error_handlers(app)
     app.add_middleware(RequestGuard, max_body_size=config.max_body_size)
     admission = Admission(tokenizer, max_model_len)
+    names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
+    app.include_router(openai_routes(engine, admission, names))
+    app.include_router(token_routes(admission, names))
     app.include_router(health_routes(engine))
     return app

@@ -77,7 +77,10 @@ def describe_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple
             position = error["loc"][-1]
             return f"the body is not JSON: {error['ctx']['error']} at character {position}", None
         param = _field_path(error["loc"][1:], body, is_missing=kind == "missing")
-        if kind == "string_unicode":
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, RequestError):  # a check over several fields names the one at fault
+            param, problem = cause.field_name, str(cause)
+        elif kind == "string_unicode":
             problem = LONE_SURROGATE
         elif not param:
             problem = "must be a JSON object"

@@ -22,10 +22,10 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     """Both routes, each under both spellings of its path; neither redirects."""
     router = APIRouter(tags=["native"], redirect_slashes=False)
 
-    async def admit(body: GenerateRequest, request: Request) -> EngineRequest:
+    async def admit(body: GenerateRequest, request: Request) -> list[EngineRequest]:
         return admission.admit(
             await admission.encode(body.prompt),
-            body.sampling_params(),
+            [body.sampling_params()],
             request.state.record,
             length_field="n_predict",
         )
@@ -35,8 +35,8 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and answer once, when the text is complete."""
         text = []
-        with engine.open([await admit(body, request)]) as stream:
-            request.state.record.usage = stream.usage
+        usage = request.state.record.usage
+        with engine.open(await admit(body, request), usage) as stream:
             async for outputs in stream:
                 text.extend(output.text for output in outputs)
                 last = outputs[-1]
@@ -50,7 +50,7 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
         """Continue a prompt and answer in lines: a JSON object per token, then a last one."""
         return TokenStreamResponse(
             engine,
-            [await admit(body, request)],
+            await admit(body, request),
             LineWriter(),
             media_type="application/x-ndjson",
         )

@@ -40,8 +40,7 @@ class TokenStreamResponse(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._engine.open(self._requests) as stream:
-            scope["state"]["record"].usage = stream.usage
+        with self._engine.open(self._requests, scope["state"]["record"].usage) as stream:
             await send(
                 {
                     "type": "http.response.start",

@@ -15,7 +15,8 @@ from autotp_serving.request import SamplingParams
 MAX_STOP_STRINGS = 64
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
+    """Refuse text that no encoding can carry."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -24,7 +25,7 @@ def _check_unicode(text: str) -> str:
 
 
 # Every string of a body: pydantic alone lets lone surrogates through in some places.
-Text = Annotated[str, AfterValidator(_check_unicode)]
+Text = Annotated[str, AfterValidator(check_unicode)]
 
 
 class StrictModel(BaseModel):

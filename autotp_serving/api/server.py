@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import errno
 import logging
 import socket
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.config import LOGGING_CONFIG
 
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
@@ -61,7 +58,6 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         app,
         host=config.host,
         port=sock.getsockname()[1],
-        log_config=_log_config(),
         access_log=False,  # the guard writes its own line, with tokens and request id
         server_header=False,
         lifespan="on",
@@ -126,14 +122,3 @@ class _Server(uvicorn.Server):
             )
         await self._engine.drain(self._drain_seconds)
         self.should_exit = True
-
-
-def _log_config() -> dict[str, Any]:
-    """uvicorn's logging with our own loggers in the same format."""
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    log_config["loggers"]["autotp_serving"] = {
-        "handlers": ["default"],
-        "level": "INFO",
-        "propagate": False,
-    }
-    return log_config

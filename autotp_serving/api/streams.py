@@ -46,19 +46,21 @@ class TokenStream:
     pieces rather than a growing backlog. It ends after the last request's last output.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, requests: Sequence[Request], usage: Usage
+    ) -> None:
         self.unfinished = {request.request_id for request in requests}
-        self.usage = Usage(sum(len(request.prompt_token_ids) for request in requests))
+        self._usage = usage
         self._loop = loop
         self._pending: list[RequestOutput] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, output: RequestOutput) -> None:
         """Add an output; called on the event loop."""
-        self.usage.num_output_tokens += len(output.token_ids)
+        self._usage.num_output_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self.unfinished.discard(output.request_id)
-            self.usage.num_cached_tokens += output.num_cached_tokens
+            self._usage.num_cached_tokens += output.num_cached_tokens
         self._pending.append(output)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -102,8 +104,10 @@ class AsyncEngine:
         return len(self._streams)
 
     @contextmanager
-    def open(self, requests: Sequence[Request]) -> Iterator[TokenStream]:
+    def open(self, requests: Sequence[Request], usage: Usage) -> Iterator[TokenStream]:
         """Submit requests and stream their outputs; leaving the block early aborts them.
+
+        What they generate is added to `usage` as it comes.
 
         The one release path: finished, failed, cancelled or left by its client, a request is
         forgotten here and, where it still runs, aborted in the engine.
@@ -113,7 +117,7 @@ class AsyncEngine:
         """
         self._check_open()
         assert self._loop is not None, "bind() comes first"
-        stream = TokenStream(self._loop, requests)
+        stream = TokenStream(self._loop, requests, usage)
         for request in requests:
             self._streams[request.request_id] = stream
         self._idle.clear()

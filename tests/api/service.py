@@ -20,11 +20,14 @@ from autotp_serving.api.server import reserve_port, serve
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.engine.engine import Engine
+from autotp_serving.logs import configure_logging
 from tests.fakes import ByteTokenizer, FakeRunner, answers
 
 MAX_MODEL_LEN = 512
 BOOK = {
     "What is AI?": "a branch of computer science",
+    "user: What is AI?\nassistant: ": "A branch of computer science.",
+    "system: Be brief.\nuser: What is AI?\nuser: now\nassistant: ": "Science.",
     "emoji": "ab\N{GRINNING FACE}c\N{EARTH GLOBE EUROPE-AFRICA}",
     "lines": "one\ntwo\u2028three",
 }
@@ -86,6 +89,7 @@ async def client(**options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Servi
 def main() -> int:
     """Serve until a signal comes."""
     options = json.loads(sys.argv[1])
+    configure_logging()
     try:
         sock = reserve_port("127.0.0.1", options.get("config", {}).get("port", 0))
     except ConfigError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autotp_serving.api.errors import ApiError
-from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.api.streams import AsyncEngine, Usage
 from autotp_serving.engine import EngineError, QueueFullError
 from autotp_serving.request import Request, RequestOutput, SamplingParams
 
@@ -61,7 +61,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 def test_outputs_arrive_in_order_and_the_stream_ends() -> None:
     async def go() -> None:
         engine, noting = bridge()
-        with engine.open(requests("a", "b")) as stream:
+        usage = Usage(num_prompt_tokens=2)
+        with engine.open(requests("a", "b"), usage) as stream:
             from_thread(
                 engine,
                 [output("a", "1"), output("b", "2")],
@@ -70,7 +71,7 @@ def test_outputs_arrive_in_order_and_the_stream_ends() -> None:
             )
             texts = [out.text async for outputs in stream for out in outputs]
         assert texts == ["1", "2", "3", "4"]
-        assert (stream.usage.num_prompt_tokens, stream.usage.num_output_tokens) == (4, 4)
+        assert usage == Usage(num_prompt_tokens=2, num_output_tokens=4)
         assert noting.aborted == [] and engine.num_open == 0
 
     run(go())
@@ -84,7 +85,7 @@ def test_one_hop_per_step_whatever_its_size() -> None:
         hop = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: (hops.append(args), hop(*args))
         names = [f"r{i}" for i in range(50)]
-        with engine.open(requests(*names)) as stream:
+        with engine.open(requests(*names), Usage()) as stream:
             from_thread(engine, [output(name, "x", "stop") for name in names])
             assert sum([len(outputs) async for outputs in stream]) == 50
         assert len(hops) == 1
@@ -95,7 +96,7 @@ def test_one_hop_per_step_whatever_its_size() -> None:
 def test_a_slow_reader_gets_what_has_piled_up_in_one_piece() -> None:
     async def go() -> None:
         engine, _ = bridge()
-        with engine.open(requests("a")) as stream:
+        with engine.open(requests("a"), Usage()) as stream:
             from_thread(engine, *([output("a", "x")] for _ in range(10)))
             await asyncio.sleep(0.01)
             assert len(await anext(stream)) == 10
@@ -111,7 +112,7 @@ def test_cancelling_the_reader_aborts(num_read: int) -> None:
         engine, noting = bridge()
 
         async def read() -> None:
-            with engine.open(requests("a", "b")) as stream:
+            with engine.open(requests("a", "b"), Usage()) as stream:
                 async for _ in stream:
                     pass
 
@@ -134,7 +135,7 @@ def test_cancelling_the_reader_aborts(num_read: int) -> None:
 def test_an_error_in_the_reader_aborts() -> None:
     async def go() -> None:
         engine, noting = bridge()
-        with pytest.raises(LookupError), engine.open(requests("a")):
+        with pytest.raises(LookupError), engine.open(requests("a"), Usage()):
             raise LookupError
         assert noting.aborted == ["a"]
 
@@ -144,7 +145,7 @@ def test_an_error_in_the_reader_aborts() -> None:
 def test_a_full_queue_takes_none_of_several() -> None:
     async def go() -> None:
         engine, noting = bridge(room=2)
-        with pytest.raises(ApiError) as caught, engine.open(requests("a", "b", "c")):
+        with pytest.raises(ApiError) as caught, engine.open(requests("a", "b", "c"), Usage()):
             raise AssertionError("must not open")
         assert caught.value.status == 503 and int(caught.value.headers["Retry-After"]) >= 1
         assert {"a", "b"} <= set(noting.aborted) and engine.num_open == 0
@@ -159,7 +160,7 @@ def test_retry_after_follows_the_measured_rate(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("autotp_serving.api.streams.time.monotonic", lambda: now[0])
         assert engine.seconds_until_room() == 1
         names = [f"r{i}" for i in range(10)]
-        with engine.open(requests(*names)) as stream:
+        with engine.open(requests(*names), Usage()) as stream:
             for name in names:
                 now[0] += 8.0
                 engine._dispatch([output(name, "x", "stop")])
@@ -175,7 +176,7 @@ def test_a_stopped_or_failed_engine_is_503() -> None:
     async def go() -> None:
         engine, noting = bridge()
         noting.failure = "the engine failed: rank 1 is gone"
-        with pytest.raises(ApiError, match="rank 1 is gone"), engine.open(requests("a")):
+        with pytest.raises(ApiError, match="rank 1 is gone"), engine.open(requests("a"), Usage()):
             raise AssertionError("must not open")
         noting.failure = None
 
@@ -183,7 +184,7 @@ def test_a_stopped_or_failed_engine_is_503() -> None:
             raise EngineError("the server is shutting down")
 
         noting.submit = refuse
-        with pytest.raises(ApiError, match="shutting down"), engine.open(requests("a")):
+        with pytest.raises(ApiError, match="shutting down"), engine.open(requests("a"), Usage()):
             raise AssertionError("must not open")
         assert engine.num_open == 0
 
@@ -195,7 +196,7 @@ def test_drain_waits_then_ends_the_rest() -> None:
         engine, noting = bridge()
         await engine.drain(0.0)
         engine.is_draining = False
-        with engine.open(requests("a", "b")) as stream:
+        with engine.open(requests("a", "b"), Usage()) as stream:
             task = asyncio.create_task(engine.drain(0.05))
             from_thread(engine, [output("a", "x", "stop")])
             outputs = [out async for outputs in stream for out in outputs]

@@ -1,0 +1,138 @@
+"""/v1/completions, /v1/chat/completions and /v1/models, as OpenAI's clients know them. Rank 0."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from autotp_serving import __version__
+from autotp_serving.api.admission import Admission
+from autotp_serving.api.errors import ApiError
+from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from autotp_serving.api.openai_writers import ChatWriter, ChoiceWriter, CompletionWriter
+from autotp_serving.api.responses import TokenStreamResponse
+from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.config import ServingConfig
+from autotp_serving.request import Request as EngineRequest
+
+
+class ModelNames:
+    """The names under which the one model is served."""
+
+    def __init__(self, config: ServingConfig, max_model_len: int) -> None:
+        self.names = config.model_names
+        self._max_model_len = max_model_len
+        self._created = int(time.time())
+        setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
+        self.fingerprint = f"fp_{hashlib.sha256(setup.encode()).hexdigest()[:12]}"
+
+    def check(self, name: str | None) -> str:
+        """The name to answer with. Raises ApiError 404 for a name that is not served."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"model: '{name}' is not served here; served: {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What /v1/models tells of a name."""
+        return {
+            "id": self.check(name),
+            "object": "model",
+            "created": self._created,
+            "owned_by": "autotp-serving",
+            "max_model_len": self._max_model_len,
+        }
+
+    def head(self, body: OpenAIRequest, request_id: str, prefix: str) -> dict[str, Any]:
+        """Fields that start every reply."""
+        return {
+            "id": request_id.replace("req-", prefix),
+            "created": int(time.time()),
+            "model": self.check(body.model),
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) -> APIRouter:
+    """The routes under /v1."""
+    router = APIRouter(prefix="/v1", tags=["openai"], redirect_slashes=False)
+
+    async def answer(
+        body: OpenAIRequest, request: Request, requests: list[EngineRequest], writer: ChoiceWriter
+    ) -> Response:
+        if body.stream:
+            return TokenStreamResponse(
+                engine, requests, writer.events, tail=writer.end, media_type="text/event-stream"
+            )
+        with engine.open(requests, request.state.record.usage) as stream:
+            async for outputs in stream:
+                writer.collect(outputs)
+        return JSONResponse(writer.reply())
+
+    @router.post("/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        record = request.state.record
+        head = names.head(body, record.request_id, "cmpl-")
+        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
+        requests: list[EngineRequest] = []
+        echoes: list[str] = []
+        for prompt in body.prompt:
+            token_ids = await admission.encode(prompt)
+            max_tokens = body.max_new_tokens(admission.room(token_ids))
+            requests += admission.admit(
+                token_ids,
+                [body.sampling_params(max_tokens, choice) for choice in range(body.num_choices)],
+                record,
+                first_choice=len(requests),
+            )
+            echo = prompt_text(prompt) if body.echo else ""
+            echoes += [echo] * body.num_choices
+        writer = CompletionWriter(head, requests, record.usage, body.include_usage, echoes=echoes)
+        return await answer(body, request, requests, writer)
+
+    def prompt_text(prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else admission.tokenizer.decode(prompt)
+
+    @router.post("/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer the last message of a conversation."""
+        record = request.state.record
+        head = names.head(body, record.request_id, "chatcmpl-")
+        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
+        token_ids = await admission.encode_chat(
+            [message.for_template() for message in body.messages], body.template_options()
+        )
+        max_tokens = body.max_new_tokens(admission.room(token_ids))
+        requests = admission.admit(
+            token_ids,
+            [body.sampling_params(max_tokens, choice) for choice in range(body.num_choices)],
+            record,
+            prompt_field="messages",
+            length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
+        )
+        writer = ChatWriter(head, requests, record.usage, body.include_usage)
+        return await answer(body, request, requests, writer)
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """The names under which the model is served."""
+        return {"object": "list", "data": [names.card(name) for name in names.names]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of these names."""
+        return names.card(name)
+
+    return router

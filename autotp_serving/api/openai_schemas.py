@@ -1,0 +1,253 @@
+"""Request bodies of the OpenAI routes: every field is honoured or refused by name. Rank 0 only.
+
+A field typed with `only(...)` is known but not honoured: it may hold the values that ask for
+nothing, and any other value is answered 400. Null always means the default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+from autotp_serving.api.schemas import (
+    MAX_STOP_STRINGS,
+    StrictModel,
+    Text,
+    as_tuple,
+    check_unicode,
+)
+from autotp_serving.request import RequestError, SamplingParams
+
+MAX_CHOICES = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+Prompt = str | list[int]
+
+
+def only(*values: Any) -> Any:
+    """The type of a field that is not supported yet: null or one of `values`."""
+    allowed = (None, *values)
+
+    def check(value: Any) -> Any:
+        for one in allowed:
+            # Booleans equal numbers in Python, not in JSON.
+            if isinstance(value, bool) == isinstance(one, bool) and value == one:
+                return value
+        raise ValueError("is not supported yet: leave it out")
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
+
+
+def _parse_prompts(value: Any) -> list[Prompt]:
+    """All prompts of a completion: text, a list of texts, token ids, or a list of such lists."""
+    if isinstance(value, str) or _is_list_of(int, value):
+        value = [value]
+    if not _is_list_of(str, value) and not (
+        _is_list_of(list, value) and all(_is_list_of(int, part) for part in value)
+    ):
+        raise ValueError("must be text, a list of texts, token ids, or a list of token id lists")
+    if not all(value):
+        raise ValueError("must not be empty")
+    for prompt in value:
+        if isinstance(prompt, str):
+            check_unicode(prompt)
+    return value
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is kind for part in value)
+
+
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(
+        _parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+
+
+class StreamOptions(StrictModel):
+    """What a stream tells beside its text."""
+
+    include_usage: bool | None = Field(None, description="end with a chunk that holds the usage")
+    include_obfuscation: only(False) = None
+    continuous_usage_stats: only(False) = None
+
+
+class ResponseFormat(StrictModel):
+    """The form of the answer."""
+
+    type: Literal["text"]
+
+
+class OpenAIRequest(StrictModel):
+    """What both OpenAI routes take."""
+
+    model: Text | None = Field(None, description="a name from /v1/models; default: the first")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers per prompt; default 1")
+    stream: bool | None = Field(None, description="answer in server-sent events")
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0.0, le=100.0, description="default 1; 0 is greedy")
+    top_p: float | None = Field(None, gt=0.0, le=1.0, description="default 1")
+    top_k: int | None = Field(None, ge=-1, description="default 0: all; -1 means the same")
+    seed: int | None = Field(None, description="same seed and prompt, same text")
+    stop: Text | list[Text] | None = Field(
+        None, max_length=MAX_STOP_STRINGS, description="text at which to end; not returned"
+    )
+    stop_token_ids: list[int] | None = Field(
+        None, max_length=MAX_STOP_STRINGS, description="tokens at which to end"
+    )
+    ignore_eos: bool | None = Field(None, description="go on past the model's end token")
+    max_tokens: int | None = Field(None, ge=1, description="most tokens to generate")
+
+    # Labels for the caller's own books; they ask nothing of the answer.
+    user: Text | None = None
+
+    min_p: only(0) = None
+    min_tokens: only(0) = None
+    frequency_penalty: only(0) = None
+    presence_penalty: only(0) = None
+    repetition_penalty: only(1) = None
+    logit_bias: only({}) = None
+    use_beam_search: only(False) = None
+    skip_special_tokens: only(True) = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> OpenAIRequest:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options", "is only allowed with stream: true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """True when a stream must end with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
+        """The same in the engine's words, for one of the answers to a prompt."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            # Each answer draws its own numbers, the same ones at each call.
+            seed=None if self.seed is None else self.seed + choice,
+            stop=as_tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of /v1/completions."""
+
+    prompt: Prompts
+    echo: bool | None = Field(None, description="put the prompt before the answer")
+    best_of: int | None = Field(None, description="only the value of n")
+    logprobs: only() = None
+    suffix: only("") = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise RequestError("best_of", f"other than n ({self.num_choices}) is not supported yet")
+        return self
+
+    def max_new_tokens(self, room: int) -> int:
+        """Most tokens to generate; `room` is what the model has left for them."""
+        return self.max_tokens or max(1, min(room, DEFAULT_COMPLETION_TOKENS))
+
+
+class TextPart(StrictModel):
+    """A piece of a message's content; images and audio are refused."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(StrictModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    # Clients send an answer back as they got it, with its empty fields.
+    refusal: only() = None
+    annotations: only([]) = None
+    audio: only() = None
+    function_call: only() = None
+    tool_calls: only([]) = None
+    reasoning_content: only() = None
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        # "developer" is OpenAI's newer word for "system"; no template knows it.
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": content}
+        return message | {"name": self.name} if self.name else message
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = Field(None, description="default true")
+    continue_final_message: bool | None = Field(None, description="default false")
+    chat_template_kwargs: dict[Text, Any] | None = Field(
+        None, description="variables of the model's chat template"
+    )
+
+    metadata: dict[Text, Text] | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+
+    logprobs: only(False) = None
+    top_logprobs: only(0) = None
+    tools: only([]) = None
+    tool_choice: only("none", "auto") = None
+    parallel_tool_calls: only(True, False) = None
+    functions: only([]) = None
+    function_call: only("none", "auto") = None
+    modalities: only(["text"]) = None
+    audio: only() = None
+    prediction: only() = None
+    web_search_options: only() = None
+    moderation: only() = None
+    reasoning_effort: only() = None
+    verbosity: only("medium") = None
+    store: only(False) = None
+    service_tier: only("auto", "default") = None
+    prompt_cache_options: only() = None
+    prompt_cache_retention: only("in_memory") = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> ChatRequest:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestError("max_tokens", "and max_completion_tokens differ: send one")
+        return self
+
+    def max_new_tokens(self, room: int) -> int:
+        """Most tokens to generate; `room` is what the model has left for them."""
+        return self.max_completion_tokens or self.max_tokens or max(1, room)
+
+    def template_options(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        return {
+            **(self.chat_template_kwargs or {}),
+            "add_generation_prompt": self.add_generation_prompt is not False
+            and not self.continue_final_message,
+            "continue_final_message": bool(self.continue_final_message),
+        }

@@ -1,0 +1,300 @@
+"""The OpenAI routes in process: no silent field, exact events, refusals, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, get_type_hints
+
+import httpx
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest
+from tests.api.service import MAX_MODEL_LEN, client
+
+COMPLETION = {"prompt": "What is AI?", "temperature": 0}
+CHAT = {"messages": [{"role": "user", "content": "What is AI?"}], "temperature": 0}
+ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+
+
+def post_all(requests: list[tuple[str, Any]], **options: Any) -> list[httpx.Response]:
+    """Several requests to one fresh service, one after another."""
+
+    async def go() -> list[httpx.Response]:
+        async with client(**options) as (http, _):
+            return [await http.post(path, json=body) for path, body in requests]
+
+    return asyncio.run(go())
+
+
+def post(path: str, body: Any, **options: Any) -> httpx.Response:
+    return post_all([(path, body)], **options)[0]
+
+
+def refused_fields(model: Any) -> dict[str, list[Any]]:
+    """Fields that are known but not honoured, and the values that ask for nothing."""
+    properties = model.model_json_schema()["properties"]
+    return {
+        name: schema["enum"]
+        for name, schema in properties.items()
+        if None in schema.get("enum", ())
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        (CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+        (ChatRequest, chat_create_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_field_of_openai_is_known(model: Any, params: Any) -> None:
+    theirs = set(get_type_hints(params)) | {"stream"}
+    assert theirs <= set(model.model_fields), theirs - set(model.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)],
+)
+def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
+    """What is not honoured is answered 400 by name, unless it asks for nothing."""
+    base = ROUTES[path]
+    fields = refused_fields(model)
+    assert "presence_penalty" in fields and "temperature" not in fields
+    refused = [(name, value) for name in fields for value in ("x", 0.5, True, ["x"], {"x": 1})]
+    refused = [(name, value) for name, value in refused if value not in fields[name]]
+    replies = post_all([(path, base | {name: value}) for name, value in refused])
+    for (name, _), reply in zip(refused, replies, strict=True):
+        assert reply.status_code == 400, name
+        assert reply.json()["error"]["param"] == name
+        assert "not supported yet" in reply.json()["error"]["message"]
+    neutral = {name: values[-1] for name, values in fields.items()}
+    nulls = {name: None for name in model.model_fields if name not in base}
+    for reply in post_all([(path, base | neutral), (path, base | nulls)]):
+        assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"unknown": 1}, "unknown", "not a field"),
+        ({"temperature": -1}, "temperature", "greater"),
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater"),
+        ({"n": 0}, "n", "1"),
+        ({"n": 1000}, "n", "128"),
+        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_tokens": 1.0}, "max_tokens", "integer"),
+        ({"max_tokens": MAX_MODEL_LEN}, "max_tokens", str(MAX_MODEL_LEN)),
+        ({"stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids.0", "integer"),
+        ({"stop": ""}, "stop", "empty"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
+        ({"seed": 2**64}, "seed", "64 bits"),
+        ({"logit_bias": {"5": 10}}, "logit_bias", "not supported"),
+    ],
+)
+def test_refusals_name_the_field(path: str, change: dict[str, Any], param: str, words: str) -> None:
+    reply = post(path, ROUTES[path] | change)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["param"] == param and words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (None, "must be text"),
+        ("", "empty"),
+        ([], "must be text"),
+        ([""], "empty"),
+        ([[]], "must be text"),
+        (["a", 1], "must be text"),
+        ([1, "a"], "must be text"),
+        ([[1], "a"], "must be text"),
+        ([1.5], "must be text"),
+        ([True], "must be text"),
+        (5, "must be text"),
+        ({"a": 1}, "must be text"),
+        ([257], "not from 0 to 256"),
+        ([-1], "not from 0 to 256"),
+        ([[1], [10**30]], "not from 0 to 256"),
+        (["a" * (MAX_MODEL_LEN + 1)], "over the limit"),
+        (["\ud800"], "surrogate"),
+    ],
+)
+def test_refused_prompts(prompt: Any, words: str) -> None:
+    body = json.dumps({"prompt": prompt}).encode("ascii")
+
+    async def go() -> httpx.Response:
+        async with client() as (http, _):
+            return await http.post("/v1/completions", content=body)
+
+    reply = asyncio.run(go())
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == "prompt"
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hi", "messages"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"content": "x"}], "messages.0.role"),
+        ([{"role": "king", "content": "x"}], "messages.0.role"),
+        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([{"role": "user", "content": None}], "messages.0.content"),
+        ([{"role": "user", "content": "x", "weight": 1}], "messages.0.weight"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+    ],
+)
+def test_refused_messages(messages: Any, param: str) -> None:
+    reply = post("/v1/chat/completions", {"messages": messages})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+
+
+def test_length_of_both_names() -> None:
+    both = CHAT | {"max_tokens": 5, "max_completion_tokens": 6}
+    reply = post("/v1/chat/completions", both)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "max_tokens"
+    assert post("/v1/chat/completions", both | {"max_tokens": 6}).json()["usage"] == {
+        "prompt_tokens": 29,
+        "completion_tokens": 6,
+        "total_tokens": 35,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    # Without a length a chat may fill the model, a completion makes 16 or what is left.
+    chat = post("/v1/chat/completions", CHAT | {"ignore_eos": True}).json()
+    assert chat["usage"]["total_tokens"] == MAX_MODEL_LEN
+    completion = post("/v1/completions", {"prompt": "x" * (MAX_MODEL_LEN - 3)}).json()
+    assert completion["usage"]["completion_tokens"] == 3
+
+
+def test_best_of_is_only_n() -> None:
+    assert post("/v1/completions", COMPLETION | {"n": 2, "best_of": 2}).status_code == 200
+    reply = post("/v1/completions", COMPLETION | {"best_of": 2})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "best_of"
+
+
+def test_events_to_the_letter() -> None:
+    reply = post("/v1/completions", COMPLETION | {"stream": True, "max_tokens": 2})
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    events = reply.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    first, second = (json.loads(event.removeprefix("data: ")) for event in events[:2])
+    assert first.pop("id") == second.pop("id")
+    assert first.pop("created") <= second.pop("created")
+    assert first == {
+        "model": "letters",
+        "object": "text_completion",
+        "system_fingerprint": first["system_fingerprint"],
+        "choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": None}],
+    }
+    assert second["choices"][0] == {
+        "index": 0, "text": " ", "logprobs": None, "finish_reason": "length",
+    }  # fmt: skip
+
+
+def test_an_error_in_the_stream_is_an_event() -> None:
+    for path, body in ROUTES.items():
+        reply = post(path, body | {"stream": True}, fail_at_step=3)
+        *_, error, done, _ = reply.text.split("\n\n")
+        assert "rank 1 is gone" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert done == "data: [DONE]"
+        assert post(path, body, fail_at_step=3).status_code == 500
+
+
+def test_all_answers_or_none_when_the_queue_is_full() -> None:
+    async def go() -> tuple[httpx.Response, dict[str, Any]]:
+        async with client(config={"max_num_seqs": 1, "max_queue_len": 2}) as (http, service):
+            reply = await http.post("/v1/completions", json=COMPLETION | {"n": 8})
+            while service.engine.engine.has_work:
+                await asyncio.sleep(0.01)
+            return reply, (await http.get("/health")).json()
+
+    reply, health = asyncio.run(go())
+    assert reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1
+    assert health["num_running"] == health["num_waiting"] == health["num_held_blocks"] == 0
+
+
+def test_cached_tokens_are_reported() -> None:
+    body = {"prompt": "x" * 100, "max_tokens": 1}
+    first, second = post_all([("/v1/completions", body)] * 2)
+    assert first.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert second.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}
+
+
+def test_chat_continues_a_message() -> None:
+    body = {
+        "messages": [{"role": "assistant", "content": "A"}],
+        "continue_final_message": True,
+        "chat_template_kwargs": {"anything": 1},
+    }
+    assert post("/v1/chat/completions", body | {"max_tokens": 1}).status_code == 200
+
+
+def test_the_wrk_scripts_body_is_served() -> None:
+    """payload-1024.lua's fields, as vLLM's old clients send them."""
+    body = {
+        "model": "letters", "prompt": "x", "n": 1, "best_of": 1, "use_beam_search": False,
+        "temperature": 0.0, "top_p": 1.0, "max_tokens": 4, "ignore_eos": True, "stream": False,
+    }  # fmt: skip
+    assert post("/v1/completions", body).json()["usage"]["completion_tokens"] == 4
+
+
+def test_served_names() -> None:
+    config = {"served_model_name": ("one", "two")}
+    asked = [
+        ("/v1/completions", COMPLETION | {"model": name}) for name in ("one", "two", "letters")
+    ]
+    replies = post_all([*asked, ("/v1/completions", COMPLETION)], config=config)
+    assert [reply.status_code for reply in replies] == [200, 200, 404, 200]
+    assert [replies[i].json()["model"] for i in (0, 1, 3)] == ["one", "two", "one"]
+
+
+def test_tokenize_and_back() -> None:
+    tokens = list("emoji \N{GRINNING FACE}".encode())
+    asked = [
+        ("/tokenize", {"prompt": "emoji \N{GRINNING FACE}"}),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": False}),
+        ("/tokenize", {"messages": CHAT["messages"]}),
+        ("/tokenize", {"messages": CHAT["messages"], "add_generation_prompt": False}),
+        ("/tokenize", {"prompt": ""}),
+        ("/detokenize", {"tokens": tokens}),
+        ("/detokenize", {"tokens": []}),
+    ]
+    replies = [reply.json() for reply in post_all(asked)]
+    assert replies[0] == {"tokens": tokens, "count": 10, "max_model_len": MAX_MODEL_LEN}
+    assert [reply.get("count") for reply in replies[1:5]] == [1, 29, 18, 0]
+    assert replies[5:] == [{"prompt": "emoji \N{GRINNING FACE}"}, {"prompt": ""}]
+    refused = [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}),
+        ("/tokenize", {"prompt": "a", "model": "gpt-4"}),
+        ("/detokenize", {"tokens": [300]}),
+        ("/detokenize", {"tokens": "abc"}),
+    ]
+    replies = post_all(refused)
+    assert [reply.status_code for reply in replies] == [400, 400, 404, 400, 400]
+    params = [reply.json()["error"]["param"] for reply in replies]
+    assert params == ["prompt", "prompt", "model", "tokens", "tokens"]
+
+
+def test_openapi_lists_the_routes() -> None:
+    async def go() -> dict[str, Any]:
+        async with client() as (http, _):
+            assert (await http.get("/docs")).status_code == 200
+            return (await http.get("/openapi.json")).json()
+
+    paths = asyncio.run(go())["paths"]
+    assert {"/generate/", "/generate_stream/", "/v1/completions", "/tokenize"} <= set(paths)
