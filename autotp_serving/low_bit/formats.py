@@ -11,7 +11,7 @@ depends on the device or on the number of ranks.
     scales   float16  one (float32 in sym_int8 and fp8_e4m3, none in fp8_e5m2)
     mins     float16  one, in the asymmetric formats
 
-Names, block size, scales and levels are ipex-llm's, learned from bigdl-core 2.3.0;
+Names, block size, scales and levels are those of ipex-llm 2.2.0 and its native library;
 docs/low_bit.md lists what was compared and where rounding is better here.
 """
 
@@ -44,10 +44,12 @@ class Plane(NamedTuple):
 class Format:
     """One way to store a weight.
 
-    `kind` says how a code becomes a number: `symmetric` (code - half) * scale, `asymmetric`
-    code * scale + min, `table` levels[code] * scale, `minifloat` level * scale, where the level
-    is the code's sign, exponent and mantissa bits read as the top of a float16, times
-    `level_unit`. `largest_level` is the level of the largest code.
+    `kind` says how a code becomes a number:
+    `symmetric`   (code - 2**(bits - 1)) * scale; sym_int8: the code as a signed byte * scale
+    `asymmetric`  code * scale + min
+    `table`       levels[code] * scale; `boundaries` lie halfway between the levels
+    `minifloat`   level * scale, where the level is the code's sign, exponent and mantissa bits
+                  read as the top of a float16, times `level_unit`; `largest_level` is the largest
     """
 
     name: str
@@ -55,6 +57,7 @@ class Format:
     code_bits: int
     scale_dtype: str | None = "float16"
     levels: tuple[float, ...] = ()
+    boundaries: tuple[float, ...] = ()
     mantissa_bits: int = 0
     largest_level: float = 1.0
     level_unit: float = 1.0
@@ -98,12 +101,18 @@ def split_code_bits(code_bits: int) -> tuple[int, int]:
 
 
 # NormalFloat levels of the QLoRA paper (Dettmers et al. 2023, appendix E). The eight of nf3 come
-# from the same quantiles; bigdl-core holds them to seven decimals.
+# from the same quantiles; ipex-llm holds them to seven decimals. The boundaries are ipex-llm's to
+# the last float32 bit, found by bisection; a weight on one goes to the lower level.
 _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+_NF4_BOUNDARIES = (-0.84809643, -0.610632896, -0.45999527, -0.33967942, -0.234607399,
+                   -0.137911737, -0.0455250181, 0.0397901498, 0.120255254, 0.203521252,
+                   0.292013764, 0.389312536, 0.501663387, 0.64278692, 0.861478388)  # fmt: skip
 _NF3 = (-1.0, -0.4786292, -0.2171418, 0.0, 0.1609302, 0.3379152, 0.562617, 1.0)
+_NF3_BOUNDARIES = (-0.739314616, -0.347885489, -0.108570896, 0.0804651007, 0.249422714,
+                   0.450266123, 0.781308472)  # fmt: skip
 
 # Read as the top of a float16, whose exponent bias is 15, the largest code of fp6 (e3m2) is
 # 1.75 * 2**-8 and not 28, and that of fp8_e4m3 is 1.75 and not 448: ipex-llm's scales make up for
@@ -116,8 +125,8 @@ FORMATS: dict[str, Format] = {
         Format("sym_int5", "symmetric", 5),
         Format("asym_int5", "asymmetric", 5),
         Format("sym_int8", "symmetric", 8, "float32"),
-        Format("nf4", "table", 4, levels=_NF4),
-        Format("nf3", "table", 3, levels=_NF3),
+        Format("nf4", "table", 4, levels=_NF4, boundaries=_NF4_BOUNDARIES),
+        Format("nf3", "table", 3, levels=_NF3, boundaries=_NF3_BOUNDARIES),
         Format("fp4", "minifloat", 4, mantissa_bits=1, largest_level=6.0, level_unit=2.0**14),
         Format("fp6", "minifloat", 6, mantissa_bits=2, largest_level=1.75 * 2**-8),
         Format("fp8_e4m3", "minifloat", 8, "float32", mantissa_bits=3, largest_level=1.75),
@@ -125,7 +134,7 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-# bigdl-core writes the same bytes for woq_int4 as for sym_int4; ipex-llm only picks another
+# ipex-llm writes the same bytes for woq_int4 as for sym_int4; ipex-llm only picks another
 # kernel for it.
 ALIASES = {"fp8": "fp8_e5m2", "woq_int4": "sym_int4"}
 UNCONVERTED = ("bf16", "fp16")

@@ -8,7 +8,6 @@ CUDA turns division by a Python number into multiplication by its rounded recipr
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -124,20 +123,20 @@ def _encode_asymmetric(weights: Tensor, format: Format) -> Blocks:
 
 
 def _encode_table(weights: Tensor, format: Format) -> Blocks:
-    """The nearest level of weight / largest magnitude; halves go to the lower level."""
+    """The nearest level to weight / largest magnitude; halves go to the lower one."""
     magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
     scaled = weights * _reciprocal(magnitude)
-    # Counting the boundaries below is many times faster on CPU than torch.bucketize.
+    # A tenth of the time that torch.bucketize takes on CPU.
     codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for below, above in pairwise(format.levels):
-        codes += scaled > (below + above) / 2
+    for boundary in format.boundaries:
+        codes += scaled > boundary
     return Blocks(codes, magnitude.half(), None, magnitude.max())
 
 
 def _encode_minifloat(weights: Tensor, format: Format) -> Blocks:
     """The nearest small float, halves to the even code; the largest magnitude gets the last code.
 
-    bigdl-core cuts the lower bits off instead, which shrinks weights by 4 % (fp8_e4m3) to 8 %
+    ipex-llm cuts the lower bits off instead, which shrinks weights by 4 % (fp8_e4m3) to 8 %
     (fp8_e5m2, fp6) on average, and sends fp4's 0.75 to 1 down to 0.5.
     """
     magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
@@ -145,7 +144,7 @@ def _encode_minifloat(weights: Tensor, format: Format) -> Blocks:
     if format.scale_dtype is None:
         return Blocks(_minifloat_codes(weights, format), None, None, magnitude.max())
     if format.scale_dtype == "float32":
-        # The detour over the inverse gives bigdl-core's scales to the last bit.
+        # The detour over the inverse gives ipex-llm's scales to the last bit.
         inverses = _finite(largest / magnitude)
         scales = _reciprocal(inverses)
     else:
