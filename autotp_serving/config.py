@@ -44,7 +44,15 @@ class ServingConfig:
     served_model_name: tuple[str, ...] = setting(
         (), "names under which /v1 serves the model; default: its folder's", parse=str, nargs="+"
     )
-    low_bit: str = setting("bf16", "weight format", flags=("--low-bit",))
+    low_bit: str = setting("sym_int4", "weight format; bf16 and fp16 leave weights as they are")
+    lm_head_low_bit: str = setting(
+        "auto", "weight format of the output head; auto: sym_int8 if --low-bit converts weights"
+    )
+    modules_to_not_convert: tuple[str, ...] = setting(
+        (),
+        "parts of module names, separated by commas, that stay dense",
+        parse=lambda text: tuple(part for part in text.split(",") if part),
+    )
     dtype: str = setting(
         "auto",
         "type of activations; auto: float16 with --low-bit fp16, else bfloat16",

@@ -15,8 +15,9 @@ from autotp_serving.channel import PlanChannel
 from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
+from autotp_serving.model.build import check_heads
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.model.loader import check_heads, load_model, read_model_config
+from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
 from autotp_serving.ranks import Control

@@ -11,7 +11,7 @@ from torch import nn
 
 from .formats import BLOCK, Format, LowBitError, find_format
 from .linear import LowBitLinear
-from .tensor import LowBitTensor, quantize
+from .tensor import quantize
 
 AUTO_HEAD = "auto"
 HEAD_FORMAT = "sym_int8"

@@ -15,6 +15,10 @@ class VocabParallelHead(nn.Module):
     AutoTP would split the input instead, and so round each logit once per rank. Split over the
     vocabulary, logits are those of one rank, and a tied head is a view of the whole embedding
     that every rank holds anyway.
+
+    Attributes:
+        weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
+        low_bit: a layer without bias that multiplies by the converted weight.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(
             torch.empty((num_rows, hidden_size), dtype=dtype, device="meta"), requires_grad=False
         )
+        self.low_bit: nn.Module | None = None
         self.bias = None
         if has_bias:
             self.bias = nn.Parameter(
@@ -49,7 +54,12 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [..., hidden_size] to [..., vocab_size], equal on all ranks."""
-        logits = functional.linear(hidden, self.weight, self.bias)
+        if self.low_bit is None:
+            logits = functional.linear(hidden, self.weight, self.bias)
+        else:
+            logits = self.low_bit(hidden)
+            if self.bias is not None:
+                logits = logits + self.bias
         if self.num_ranks == 1:
             return logits
         # A sum with zeros elsewhere is a gather that works for uneven slices on every backend.

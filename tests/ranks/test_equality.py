@@ -77,6 +77,7 @@ def test_tokens_equal_those_of_transformers(
     """In float32 there is no rounding to excuse a difference: chunks of 96, small pool, reuse."""
     prompts, lens = make_prompts(256)
     settings = {
+        "low_bit": "bf16",
         "dtype": "float32",
         "max_num_batched_tokens": 96,
         "max_num_seqs": 4,

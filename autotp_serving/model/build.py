@@ -1,0 +1,128 @@
+"""Build the model without memory and cut it: meta device, AutoTP, our output head. Every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp_serving.collectives import quiet_deepspeed
+from autotp_serving.config import ConfigError
+from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
+from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.ranks import Control
+
+
+def build_sharded_model(
+    model_config: Any,
+    dtype: torch.dtype,
+    control: Control,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    trust_remote_code: bool,
+) -> nn.Module:
+    """Build this rank's model on the meta device: right shapes, no memory.
+
+    Raises:
+        ConfigError: ranks that cannot share the model, or code that must not run.
+    """
+    check_heads(model_config, control.size)
+    register_paged_attention()
+    model = _build_on_meta(model_config, dtype, trust_remote_code)
+    if control.size > 1:
+        _shard_with_autotp(model, control.size, dtype)
+    _install_head(model, control, all_reduce)
+    return model
+
+
+def check_heads(model_config: Any, num_ranks: int) -> None:
+    """Refuse more ranks than there are key/value heads to give them.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    text_config = model_config.get_text_config()
+    num_kv_heads = (
+        getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    )
+    if num_ranks > num_kv_heads:
+        raise ConfigError(
+            f"{num_ranks} ranks cannot share the {num_kv_heads} key/value heads of this model: "
+            f"start at most {num_kv_heads} ranks"
+        )
+
+
+def _build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """Build the model with our attention; its parameters have shapes and no memory."""
+    from transformers import AutoModelForCausalLM
+
+    model_config._attn_implementation = ATTENTION_NAME
+    model_config.use_cache = False
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"this model cannot be built by transformers: {reason[:300]}") from error
+    return model.to(dtype)
+
+
+def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> None:
+    """Have DeepSpeed AutoTP replace the linear layers by sharded ones, in place.
+
+    AutoTP gives the shards memory, on the host and untouched; it is given back here.
+    """
+    with quiet_deepspeed():
+        import deepspeed
+
+        deepspeed.init_inference(
+            model,
+            tensor_parallel={"tp_size": num_ranks},
+            dtype=dtype,
+            keep_module_on_host=True,
+        )
+    model.to_empty(device="meta")
+
+
+def _install_head(
+    model: nn.Module, control: Control, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Split the output head over the vocabulary, whatever AutoTP made of it."""
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(
+        VocabParallelHead(
+            hidden_size=model.config.get_text_config().hidden_size,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            has_bias=getattr(head, "bias", None) is not None,
+            dtype=head.weight.dtype,
+            rank=control.rank,
+            num_ranks=control.size,
+            all_reduce=all_reduce,
+        )
+    )
+
+
+def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies.
+
+    They were born on the meta device, and AutoTP would have them in the model's type, while
+    rotary frequencies must be in float32.
+
+    Raises:
+        ConfigError: a module whose buffers cannot be computed from the model's config.
+    """
+    for name, module in model.named_modules():
+        if not module._non_persistent_buffers_set:
+            continue
+        try:
+            fresh = type(module)(config=getattr(module, "config", model.config))
+        except TypeError as error:
+            raise ConfigError(
+                f"{type(model).__name__} is not supported: the buffers of {name} "
+                f"({type(module).__name__}) cannot be computed from config.json"
+            ) from error
+        for buffer_name in module._non_persistent_buffers_set:
+            module._buffers[buffer_name] = fresh._buffers[buffer_name].to(device)

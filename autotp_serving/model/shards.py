@@ -1,0 +1,112 @@
+"""Which block of each checkpoint tensor this rank keeps. Every rank."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.ranks import Control
+
+logger = logging.getLogger(__name__)
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's block of one tensor: (start, stop) of each dimension of the whole."""
+
+    full_shape: tuple[int, ...]
+    ranges: tuple[Range, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in the block."""
+        return math.prod(stop - start for start, stop in self.ranges)
+
+
+def find_shards(model: nn.Module, checkpoint: Checkpoint, control: Control) -> dict[str, Shard]:
+    """Lay the ranks' shapes, which AutoTP chose, side by side over the checkpoint's tensors.
+
+    Args:
+        model: on the meta device, sharded.
+
+    Returns:
+        A shard for each parameter and persistent buffer, by name; a tied head has none.
+
+    Raises:
+        CheckpointError: a tensor is missing or the shapes do not fit, named.
+    """
+    head_name = find_head_name(model)
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    local_shapes = {
+        name: tuple(value.shape)
+        for name, value in _list_tensors(model)
+        if not (is_tied and name == f"{head_name}.weight")
+    }
+    all_shapes = control.all_gather(local_shapes)
+    known = checkpoint.names()
+    shards = {}
+    for name, local_shape in local_shapes.items():
+        if name not in known:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no tensor {name}: it does not belong to this "
+                f"architecture ({type(model).__name__}), or is incomplete"
+            )
+        full_shape = checkpoint.shape(name)
+        if len(full_shape) != len(local_shape):
+            raise CheckpointError(
+                f"tensor {name} has shape {full_shape}, but config.json asks for {local_shape}"
+            )
+        rank_shapes = [shapes[name] for shapes in all_shapes]
+        ranges = []
+        for dim, full_size in enumerate(full_shape):
+            found = _find_range([shape[dim] for shape in rank_shapes], full_size, control.rank)
+            if found is None:
+                raise CheckpointError(
+                    f"tensor {name} has shape {full_shape}, but config.json and {control.size} "
+                    f"ranks ask for {rank_shapes}"
+                )
+            ranges.append(found)
+        shards[name] = Shard(full_shape, tuple(ranges))
+    if control.rank == 0:
+        _report_unused(known - set(shards) - {f"{head_name}.weight"})
+    return shards
+
+
+def find_head_name(model: nn.Module) -> str:
+    """Module name of the output head."""
+    return next(
+        name for name, module in model.named_modules() if isinstance(module, VocabParallelHead)
+    )
+
+
+def _find_range(sizes: list[int], full_size: int, rank: int) -> Range | None:
+    """Part of one dimension: all of it, or this rank's piece if the pieces tile it."""
+    if all(size == full_size for size in sizes):
+        return 0, full_size
+    if sum(sizes) != full_size:
+        return None
+    stop = list(itertools.accumulate(sizes))[rank]
+    return stop - sizes[rank], stop
+
+
+def _list_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that a checkpoint holds, by name, shared ones once."""
+    persistent = set(model.state_dict(keep_vars=True))
+    buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)
+    return [*model.named_parameters(), *buffers]
+
+
+def _report_unused(names: set[str]) -> None:
+    """Warn of tensors that nobody wants; old checkpoints carry rotary frequencies, harmless."""
+    unused = sorted(name for name in names if not name.endswith("inv_freq"))
+    if unused:
+        logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), unused[:5])
