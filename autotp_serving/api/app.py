@@ -41,5 +41,5 @@ def build_app(
     app.include_router(native_routes(engine, admission))
     app.include_router(openai_routes(engine, admission, names))
     app.include_router(token_routes(admission, names))
-    app.include_router(health_routes(engine))
+    app.include_router(health_routes(engine, config.model_names[0]))
     return app

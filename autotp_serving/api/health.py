@@ -1,4 +1,4 @@
-"""/health and /version: is the server alive, and what is it. Rank 0 only."""
+"""/health, /version and /metrics: is the server alive, what is it, how does it do. Rank 0."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from starlette.responses import JSONResponse, Response
 
 from autotp_serving import __version__
 from autotp_serving.api.errors import ApiError
+from autotp_serving.api.metrics import CONTENT_TYPE, render
 from autotp_serving.api.streams import AsyncEngine
 
 
-def health_routes(engine: AsyncEngine) -> APIRouter:
+def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
     """Routes that ask nothing of the model."""
     router = APIRouter(tags=["server"], redirect_slashes=False)
 
@@ -28,5 +29,11 @@ def health_routes(engine: AsyncEngine) -> APIRouter:
     async def version() -> dict[str, str]:
         """The server's version."""
         return {"version": __version__}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        text = render(engine.engine.stats(), engine.latencies, model_name)
+        return Response(text, media_type=CONTENT_TYPE)
 
     return router

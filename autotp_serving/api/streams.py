@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autotp_serving.api.errors import ApiError
+from autotp_serving.api.metrics import Latencies, Progress
 from autotp_serving.engine import EngineError, QueueFullError
 from autotp_serving.request import Request, RequestOutput
 
@@ -89,7 +90,8 @@ class AsyncEngine:
         self.engine = make_engine(self.deliver)
         self.is_draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, TokenStream] = {}
+        self.latencies = Latencies()
+        self._streams: dict[str, tuple[TokenStream, Progress]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._finish_times: deque[float] = deque(maxlen=64)
@@ -119,7 +121,7 @@ class AsyncEngine:
         assert self._loop is not None, "bind() comes first"
         stream = TokenStream(self._loop, requests, usage)
         for request in requests:
-            self._streams[request.request_id] = stream
+            self._streams[request.request_id] = stream, Progress(request.arrival_time)
         self._idle.clear()
         try:
             for request in requests:
@@ -162,7 +164,7 @@ class AsyncEngine:
 
     def end_all(self, message: str) -> None:
         """End every open request with an error."""
-        for request_id, stream in list(self._streams.items()):
+        for request_id, (stream, _) in list(self._streams.items()):
             self._forget(request_id)
             self.engine.abort(request_id)
             stream.push(RequestOutput(request_id, text="", finish_reason="error", error=message))
@@ -176,12 +178,14 @@ class AsyncEngine:
             )
 
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
+        now = time.monotonic()
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:  # its client has left; the engine has not heard of it yet
-                continue
+            if output.request_id not in self._streams:
+                continue  # its client has left; the engine has not heard of it yet
+            stream, progress = self._streams[output.request_id]
+            self.latencies.observe(progress, output, now)
             if output.finish_reason is not None:
-                self._finish_times.append(time.monotonic())
+                self._finish_times.append(now)
                 self._forget(output.request_id)
             stream.push(output)
 
