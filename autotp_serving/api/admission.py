@@ -18,9 +18,10 @@ MAX_INLINE_CHARS = 4096
 class Admission:
     """Turns prompts into engine requests; refuses those that can never be served."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int, max_num_answers: int) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.max_num_answers = max_num_answers
 
     async def encode(
         self, prompt: str | list[int], *, add_special_tokens: bool = True
@@ -53,6 +54,15 @@ class Admission:
             if not 0 <= token_id < self.tokenizer.vocab_size:
                 last = self.tokenizer.vocab_size - 1
                 raise RequestError(field_name, f"token {token_id} is not from 0 to {last}")
+
+    def check_num_answers(self, num_prompts: int, num_choices: int) -> None:
+        """Refuse one call that asks for more answers than the server ever holds at once."""
+        if num_prompts * num_choices > self.max_num_answers:
+            raise RequestError(
+                "n" if num_choices > 1 else "prompt",
+                f"{num_prompts} prompts with {num_choices} answers each are more than the "
+                f"{self.max_num_answers} requests that run and wait at most",
+            )
 
     def room(self, prompt_token_ids: list[int]) -> int:
         """Tokens that the model has left for an answer; may be negative."""

@@ -36,7 +36,7 @@ def build_app(
     )
     install_error_handlers(app)
     app.add_middleware(RequestGuard, max_body_size=config.max_body_size)
-    admission = Admission(tokenizer, max_model_len)
+    admission = Admission(tokenizer, max_model_len, config.max_num_seqs + config.max_queue_len)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
     app.include_router(openai_routes(engine, admission, names))

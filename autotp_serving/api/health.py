@@ -17,6 +17,7 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
     """Routes that ask nothing of the model."""
     router = APIRouter(tags=["server"], redirect_slashes=False)
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """200 while the engine is alive; 503 with the cause once it has failed."""

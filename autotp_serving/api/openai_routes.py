@@ -86,6 +86,7 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
         record = request.state.record
         head = names.head(body, record.request_id, "cmpl-")
         admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
+        admission.check_num_answers(len(body.prompt), body.num_choices)
         requests: list[EngineRequest] = []
         echoes: list[str] = []
         for prompt in body.prompt:
@@ -111,6 +112,7 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
         record = request.state.record
         head = names.head(body, record.request_id, "chatcmpl-")
         admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
+        admission.check_num_answers(1, body.num_choices)
         token_ids = await admission.encode_chat(
             [message.for_template() for message in body.messages], body.template_options()
         )

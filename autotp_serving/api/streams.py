@@ -94,6 +94,7 @@ class AsyncEngine:
         self._streams: dict[str, tuple[TokenStream, Progress]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self._busy_since = 0.0
         self._finish_times: deque[float] = deque(maxlen=64)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -120,9 +121,11 @@ class AsyncEngine:
         self._check_open()
         assert self._loop is not None, "bind() comes first"
         stream = TokenStream(self._loop, requests, usage)
+        if self._idle.is_set():
+            self._idle.clear()
+            self._busy_since = time.monotonic()
         for request in requests:
             self._streams[request.request_id] = stream, Progress(request.arrival_time)
-        self._idle.clear()
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -147,12 +150,14 @@ class AsyncEngine:
             logger.debug("outputs of %d requests came too late", len(outputs))
 
     def seconds_until_room(self) -> int:
-        """Seconds until a place in the queue should be free, from the latest finishes."""
-        if len(self._finish_times) < 2:
-            return 1
-        # An engine that stalls makes the newest interval grow: count up to now, not to the last.
-        elapsed = time.monotonic() - self._finish_times[0]
-        return max(1, min(MAX_RETRY_AFTER, math.ceil(elapsed / len(self._finish_times))))
+        """Seconds until a place in the queue should be free: the mean time between finishes.
+
+        Measured over the latest finishes since the engine was last idle, and up to now, so that
+        an engine that stalls is told truly as well.
+        """
+        start = self._finish_times[0] if self._finish_times else self._busy_since
+        mean = (time.monotonic() - start) / max(1, len(self._finish_times))
+        return max(1, min(MAX_RETRY_AFTER, math.ceil(mean)))
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let the running ones finish, end the rest when time is over."""
@@ -193,3 +198,4 @@ class AsyncEngine:
         self._streams.pop(request_id, None)
         if not self._streams:
             self._idle.set()
+            self._finish_times.clear()

@@ -215,16 +215,38 @@ def test_an_error_in_the_stream_is_an_event() -> None:
 
 
 def test_all_answers_or_none_when_the_queue_is_full() -> None:
-    async def go() -> tuple[httpx.Response, dict[str, Any]]:
-        async with client(config={"max_num_seqs": 1, "max_queue_len": 2}) as (http, service):
-            reply = await http.post("/v1/completions", json=COMPLETION | {"n": 8})
+    async def go() -> tuple[httpx.Response, httpx.Response, dict[str, Any]]:
+        config = {"max_num_seqs": 1, "max_queue_len": 3}
+        async with client(delay=0.01, config=config) as (http, service):
+            running = asyncio.create_task(http.post("/v1/completions", json=COMPLETION | {"n": 2}))
+            while service.engine.num_open < 2:
+                await asyncio.sleep(0.001)
+            refused = await http.post("/v1/completions", json=COMPLETION | {"n": 3})
+            served = await running
             while service.engine.engine.has_work:
                 await asyncio.sleep(0.01)
-            return reply, (await http.get("/health")).json()
+            return refused, served, (await http.get("/health")).json()
 
-    reply, health = asyncio.run(go())
-    assert reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1
+    refused, served, health = asyncio.run(go())
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert served.status_code == 200 and len(served.json()["choices"]) == 2
     assert health["num_running"] == health["num_waiting"] == health["num_held_blocks"] == 0
+    assert sum(health["num_finished"].values()) - health["num_finished"]["abort"] == 2
+
+
+def test_more_answers_than_the_server_ever_holds_are_refused() -> None:
+    config = {"max_num_seqs": 1, "max_queue_len": 7}
+    asked = [
+        ("/v1/completions", COMPLETION | {"n": 9}),
+        ("/v1/completions", {"prompt": ["x"] * 9}),
+        ("/v1/completions", {"prompt": ["x"] * 3, "n": 3}),
+        ("/v1/chat/completions", CHAT | {"n": 9}),
+        ("/v1/completions", {"prompt": ["x"] * 2, "n": 4, "max_tokens": 1}),
+    ]
+    replies = post_all(asked, config=config)
+    assert [reply.status_code for reply in replies] == [400, 400, 400, 400, 200]
+    params = [reply.json()["error"]["param"] for reply in replies[:4]]
+    assert params == ["n", "prompt", "n", "n"]
 
 
 def test_cached_tokens_are_reported() -> None:
