@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.report import LATENCIES, RATES, Report, format_level, show_number
 
-WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+WIDTH, HEIGHT = 420, 270
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 44
 NUM_COLORS = 8
 MAX_POINTS = 400
 
@@ -34,6 +34,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px syst
 .scroll { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } pre { overflow-x: auto; font-size: 13px; }
 """
 

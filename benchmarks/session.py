@@ -175,11 +175,11 @@ async def run(args: argparse.Namespace) -> bool:
         write_json(args.output / "benchmark.json", report)
     helper.close()
     sender.client.close()
-    print("\n".join(format_table(report)))
     files = [f"{level['concurrency']}.log" for level in report["levels"]] + ["benchmark.json"]
     if args.html:
         write_html(args.output / "benchmark.html", report)
         files.append("benchmark.html")
+    print("\n".join(format_table(report)))
     print(f"\nWritten to {args.output.resolve()}: {', '.join(files)}")
     return all(level["summary"]["completed"] for level in report["levels"])
 
