@@ -15,6 +15,7 @@ from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
 from autotp_serving.api.native import native_routes
 from autotp_serving.api.openai_routes import ModelNames, openai_routes
+from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.api.tokens import token_routes
 from autotp_serving.config import ServingConfig
@@ -32,7 +33,11 @@ def build_app(
         yield
 
     app = FastAPI(
-        title="AutoTP Serving", version=__version__, lifespan=lifespan, redirect_slashes=False
+        title="AutoTP Serving",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     install_error_handlers(app)
     app.add_middleware(RequestGuard, max_body_size=config.max_body_size)

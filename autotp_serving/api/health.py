@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from autotp_serving import __version__
 from autotp_serving.api.errors import ApiError
@@ -31,7 +31,7 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
         """The server's version."""
         return {"version": __version__}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         text = render(engine.engine.stats(), engine.latencies, model_name)

@@ -17,6 +17,11 @@ from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.request import Request as EngineRequest
 from autotp_serving.request import RequestOutput
 
+LINE_TYPE = "application/x-ndjson"
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {LINE_TYPE: {"schema": {"$ref": "#/components/schemas/GenerateReply"}}}}
+}
+
 
 def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     """Both routes, each under both spellings of its path; neither redirects."""
@@ -45,14 +50,14 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
         return JSONResponse(reply(0, "".join(text), last.finish_reason))
 
     @router.post("/generate_stream", include_in_schema=False)
-    @router.post("/generate_stream/", response_model=GenerateReply)
+    @router.post("/generate_stream/", response_class=Response, responses=LINES)
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and answer in lines: a JSON object per token, then a last one."""
         return TokenStreamResponse(
             engine,
             await admit(body, request),
             LineWriter(),
-            media_type="application/x-ndjson",
+            media_type=LINE_TYPE,
         )
 
     return router

@@ -20,6 +20,11 @@ from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ServingConfig
 from autotp_serving.request import Request as EngineRequest
 
+EVENT_TYPE = "text/event-stream"
+WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, EVENT_TYPE: {}}}
+}
+
 
 class ModelNames:
     """The names under which the one model is served."""
@@ -73,14 +78,14 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
     ) -> Response:
         if body.stream:
             return TokenStreamResponse(
-                engine, requests, writer.events, tail=writer.end, media_type="text/event-stream"
+                engine, requests, writer.events, tail=writer.end, media_type=EVENT_TYPE
             )
         with engine.open(requests, request.state.record.usage) as stream:
             async for outputs in stream:
                 writer.collect(outputs)
         return JSONResponse(writer.reply())
 
-    @router.post("/completions")
+    @router.post("/completions", response_class=Response, responses=WHOLE_OR_EVENTS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         record = request.state.record
@@ -106,7 +111,7 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
     def prompt_text(prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else admission.tokenizer.decode(prompt)
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", response_class=Response, responses=WHOLE_OR_EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
         record = request.state.record

@@ -12,6 +12,9 @@ from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, mode
 
 from autotp_serving.api.schemas import (
     MAX_STOP_STRINGS,
+    NonEmptyText,
+    Seed,
+    Stop,
     StrictModel,
     Text,
     as_tuple,
@@ -21,8 +24,6 @@ from autotp_serving.request import RequestError, SamplingParams
 
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
-
-Prompt = str | list[int]
 
 
 def only(*values: Any) -> Any:
@@ -39,7 +40,7 @@ def only(*values: Any) -> Any:
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
 
 
-def _parse_prompts(value: Any) -> list[Prompt]:
+def _parse_prompts(value: Any) -> list[str | list[int]]:
     """All prompts of a completion: text, a list of texts, token ids, or a list of such lists."""
     if isinstance(value, str) or _is_list_of(int, value):
         value = [value]
@@ -59,11 +60,16 @@ def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(part) is kind for part in value)
 
 
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# For the documentation; the parser alone decides, and says what it wants in one sentence.
+PromptForms = (
+    NonEmptyText
+    | TokenIds
+    | Annotated[list[NonEmptyText], Field(min_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1)]
+)
 Prompts = Annotated[
-    list[str | list[int]],
-    PlainValidator(
-        _parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-    ),
+    list[str | list[int]], PlainValidator(_parse_prompts, json_schema_input_type=PromptForms)
 ]
 
 
@@ -91,10 +97,8 @@ class OpenAIRequest(StrictModel):
     temperature: float | None = Field(None, ge=0.0, le=100.0, description="default 1; 0 is greedy")
     top_p: float | None = Field(None, gt=0.0, le=1.0, description="default 1")
     top_k: int | None = Field(None, ge=-1, description="default 0: all; -1 means the same")
-    seed: int | None = Field(None, description="same seed and prompt, same text")
-    stop: Text | list[Text] | None = Field(
-        None, max_length=MAX_STOP_STRINGS, description="text at which to end; not returned"
-    )
+    seed: Seed | None = Field(None, description="same seed and prompt, same text")
+    stop: Stop | None = Field(None, description="text at which to end; not returned")
     stop_token_ids: list[int] | None = Field(
         None, max_length=MAX_STOP_STRINGS, description="tokens at which to end"
     )

@@ -28,6 +28,11 @@ def check_unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(check_unicode)]
 
 
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
+Stop = NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
 class StrictModel(BaseModel):
     """A body that refuses unknown fields and converts no types."""
 
@@ -44,15 +49,13 @@ def as_tuple(stop: str | list[str] | None) -> tuple[str, ...]:
 class GenerateRequest(StrictModel):
     """Body of /generate/ and /generate_stream/. The prompt goes to the model as it is."""
 
-    prompt: Text = Field(min_length=1, description="text to continue", examples=["What is AI?"])
+    prompt: NonEmptyText = Field(description="text to continue", examples=["What is AI?"])
     n_predict: int = Field(32, ge=1, description="most tokens to generate")
     temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens of this share")
     top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
-    seed: int | None = Field(None, description="same seed and prompt, same text")
-    stop: Text | list[Text] | None = Field(
-        None, max_length=MAX_STOP_STRINGS, description="text at which to end; not returned"
-    )
+    seed: Seed | None = Field(None, description="same seed and prompt, same text")
+    stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool = Field(False, description="go on past the model's end token")
 
     def sampling_params(self) -> SamplingParams:
@@ -81,3 +84,18 @@ class GenerateReply(StrictModel):
     index: int
     message: Message
     finish_reason: str | None
+
+
+class ErrorDetail(StrictModel):
+    """What went wrong; `param` names the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(StrictModel):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail

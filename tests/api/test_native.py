@@ -107,6 +107,7 @@ def test_options_reach_the_engine() -> None:
         "message": {"role": "assistant", "content": "a branch of "},
         "finish_reason": "stop",
     }
+    assert post("/generate", body | {"stop": "x" * 500}).status_code == 200
     assert post("/generate", body | {"stop": ["of", " com"]}).json()["message"]["content"] == (
         "a branch "
     )
@@ -159,9 +160,9 @@ def test_prompt_longer_than_a_step_is_served_in_chunks() -> None:
         ({"prompt": "a", "top_p": 0}, 400, "top_p", "0"),
         ({"prompt": "a", "top_p": 1.5}, 400, "top_p", "1"),
         ({"prompt": "a", "top_k": -2}, 400, "top_k", "0"),
-        ({"prompt": "a", "seed": 2**70}, 400, "seed", "64 bits"),
-        ({"prompt": "a", "stop": ""}, 400, "stop", "empty"),
-        ({"prompt": "a", "stop": [""]}, 400, "stop", "empty"),
+        ({"prompt": "a", "seed": 2**70}, 400, "seed", "less than"),
+        ({"prompt": "a", "stop": ""}, 400, "stop", "at least 1"),
+        ({"prompt": "a", "stop": [""]}, 400, "stop", "at least 1"),
         ({"prompt": "a", "stop": ["x"] * 100}, 400, "stop", "64"),
         ({"prompt": "a", "stop": 5}, 400, "stop", "string"),
         (b'{"prompt": "\\ud800"}', 400, "prompt", "surrogate"),

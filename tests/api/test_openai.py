@@ -92,11 +92,11 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         ({"max_tokens": MAX_MODEL_LEN}, "max_tokens", str(MAX_MODEL_LEN)),
         ({"stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids.0", "integer"),
-        ({"stop": ""}, "stop", "empty"),
+        ({"stop": ""}, "stop", "at least 1"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
-        ({"seed": 2**64}, "seed", "64 bits"),
+        ({"seed": 2**64}, "seed", "less than"),
         ({"logit_bias": {"5": 10}}, "logit_bias", "not supported"),
     ],
 )
