@@ -88,4 +88,6 @@ class Checkpoint:
             ranges: (start, stop) of each dimension.
         """
         with self._open(self._file_of[name]) as tensors:
-            return tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
+            part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
+            # A view would keep the file mapped, and the pages around the slice resident.
+            return part.clone()
