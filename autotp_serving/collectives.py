@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,7 @@ def join_collectives(control: Control, device_kind: str, backend: str) -> Callab
         LOCAL_SIZE=str(control.local_size),
         DS_ACCELERATOR=device_kind,
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "autotp_serving"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_build_folder()))
     with quiet_deepspeed():
         import deepspeed
         import deepspeed.comm
@@ -57,6 +58,17 @@ def join_collectives(control: Control, device_kind: str, backend: str) -> Callab
         return tensor
 
     return all_reduce
+
+
+def _build_folder() -> Path:
+    """Where extensions are compiled: one folder per environment.
+
+    The compiler's command names the environment's paths, so two environments that shared a
+    folder would recompile at every start.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
+    return cache / "autotp_serving" / environment
 
 
 def _build_shared_memory_op(control: Control) -> None:
