@@ -116,8 +116,12 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def _label_as_json(scope: Scope) -> None:
-    """Call every body JSON: all our routes take nothing else, and curl -d says form."""
-    if scope["method"] == "POST":
+    """Call every body JSON: all our routes take nothing else, and curl -d says form.
+
+    Not for browsers, which always name an origin: foreign pages may send forms without asking.
+    """
+    is_browser = any(name == b"origin" for name, _ in scope["headers"])
+    if scope["method"] == "POST" and not is_browser:
         others = [header for header in scope["headers"] if header[0] != b"content-type"]
         scope["headers"] = [*others, (b"content-type", b"application/json")]
 

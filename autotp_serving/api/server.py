@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -18,6 +19,8 @@ logger = logging.getLogger("uvicorn.error")
 
 # Seconds for answers that are complete to reach their clients once the server stops.
 FLUSH_SECONDS = 5
+# A Ctrl+C reaches us from the terminal and once more from mpirun: that is one signal, not two.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
@@ -83,6 +86,7 @@ class _Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+        self._first_signal_time = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -108,9 +112,11 @@ class _Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._on_signal)
 
     def _on_signal(self) -> None:
+        now = time.monotonic()
         if self._drain is None:
+            self._first_signal_time = now
             self._drain = asyncio.ensure_future(self._drain_and_exit())
-        else:
+        elif now - self._first_signal_time > SAME_SIGNAL_SECONDS:
             self._engine.end_all("the server was stopped")
 
     async def _drain_and_exit(self) -> None:

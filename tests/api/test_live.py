@@ -218,6 +218,24 @@ def test_what_outlasts_the_drain_ends_with_an_error(
     assert not any("Traceback" in line for line in server.lines)
 
 
+def test_a_second_signal_stops_at_once_unless_it_is_the_first_ones_echo(
+    start_server: Callable[..., LiveServer],
+) -> None:
+    """mpirun passes on the Ctrl+C that the terminal has delivered already."""
+    server = start_server(delay=0.02)
+    body = {"prompt": "x", "n_predict": 400}
+    with httpx.stream("POST", f"{server.url}/generate_stream", json=body) as reply:
+        server.signal(signal.SIGINT)
+        time.sleep(0.2)
+        server.signal(signal.SIGINT)
+        time.sleep(1.0)
+        server.signal(signal.SIGINT)
+        lines = [json.loads(line) for line in reply.iter_lines()]
+    assert lines[-1]["error"] == "the server was stopped"
+    assert len(lines) > 0.8 / 0.02 / 2  # it ran on after the echo
+    assert server.wait() == 0
+
+
 def test_engine_failure_ends_streams_and_process(start_server: Callable[..., LiveServer]) -> None:
     server = start_server(delay=0.02, fail_at_step=10)
     body = {"prompt": "x", "n_predict": 400}

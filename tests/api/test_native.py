@@ -237,6 +237,24 @@ def test_json_under_another_label_is_understood(kind: str | None) -> None:
     assert asyncio.run(go()).json()["message"]["content"] == "ab"
 
 
+def test_a_browser_must_label_json_as_json() -> None:
+    """A page of another site may post text/plain without asking us first, but not JSON."""
+
+    async def go() -> list[int]:
+        async with client() as (http, _):
+            replies = [
+                await http.post(
+                    "/generate",
+                    content=b'{"prompt": "emoji", "n_predict": 2}',
+                    headers={"content-type": kind, "origin": "http://elsewhere.example"},
+                )
+                for kind in ("text/plain", "application/json")
+            ]
+            return [reply.status_code for reply in replies]
+
+    assert asyncio.run(go()) == [400, 200]
+
+
 def test_unknown_routes_and_methods_answer_in_the_same_shape() -> None:
     async def go() -> list[httpx.Response]:
         async with client() as (http, _):
