@@ -13,23 +13,36 @@ import signal
 import sys
 from pathlib import Path
 
-from autotp_serving.config import ConfigError, ServingConfig, parse_args
+from autotp_serving.command_line import parse_args
+from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.logs import configure_logging
-from autotp_serving.ranks import Control, Failure, GroupFailure, LaunchError, join_control
+from autotp_serving.ranks import (
+    Control,
+    Failure,
+    GroupFailure,
+    LaunchError,
+    is_first_rank,
+    join_control,
+)
 
 EXIT_CANNOT_START = 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run this rank until the server stops. Returns the exit code: 2 when it could not start."""
+    # Ctrl+C before the server runs ends this rank, and so the group: as a KeyboardInterrupt it
+    # would leave the rank waiting, in MPI's own exit, for others that never come.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         control = join_control(os.environ)
     except LaunchError as error:
-        return report(str(error))
+        return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START
     try:
         return run_rank(control, argv)
     except GroupFailure as error:
         return report(str(error)) if control.rank == 0 else EXIT_CANNOT_START
+    except LaunchError as error:  # before the ranks can speak to one another, each for itself
+        return report(str(error))
     except Exception:
         # The other ranks may be waiting for this one inside a collective: none may stay behind.
         logging.getLogger("autotp_serving").exception("rank %d failed", control.rank)
@@ -85,9 +98,9 @@ def lead(config: ServingConfig, control: Control) -> int:
     exit_code = serve(
         build_app(engine, tokenizer, config, worker.max_model_len), engine, config, sock
     )
-    if exit_code:
+    ignore_signals()  # uvicorn has let go of them, and the end is near
+    if exit_code or not engine.engine.shutdown():
         control.abort()
-    engine.engine.shutdown()
     worker.lead.stop()
     return exit_code
 
@@ -96,12 +109,17 @@ def follow(config: ServingConfig, control: Control) -> int:
     """Other ranks: load, then obey rank 0, which alone decides when to stop."""
     from autotp_serving.worker import start_worker
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     worker = start_worker(config, control)
     control.all_gather("ready")
     worker.runner.follow(worker.channel)
     return 0
+
+
+def ignore_signals() -> None:
+    """Leave it to rank 0 to end this rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

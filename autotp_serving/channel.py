@@ -14,16 +14,21 @@ import socket
 import struct
 import time
 
-from autotp_serving.ranks import Control, own_host
+from autotp_serving.ranks import Control, LaunchError, own_host
 
 LENGTH = struct.Struct("!I")
 SECRET_LEN = 16
 CONNECT_SECONDS = 60.0
+GREETING_SECONDS = 5.0
 SPIN_SECONDS = 0.01
 
 
 class PlanChannel:
-    """Carries messages from rank 0 to every other rank; all ranks open it together."""
+    """Carries messages from rank 0 to every other rank; all ranks open it together.
+
+    Raises:
+        LaunchError: ranks cannot reach one another.
+    """
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -39,7 +44,7 @@ class PlanChannel:
             with listener:
                 self._accept_followers(listener, secret)
         else:
-            self._lead = socket.create_connection(address, timeout=CONNECT_SECONDS)
+            self._lead = self._connect(address)
             self._lead.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._lead.sendall(secret + LENGTH.pack(control.rank))
             self._lead.settimeout(None)
@@ -49,12 +54,31 @@ class PlanChannel:
         listener.settimeout(CONNECT_SECONDS)
         return listener
 
+    def _connect(self, address: tuple[str, int]) -> socket.socket:
+        try:
+            return socket.create_connection(address, timeout=CONNECT_SECONDS)
+        except OSError as error:
+            raise LaunchError(
+                f"rank {self._control.rank} cannot reach rank 0 at {address[0]} port {address[1]} "
+                f"({error}): let the hosts of the group connect to one another on all ports"
+            ) from error
+
     def _accept_followers(self, listener: socket.socket, secret: bytes) -> None:
         """Take one connection per follower; whoever does not know the secret is turned away."""
         while len(self._followers) < self._control.size - 1:
-            peer, _ = listener.accept()
-            peer.settimeout(CONNECT_SECONDS)
-            greeting = _read(peer, SECRET_LEN + LENGTH.size)
+            try:
+                peer, _ = listener.accept()
+            except TimeoutError as error:
+                missing = sorted(set(range(1, self._control.size)) - set(self._followers))
+                raise LaunchError(
+                    f"ranks {missing} did not connect to rank 0 within {CONNECT_SECONDS:.0f} s: "
+                    "let the hosts of the group connect to one another on all ports"
+                ) from error
+            peer.settimeout(GREETING_SECONDS)
+            try:
+                greeting = _read(peer, SECRET_LEN + LENGTH.size)
+            except OSError:
+                greeting = b""  # a stranger who left or says nothing
             if not hmac.compare_digest(greeting[:SECRET_LEN], secret):
                 peer.close()
                 continue

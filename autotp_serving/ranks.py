@@ -134,11 +134,17 @@ class TorchControl:
         return self._gloo
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Exchange pickled values."""
+        """Exchange pickled values.
+
+        Raises:
+            LaunchError: this rank gives a Failure before the group exists.
+        """
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            return raise_failure([value])  # too early to tell the others; torchrun ends them
+            if isinstance(value, Failure):  # too early to tell the others; torchrun ends them
+                raise LaunchError(value.message)
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group())
         return raise_failure(values)
@@ -180,6 +186,12 @@ def join_control(environ: Mapping[str, str]) -> Control:
                 "nor torchrun's variables: start with mpirun or torchrun."
             )
     return LocalControl()
+
+
+def is_first_rank(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher calls this process rank 0; for what is said before the group is one."""
+    names = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "RANK", "SLURM_PROCID")
+    return all(environ.get(name, "0") == "0" for name in names)
 
 
 def own_host(control: Control) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from autotp_serving.config import ConfigError
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.plan import StepPlan
 
@@ -41,7 +42,7 @@ class Decodes:
 
     Attributes:
         rows: [num_seqs] their rows in the flattened batch.
-        context_slots: [num_seqs, longest_context] cache slots, padded with slot 0.
+        context_slots: [num_seqs, longest_context] cache slots, padded with the sequence's first.
         context_lens: [num_seqs].
     """
 
@@ -91,6 +92,10 @@ class AttentionContext:
             padded = [table + [0] * (num_pages - len(table)) for table in decode_tables]
             pages = torch.tensor(padded, dtype=torch.int64)
             slots = (pages[:, :, None] * block_size + offsets).flatten(1)[:, : max(decode_lens)]
+            # A NaN survives the mask, so what is masked must be this sequence's own: NaN of one
+            # request, or left behind by one, then spoils no other.
+            is_own = torch.arange(slots.shape[1]) < torch.tensor(decode_lens)[:, None]
+            slots = torch.where(is_own, slots, slots[:, :1])
             decodes = Decodes(
                 torch.tensor(decode_rows, device=device),
                 slots.to(device),
@@ -133,11 +138,18 @@ def paged_attention(
 
     Returns:
         [1, num_tokens, num_heads, head_dim] and no attention weights.
+
+    Raises:
+        ConfigError: the architecture asks for what is not done here; in the first pass at start.
     """
     if attention_context is None:
-        raise RuntimeError(
-            f"{type(module).__name__} does not pass keyword arguments on to its attention; "
+        raise ConfigError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention: "
             "this architecture cannot be served"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ConfigError(
+            f"{type(module).__name__} has attention sinks: this architecture cannot be served yet"
         )
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)

@@ -12,6 +12,8 @@ import torch
 
 from autotp_serving.plan import INVALID_TOKEN, SampleInput
 
+MIN_TEMPERATURE = 1e-6
+
 
 def sample_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> list[int]:
     """Choose one token per row.
@@ -44,10 +46,12 @@ def _draw(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
-    temperature = column([sample.params.temperature for sample in samples])
+    # Lower ones would vanish in float32 and divide zero by zero.
+    temperature = column([max(sample.params.temperature, MIN_TEMPERATURE) for sample in samples])
     top_p = column([sample.params.top_p for sample in samples])
     vocab_size = logits.shape[-1]
-    top_k = column([sample.params.top_k or vocab_size for sample in samples])
+    # Clients may send numbers of any size, float32 may not hold them.
+    top_k = column([min(sample.params.top_k or vocab_size, vocab_size) for sample in samples])
     # The largest logit becomes 0 before the division, which then cannot overflow to +inf - inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -61,5 +65,6 @@ def _draw(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
     threshold = column([sample.uniform for sample in samples]) * cumulative[:, -1:]
     choice = (cumulative <= threshold).sum(-1, keepdim=True)
     # A uniform within rounding of 1 must not step past the last token that has probability.
-    last = (probability > 0).sum(-1, keepdim=True) - 1
+    # A row of NaN has no such token; the caller drops what is chosen there.
+    last = (probability > 0).sum(-1, keepdim=True).clamp(min=1) - 1
     return order.gather(1, torch.minimum(choice, last)).squeeze(1)

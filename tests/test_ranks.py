@@ -1,0 +1,137 @@
+"""Which launcher started us, and who reports what: without a launcher and without MPI."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from autotp_serving import ranks
+from autotp_serving.ranks import (
+    Failure,
+    GroupFailure,
+    LaunchError,
+    LocalControl,
+    TorchControl,
+    is_first_rank,
+    join_control,
+    own_host,
+    raise_failure,
+)
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+class FakeMpiControl(LocalControl):
+    """Notes which size the launcher told."""
+
+    def __init__(self, launched_size: int) -> None:
+        super().__init__(size=launched_size)
+
+
+def test_no_launcher_is_a_group_of_one() -> None:
+    control = join_control({"HOME": "/", "PATH": ""})
+    assert (control.rank, control.size, control.local_rank, control.local_size) == (0, 1, 0, 1)
+    assert control.all_gather("value") == ["value"]
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE"])
+def test_mpi_launchers_are_known_by_their_size(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ranks, "MpiControl", FakeMpiControl)
+    control = join_control({name: "4"})
+    assert isinstance(control, FakeMpiControl) and control.size == 4
+
+
+def test_mpirun_wins_over_variables_left_by_torchrun(monkeypatch: Any) -> None:
+    monkeypatch.setattr(ranks, "MpiControl", FakeMpiControl)
+    assert join_control(TORCHRUN | {"PMI_SIZE": "2"}).size == 2
+
+
+def test_torchrun() -> None:
+    control = join_control(TORCHRUN)
+    assert isinstance(control, TorchControl)
+    assert (control.rank, control.size, control.local_rank, control.local_size) == (1, 3, 1, 2)
+
+
+def test_torchrun_with_one_process_is_a_group_of_one() -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert isinstance(join_control(environ), LocalControl)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+        {"MV2_COMM_WORLD_SIZE": "8"},
+    ],
+)
+def test_an_unknown_launcher_is_refused(environ: dict[str, str]) -> None:
+    """Guessing would make every process rank 0, each with a server of its own."""
+    with pytest.raises(LaunchError, match="torchrun"):
+        join_control(environ)
+
+
+def test_a_slurm_step_of_one_task_is_a_group_of_one() -> None:
+    assert join_control({"SLURM_STEP_NUM_TASKS": "1"}).size == 1
+
+
+def test_an_mpi_other_than_mpi4pys_is_refused() -> None:
+    """Under a foreign mpirun each rank's MPI sees a world of one."""
+    code = (
+        "from autotp_serving.ranks import LaunchError, join_control\n"
+        "try:\n"
+        "    join_control({'OMPI_COMM_WORLD_SIZE': '2'})\n"
+        "except LaunchError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "mpirun started 2 ranks but mpi4py sees 1" in done.stdout, done.stderr
+    assert "mpi4py runs on" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, True),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "3"}, False),
+        (TORCHRUN, False),
+        ({"SLURM_PROCID": "1"}, False),
+    ],
+)
+def test_one_process_speaks_before_there_is_a_group(
+    environ: dict[str, str], expected: bool
+) -> None:
+    assert is_first_rank(environ) is expected
+
+
+def test_a_failure_of_any_rank_fails_all_with_its_message() -> None:
+    with pytest.raises(GroupFailure, match="no card"):
+        raise_failure(["value", Failure("no card")])
+    with pytest.raises(GroupFailure, match="no card"):
+        LocalControl().all_gather(Failure("no card"))
+
+
+def test_a_torchrun_rank_that_fails_before_the_group_exists_says_so_itself() -> None:
+    """No other rank can hear it yet, so a GroupFailure, which only rank 0 prints, would be lost."""
+    with pytest.raises(LaunchError, match="no card"):
+        TorchControl(1, 2, 1, 2).all_gather(Failure("no card"))
+
+
+def test_ranks_of_one_host_meet_on_loopback() -> None:
+    assert own_host(LocalControl(size=4, local_size=4)) == "127.0.0.1"
+
+
+def test_a_host_name_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = LocalControl(size=4, local_size=2)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(LaunchError, match="/etc/hosts"):
+        own_host(spread)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
+    assert own_host(spread) == "10.0.0.7"
