@@ -1,6 +1,6 @@
 """Every setting of the server, each default stated once. Same on all ranks, standard library only.
 
-`ServingConfig` is the one frozen record; the command line is built from its fields, so a flag
+`ServingConfig` is the one frozen record; `command_line` builds the flags from its fields, so a flag
 exists if and only if a field does.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -28,10 +28,22 @@ def parse_bytes(text: str) -> int:
 
 
 def setting(
-    default: Any, text: str, *, flags: tuple[str, ...] = (), parse: Any = None, **rest: Any
+    default: Any,
+    text: str,
+    *,
+    flags: tuple[str, ...] = (),
+    parse: Any = None,
+    unit: str | None = None,
+    secret: bool = False,
+    **rest: Any,
 ) -> Any:
-    """Declare a field together with its help text and further argparse options."""
-    return field(default=default, metadata={"help": text, "flags": flags, "parse": parse, **rest})
+    """Declare a field with its help text and further argparse options.
+
+    A default that is None or empty is explained in the text. `unit` stands for the value in
+    --help. What is secret never shows where settings are printed.
+    """
+    metadata = {"help": text, "flags": flags, "parse": parse, "metavar": unit, **rest}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -39,18 +51,30 @@ class ServingConfig:
     """All settings of one server. Checked at birth; raises ConfigError naming the flag."""
 
     model_path: str = setting(
-        "", "folder of a Hugging Face checkpoint", flags=("--repo-id-or-model-path", "--model")
+        "",
+        "folder of a Hugging Face checkpoint; no default, it must be named",
+        flags=("--repo-id-or-model-path", "--model"),
+        unit="FOLDER",
     )
     served_model_name: tuple[str, ...] = setting(
-        (), "names under which /v1 serves the model; default: its folder's", parse=str, nargs="+"
+        (),
+        "names under which /v1 serves the model; default: its folder's",
+        parse=str,
+        nargs="+",
+        unit="NAME",
     )
-    low_bit: str = setting("sym_int4", "weight format; bf16 and fp16 leave weights as they are")
+    low_bit: str = setting(
+        "sym_int4", "weight format; bf16 and fp16 leave weights as they are", unit="FORMAT"
+    )
     lm_head_low_bit: str = setting(
-        "auto", "weight format of the output head; auto: sym_int8 if --low-bit converts weights"
+        "auto",
+        "weight format of the output head; auto: sym_int8 if --low-bit converts weights",
+        unit="FORMAT",
     )
     modules_to_not_convert: tuple[str, ...] = setting(
         (),
-        "parts of module names, separated by commas, that stay dense",
+        "parts of module names, separated by commas, that stay dense; default: none",
+        unit="NAMES",
         parse=lambda text: tuple(part for part in text.split(",") if part),
     )
     dtype: str = setting(
@@ -61,39 +85,98 @@ class ServingConfig:
     device: str = setting(
         "auto", "where to run; auto: xpu, cuda or cpu", choices=("auto", "cpu", "cuda", "xpu")
     )
-    host: str = setting("0.0.0.0", "address to listen on")
-    port: int = setting(8000, "port to listen on")
+    host: str = setting("0.0.0.0", "address to listen on", unit="ADDRESS")
+    port: int = setting(8000, "port to listen on; 0 takes any that is free", unit="PORT")
     max_num_seqs: int = setting(
-        8, "most sequences in one step", flags=("--max-num-seqs", "--max-num-seq")
+        8,
+        "most sequences in one step",
+        flags=("--max-num-seqs", "--max-num-seq"),
+        unit="SEQUENCES",
     )
     max_num_batched_tokens: int = setting(
         4096,
         "most tokens in one step; longer prompts run in chunks",
         flags=("--max-num-batched-tokens", "--max-num-batched-token"),
+        unit="TOKENS",
     )
     max_model_len: int | None = setting(
-        None, "most tokens of prompt and answer together; default: the model's own limit", parse=int
+        None,
+        "most tokens of prompt and answer together; default: the model's own limit",
+        parse=int,
+        unit="TOKENS",
     )
-    max_queue_len: int = setting(1024, "most requests that wait; one more is answered 503")
+    max_queue_len: int = setting(
+        1024, "most requests that wait; one more is answered 503", unit="REQUESTS"
+    )
+    request_timeout: float | None = setting(
+        None,
+        "seconds after which a request ends with an error, its answer complete or not (504); "
+        "default: none",
+        parse=float,
+        unit="SECONDS",
+    )
     max_body_size: int = setting(
         32 * 2**20,
-        "most bytes of a request body; more is answered 413",
+        "most bytes of a request body, as 512KiB or 32MiB; more is answered 413",
         parse=parse_bytes,
+        unit="BYTES",
     )
     drain_seconds: float = setting(
-        30.0, "seconds that running requests get to finish after SIGTERM or Ctrl+C"
+        30.0, "seconds that running requests get to finish after SIGTERM or Ctrl+C", unit="SECONDS"
+    )
+    api_key: tuple[str, ...] = setting(
+        (),
+        "keys that clients may show as `Authorization: Bearer KEY`; with none, all are served. "
+        "Keys in --api-key-file and in the environment's AUTOTP_API_KEY (separated by commas) "
+        "count too, and are not seen in the list of processes; default: none",
+        parse=str,
+        nargs="+",
+        action="extend",
+        unit="KEY",
+        secret=True,
+    )
+    api_key_file: str | None = setting(
+        None, "file with one key a line; default: none", parse=str, unit="FILE"
+    )
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        "origins whose pages may call the server from a browser, or *; default: none",
+        parse=str,
+        nargs="+",
+        action="extend",
+        unit="ORIGIN",
+    )
+    ssl_certfile: str | None = setting(
+        None, "serve https with this certificate chain (PEM); default: http", parse=str, unit="FILE"
+    )
+    ssl_keyfile: str | None = setting(
+        None,
+        "private key of the certificate (PEM); default: it is in --ssl-certfile",
+        parse=str,
+        unit="FILE",
+    )
+    log_level: str = setting(
+        "info",
+        "least important lines to log; none holds the text of a prompt or an answer",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = setting(
+        "text", "lines for readers, or one JSON object a line", choices=("text", "json")
     )
     gpu_memory_utilization: float = setting(
-        0.9, "share of a device's memory to use in all, weights included, 0 to 1"
+        0.9, "share of a device's memory to use in all, weights included, 0 to 1", unit="SHARE"
     )
     kv_cache_memory: int | None = setting(
         None,
         "bytes of KV cache per rank, as 512MiB or 4GiB; default: sized by the server",
         parse=parse_bytes,
+        unit="BYTES",
     )
-    block_size: int = setting(16, "tokens in one page of the KV cache")
+    block_size: int = setting(16, "tokens in one page of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
-    seed: int = setting(0, "seeds the draws of requests that name no seed of their own")
+    seed: int = setting(
+        0, "seeds the draws of requests that name no seed of their own", unit="NUMBER"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:
@@ -107,6 +190,10 @@ class ServingConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if not 0.0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"--drain-seconds must be 0 or more, not {self.drain_seconds}")
+        if self.request_timeout is not None and not 0.0 < self.request_timeout < float("inf"):
+            raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout}")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile: name the certificate as well")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, not {self.port}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -125,34 +212,3 @@ class ServingConfig:
         """Names that clients may call the model by, the preferred one first."""
         folder = self.model_path.rstrip("/").rpartition("/")[2]
         return tuple(self.served_model_name) or tuple(dict.fromkeys((folder, self.model_path)))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line as one ConfigError instead of usage text and an exit."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message} (see --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Make the command line from the fields of `ServingConfig`."""
-    parser = _Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    for item in fields(ServingConfig):
-        options = dict(item.metadata)
-        flags = options.pop("flags") or (f"--{item.name.replace('_', '-')}",)
-        parse = options.pop("parse")
-        if isinstance(item.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif "choices" not in options:
-            options["type"] = parse or type(item.default)
-        parser.add_argument(*flags, dest=item.name, default=item.default, **options)
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> ServingConfig:
-    """Read the command line. Raises ConfigError; exits only for --help."""
-    return ServingConfig(**vars(build_parser().parse_args(argv)))
