@@ -73,12 +73,14 @@ class Request:
         prompt_token_ids: at least one token.
         params: how to sample.
         arrival_time: `time.monotonic()` seconds at which the server received it.
+        tenant: whose request it is; those who share a server get turns. "" where all are one.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     arrival_time: float
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -94,6 +96,7 @@ class RequestOutput:
         token_ids: the tokens this step added, the end token included.
         finish_reason: None until the last output.
         error: one sentence, with `finish_reason` "error" only.
+        error_code: a word for programs, beside `error`.
         num_output_tokens: tokens generated so far.
         num_cached_tokens: prompt tokens taken from the prefix cache.
     """
@@ -103,6 +106,7 @@ class RequestOutput:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_code: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = field(default=0)

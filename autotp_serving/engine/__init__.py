@@ -5,6 +5,12 @@ Rank 0 only, plain Python over integers, never torch.
 
 from __future__ import annotations
 
-from autotp_serving.engine.engine import Engine, EngineError, EngineStats, QueueFullError
+from autotp_serving.engine.engine import (
+    Engine,
+    EngineError,
+    EngineStats,
+    QueueFullError,
+    ShareFullError,
+)
 
-__all__ = ["Engine", "EngineError", "EngineStats", "QueueFullError"]
+__all__ = ["Engine", "EngineError", "EngineStats", "QueueFullError", "ShareFullError"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -35,7 +36,15 @@ class EngineError(RuntimeError):
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may wait; try again later."""
+    """As many requests wait as may wait; there is room after `num_finishes` others ended."""
+
+    def __init__(self, message: str, num_finishes: int = 1) -> None:
+        super().__init__(message)
+        self.num_finishes = num_finishes
+
+
+class ShareFullError(QueueFullError):
+    """One tenant holds its share of the queue already; others still get in."""
 
 
 class Engine:
@@ -61,6 +70,7 @@ class Engine:
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.failure: str | None = None
+        self.last_step_time: float | None = None  # monotonic; of the last that all ranks completed
         self.scheduler = Scheduler(
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
@@ -74,6 +84,7 @@ class Engine:
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._alive: dict[str, Request] = {}
+        self._num_alive_of: Counter[str] = Counter()  # by tenant
         self._closed = False
         self._deadline: float | None = None
         self._detokenizers: dict[str, Detokenizer] = {}
@@ -97,7 +108,7 @@ class Engine:
 
         Raises:
             RequestError: prompt and answer are longer than the model or the KV cache allows.
-            QueueFullError: as many requests wait as may wait.
+            QueueFullError: as many requests wait as may wait, in all or of one tenant.
             EngineError: the engine has failed or shuts down.
             ValueError: a request with this id is alive.
         """
@@ -114,11 +125,11 @@ class Engine:
                 raise EngineError(self.failure)
             if self._closed:
                 raise EngineError("the server is shutting down")
-            if len(self._alive) >= self._max_num_alive:
-                raise QueueFullError(f"{len(self._alive)} requests run or wait already")
+            self._check_room(request.tenant)
             if request.request_id in self._alive:
                 raise ValueError(f"request id {request.request_id} is in use")
             self._alive[request.request_id] = request
+            self._num_alive_of[request.tenant] += 1
             self._inbox.put(partial(self._add, request))
 
     def abort(self, request_id: str) -> None:
@@ -184,6 +195,7 @@ class Engine:
                 for sequence in step.sampled:
                     self._emit(sequence)
                 self._num_steps += 1
+                self.last_step_time = time.monotonic()
             self._publish()
             self._last_step_seconds = time.perf_counter() - started
         except Exception as error:
@@ -200,6 +212,23 @@ class Engine:
             self._publish()
         except EngineError:
             return  # everyone has been told
+
+    def _check_room(self, tenant: str) -> None:
+        """Refuse what exceeds the queue, or a tenant's share of it.
+
+        A tenant may hold as many places as are free: one that floods leaves half of them, two
+        leave a third (dynamic thresholds, after Choudhury and Hahne 1998). So a newcomer gets in,
+        and nobody has to say how many there will be. Where all are one tenant, "", it has all.
+        """
+        num_free = self._max_num_alive - len(self._alive)
+        num_held = self._num_alive_of[tenant]  # a Counter adds no key by asking
+        if num_free <= 0:
+            raise QueueFullError(f"{len(self._alive)} requests run or wait already")
+        if tenant and num_held >= num_free:
+            raise ShareFullError(
+                f"{num_held} requests of this API key run or wait already: that is its share",
+                num_held - num_free + 1,
+            )
 
     def _read_inbox(self, wait: bool) -> None:
         if wait and not self.scheduler.has_work:
@@ -272,7 +301,10 @@ class Engine:
         self._num_finished[reason] += 1
         self._detokenizers.pop(request_id, None)
         with self._lock:
-            del self._alive[request_id]
+            request = self._alive.pop(request_id)
+            self._num_alive_of[request.tenant] -= 1
+            if not self._num_alive_of[request.tenant]:
+                del self._num_alive_of[request.tenant]
 
     def _publish(self) -> None:
         outputs, self._outputs = self._outputs, []

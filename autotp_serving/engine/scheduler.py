@@ -1,18 +1,18 @@
 """Continuous batching: which sequences run in the next step, and what becomes of them. Rank 0 only.
 
 Iteration-level scheduling after Yu et al. 2022, "Orca"; chunked prefill after Agrawal et al. 2024,
-"Sarathi-Serve". First come, first served: whoever runs arrived before whoever waits.
+"Sarathi-Serve". First come, first served, in turns between API keys (see `WaitingQueue`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.sequence import Sequence, make_stream
+from autotp_serving.engine.waiting import WaitingQueue
 from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepPlan
 from autotp_serving.request import FinishReason, Request, RequestError
 
@@ -37,9 +37,9 @@ class Step:
 class Scheduler:
     """Owns the waiting and the running sequences and their pages.
 
-    The running list is in order of arrival, and all that wait arrived later: admission takes the
-    head of the queue, preemption puts the latest back there. So only the latest can be in the
-    middle of its prompt, and preempting from the end never hits one that is already planned.
+    The running list is in order of admission: that takes the head of the queue, and preemption
+    puts the latest back there. So only the latest can be in the middle of its prompt, and
+    preempting from the end never hits one that is already planned.
 
     Args:
         config: limits of a step, prefix caching, seed.
@@ -58,7 +58,7 @@ class Scheduler:
         self.blocks = BlockManager(
             num_blocks, block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_arrivals = 0
         self.num_preemptions = 0
@@ -165,34 +165,34 @@ class Scheduler:
         self.blocks.check_integrity(seq.block_table for seq in self.running)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Get pages for one more token, at the cost of later arrivals; False if it had to go."""
+        """Get pages for one more token, at the cost of later ones; False if it had to go."""
         while not self.blocks.grow(sequence.block_table, sequence.num_tokens):
             if self._preempt() is sequence:
                 return False
         return True
 
     def _preempt(self) -> Sequence:
-        """Send the latest arrival back to the head of the queue, to be computed anew."""
+        """Send the latest back to the head of the queue, to be computed anew."""
         victim = self.running.pop()
         self.blocks.release(victim.block_table)
         victim.num_computed_tokens = 0
         victim.num_registered_blocks = 0
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
         return victim
 
     def _admit(self) -> Sequence | None:
         """Move the head of the queue into the running list with all pages it needs by now."""
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
-        sequence = self.waiting[0]
+        sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
         # One page stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
         if num_needed > self.blocks.num_available:
             return None
-        self.running.append(self.waiting.popleft())
+        self.running.append(self.waiting.pop())
         self.blocks.take(sequence.block_table, matched)
         self.blocks.grow(sequence.block_table, sequence.num_tokens)
         sequence.num_registered_blocks = len(matched)

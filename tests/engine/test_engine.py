@@ -38,9 +38,10 @@ class Bench:
             self.failures.append,
         )
 
-    def submit(self, name: str, prompt: str = "hi", **params) -> None:
+    def submit(self, name: str, prompt: str = "hi", tenant: str = "", **params) -> None:
         tokens = tuple(ByteTokenizer().encode(prompt))
-        self.engine.submit(Request(name, tokens, SamplingParams(**params), time.monotonic()))
+        sampling = SamplingParams(**params)
+        self.engine.submit(Request(name, tokens, sampling, time.monotonic(), tenant))
 
     def run(self) -> None:
         while self.engine.has_work:
