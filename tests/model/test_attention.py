@@ -1,0 +1,217 @@
+"""Paged attention against plain attention over each whole sequence, step by step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from autotp_serving.config import ConfigError
+from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.kv_cache import KVCache, KVCacheShape
+from autotp_serving.plan import StepPlan
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+HEAD_DIM = 16
+LAYER = SimpleNamespace(layer_idx=1)  # not 0: a layer that is mixed up must show
+
+
+@dataclass
+class Sequence:
+    """All queries, keys and values of one sequence, of which steps see a part."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pages: list[int]
+    num_done: int = field(default=0)
+
+
+def make_cache(num_kv_heads: int, dtype: torch.dtype = torch.float32) -> KVCache:
+    shape = KVCacheShape(((num_kv_heads, HEAD_DIM, HEAD_DIM),) * 2, BLOCK_SIZE, dtype)
+    return KVCache(shape, NUM_BLOCKS, torch.device("cpu"))
+
+
+def make_sequences(lens: list[int], num_heads: int, num_kv_heads: int) -> list[Sequence]:
+    """Random sequences over pages in random order."""
+    torch.manual_seed(0)
+    free = random.Random(1).sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    return [
+        Sequence(
+            query=torch.randn(length, num_heads, HEAD_DIM),
+            key=torch.randn(length, num_kv_heads, HEAD_DIM),
+            value=torch.randn(length, num_kv_heads, HEAD_DIM),
+            pages=[free.pop() for _ in range(-(-length // BLOCK_SIZE))],
+        )
+        for length in lens
+    ]
+
+
+def run_step(
+    cache: KVCache, parts: list[tuple[Sequence, int]], **options: Any
+) -> list[torch.Tensor]:
+    """Run the next rows of each sequence in one flattened batch; outputs per sequence."""
+    spans, positions, slots = [], [], []
+    for sequence, query_len in parts:
+        span = range(sequence.num_done, sequence.num_done + query_len)
+        spans.append(slice(span.start, span.stop))
+        positions.extend(span)
+        slots.extend(sequence.pages[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in span)
+        sequence.num_done = span.stop
+    plan = StepPlan(
+        token_ids=[0] * len(positions),
+        positions=positions,
+        slots=slots,
+        query_lens=[query_len for _, query_len in parts],
+        context_lens=[sequence.num_done for sequence, _ in parts],
+        block_tables=[
+            sequence.pages[: -(-sequence.num_done // BLOCK_SIZE)] for sequence, _ in parts
+        ],
+        logit_rows=[],
+    )
+
+    def flatten(name: str) -> torch.Tensor:
+        rows = [getattr(part[0], name)[span] for part, span in zip(parts, spans, strict=True)]
+        return torch.cat(rows).transpose(0, 1)[None]
+
+    context = AttentionContext.from_plan(plan, cache)
+    output, weights = paged_attention(
+        LAYER,
+        flatten("query"),
+        flatten("key"),
+        flatten("value"),
+        None,
+        attention_context=context,
+        **options,
+    )
+    assert weights is None
+    return list(output[0].split(plan.query_lens))
+
+
+def plain_attention(
+    sequence: Sequence,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Causal attention over the whole sequence in float64, spelled out: [length, heads, dim]."""
+    num_groups = sequence.query.shape[1] // sequence.key.shape[1]
+    query = sequence.query.double()
+    key = sequence.key.double().repeat_interleave(num_groups, dim=1)
+    value = sequence.value.double().repeat_interleave(num_groups, dim=1)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * (scaling or HEAD_DIM**-0.5)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    at = torch.arange(len(query))
+    hidden = at[None, :] > at[:, None]
+    if sliding_window is not None:
+        hidden |= at[None, :] <= at[:, None] - sliding_window
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scaling": 0.4},
+        {"sliding_window": 5},
+        {"sliding_window": 1},
+        {"sliding_window": 1000},
+        {"softcap": 3.0},
+        {"softcap": 3.0, "sliding_window": 6},
+    ],
+    ids=str,
+)
+def test_chunks_and_decodes_equal_plain_attention(
+    num_heads: int, num_kv_heads: int, options: dict[str, Any]
+) -> None:
+    """Whole prompts, chunks of prompts and single tokens side by side, over permuted pages."""
+    sequences = make_sequences([23, 9, 14, 6, 1], num_heads, num_kv_heads)
+    expected = [plain_attention(sequence, **options) for sequence in sequences]
+    cache = make_cache(num_kv_heads)
+    a, b, c, d, e = range(5)
+    steps = [
+        [(a, 7), (b, 8)],  # a's first chunk beside b's whole prompt
+        [(b, 1), (a, 9), (c, 4), (e, 1)],  # decode, chunk, new prompt, a prompt of one token
+        [(c, 2), (a, 1), (d, 5)],
+        [(d, 1), (a, 1), (c, 1)],  # decodes only, of lengths 6, 18 and 7
+        [(a, 3), (c, 7)],
+        [(a, 2)],
+    ]
+    for step in steps:
+        starts = [sequences[index].num_done for index, _ in step]
+        parts = [(sequences[index], count) for index, count in step]
+        outputs = run_step(cache, parts, **options)
+        for (index, count), start, output in zip(step, starts, outputs, strict=True):
+            assert_close(output, expected[index][start : start + count])
+    assert [sequence.num_done for sequence in sequences] == [23, 9, 14, 6, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near(dtype: torch.dtype) -> None:
+    (sequence,) = make_sequences([21], 8, 2)
+    expected = plain_attention(sequence)
+    for name in ("query", "key", "value"):
+        setattr(sequence, name, getattr(sequence, name).to(dtype))
+    cache = make_cache(2, dtype)
+    outputs = [run_step(cache, [(sequence, count)])[0] for count in (12, 8, 1)]
+    assert outputs[0].dtype == dtype
+    assert (torch.cat(outputs).double() - expected).abs().max() < 0.05
+
+
+def test_two_sequences_may_share_pages() -> None:
+    """As prefix reuse has it: the second begins behind pages that the first has filled."""
+    first, second = make_sequences([12, 12], 4, 2)
+    for name in ("query", "key", "value"):
+        getattr(second, name)[:8] = getattr(first, name)[:8]
+    second.pages[:2] = first.pages[:2]
+    second.num_done = 8
+    cache = make_cache(2)
+    (output,) = run_step(cache, [(first, 11)])
+    assert_close(output, plain_attention(first)[:11])
+    decode, chunk = run_step(cache, [(first, 1), (second, 4)])
+    assert_close(decode, plain_attention(first)[11:])
+    assert_close(chunk, plain_attention(second)[8:])
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sliding_window": 3}], ids=str)
+def test_nan_of_one_request_reaches_no_other(options: dict[str, Any]) -> None:
+    """Overflow in float16 makes NaN: in a neighbour's pages, in page 0 that pads short decodes,
+    and left behind in a page that the next sequence has not filled yet."""
+    short, long = make_sequences([3, 22], 4, 2)
+    long.pages[0] = 0
+    cache = make_cache(2)
+    everywhere = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
+    nan = torch.full((len(everywhere), 2, HEAD_DIM), float("nan"))
+    cache.write(LAYER.layer_idx, everywhere, nan, nan)
+    long.key[0], long.value[0] = float("nan"), float("nan")
+    expected = plain_attention(short, **options)
+    outputs = [run_step(cache, [(short, 2), (long, 21)], **options)[0]]
+    decode, spoiled = run_step(cache, [(short, 1), (long, 1)], **options)
+    assert_close(torch.cat([*outputs, decode]), expected)
+    if "sliding_window" not in options:
+        assert spoiled.isnan().all()
+
+
+def test_an_architecture_that_drops_the_context_is_refused_by_name() -> None:
+    tensor = torch.zeros(1, 1, 1, HEAD_DIM)
+    with pytest.raises(ConfigError, match="cannot be served"):
+        paged_attention(torch.nn.Identity(), tensor, tensor, tensor, None)
+
+
+def test_attention_sinks_are_refused_by_name() -> None:
+    """Silently left out they would change every answer."""
+    (sequence,) = make_sequences([3], 2, 2)
+    with pytest.raises(ConfigError, match="attention sinks"):
+        run_step(make_cache(2), [(sequence, 3)], s_aux=torch.zeros(2))
