@@ -128,7 +128,10 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(format_comparison(names, first, second)))
             return 0
         return 0 if asyncio.run(run(args)) else 1
-    except (BenchmarkError, PromptError, HttpFailure, ValueError, OSError) as error:
+    except HttpFailure as failure:
+        print(f"benchmark.py: {args.url} has gone away ({failure})", file=sys.stderr)
+        return 2
+    except (BenchmarkError, PromptError, ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
