@@ -1,6 +1,6 @@
 """Make golden.npz: what ipex-llm's native quantizer writes for random and adversarial weights.
 
-    /path/to/ipex-llm-venv/bin/python tests/low_bit/make_golden.py
+    .venv-ipex-llm/bin/python -m tests.low_bit.make_golden
 
 Run it in the environment of requirements-ipex-llm.txt. The native library (libllama, part of the
 ipex-llm wheel) comes in one build per instruction set: those for AVX2 and up fuse multiply and
@@ -16,7 +16,8 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-from native_layout import NATIVE_FORMATS, read_blocks
+
+from .native_layout import NATIVE_FORMATS, read_blocks
 
 GOLDEN = Path(__file__).parent / "golden.npz"
 NF4_BOUNDARIES = (-0.8480964, -0.6106329, -0.4599953, -0.3396794, -0.2346074, -0.1379117,
