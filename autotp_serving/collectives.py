@@ -7,17 +7,15 @@ result.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import io
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from autotp_serving.native_build import cache_folder, hold_build_lock
 from autotp_serving.ranks import GROUP_TIMEOUT, Control, TorchControl, own_host
 
 logger = logging.getLogger(__name__)
@@ -44,7 +42,7 @@ def join_collectives(control: Control, device_kind: str, backend: str) -> Callab
         LOCAL_SIZE=str(control.local_size),
         DS_ACCELERATOR=device_kind,
     )
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_build_folder()))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
     with quiet_deepspeed():
         import deepspeed
         import deepspeed.comm
@@ -60,23 +58,10 @@ def join_collectives(control: Control, device_kind: str, backend: str) -> Callab
     return all_reduce
 
 
-def _build_folder() -> Path:
-    """Where extensions are compiled: one folder per environment.
-
-    The compiler's command names the environment's paths, so two environments that shared a
-    folder would recompile at every start.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
-    return cache / "autotp_serving" / environment
-
-
 def _build_shared_memory_op(control: Control) -> None:
     """Compile DeepSpeed's shared-memory all-reduce, once per machine, or do without it.
 
-    One rank per host compiles while it holds a lock that the operating system frees if the rank
-    dies. Torch's own lock is a file that a killed build leaves behind, and on which every later
-    start would wait for ever; under our lock such a file can only be a leftover.
+    One rank per host compiles, under a lock.
     """
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -84,9 +69,7 @@ def _build_shared_memory_op(control: Control) -> None:
 
     def build() -> str | None:
         folder = Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
-        with (folder.parent / f"{ShareMemCommBuilder.NAME}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
+        with hold_build_lock(folder):
             if not list(folder.glob("*.so")):
                 logger.info("Compiling DeepSpeed's shared-memory all-reduce (once, about a minute)")
             try:

@@ -7,12 +7,15 @@ Takes the place of DeepSpeed AutoTP's `LinearLayer` (split by rows, no reduction
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .formats import Format
+from .kernels.cpu import CpuMatmul, load_library
+from .kernels.tiles import tile as tile_weight
 from .tensor import LowBitTensor, dequantize
 
 # Multiplies `x` [tokens, cols] by the transposed weight [rows, cols] into [tokens, rows].
@@ -41,6 +44,7 @@ class LowBitLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        weight = arrange(weight)
         for name, plane in weight.planes.items():
             self.register_buffer(name, plane)
         self.register_buffer("bias", bias)
@@ -68,23 +72,33 @@ class LowBitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow `.to(device)`, but keep the planes as they are under `.half()` or `.to(dtype)`."""
         super()._apply(fn, recurse)
-        weight = self.weight
-        for name, plane in weight.planes.items():
-            moved = getattr(self, name)
-            if moved.dtype != plane.dtype:
-                setattr(self, name, plane.to(moved.device))
-        planes = {name: getattr(self, name) for name in weight.planes}
-        self.weight = LowBitTensor(weight.format, weight.shape, planes)
-        self.matmul = select_matmul(weight.format, self.weight.device)
+        device = self.codes.device
+        if device != self.weight.device:
+            self.weight = arrange(self.weight.to(device))
+            self.matmul = select_matmul(self.weight.format, device)
+        for name, plane in self.weight.planes.items():
+            setattr(self, name, plane)
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """What is saved has the order of formats.py, whatever the kernel's."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, plane in self.weight.canonical().planes.items():
+            destination[prefix + name] = plane
 
 
 def select_matmul(format: Format, device: torch.device) -> Matmul:
-    """The fastest way to multiply by a weight of `format` on `device`.
+    """The fastest way to multiply by a weight of `format` on `device`."""
+    library = load_library() if device.type == "cpu" else None
+    return portable_matmul if library is None else CpuMatmul(library)
 
-    So far there is the portable one; kernels per device plug in here.
-    """
-    return portable_matmul
+
+def arrange(weight: LowBitTensor) -> LowBitTensor:
+    """A weight with its bytes in the order that `select_matmul`'s choice reads; a copy if any."""
+    tiled = weight.device.type == "cpu" and load_library() is not None
+    return tile_weight(weight) if tiled else weight
 
 
 def portable_matmul(x: Tensor, weight: LowBitTensor, *, tile: int | None = None) -> Tensor:

@@ -59,9 +59,13 @@ class LowBitTensor:
         """Bytes of all planes."""
         return self.format.num_bytes(*self.shape)
 
+    def canonical(self) -> LowBitTensor:
+        """The same in the order of formats.py, where a kernel has put the bytes in its own."""
+        return self
+
     def slice_rows(self, start: int, stop: int) -> LowBitTensor:
         """Rows `start` to `stop` as views."""
-        planes = {name: plane[start:stop] for name, plane in self.planes.items()}
+        planes = {name: plane[start:stop] for name, plane in self.canonical().planes.items()}
         return LowBitTensor(self.format, (stop - start, self.shape[1]), planes)
 
     def slice_cols(self, start: int, stop: int) -> LowBitTensor:
@@ -73,25 +77,26 @@ class LowBitTensor:
         if start % BLOCK or (stop % BLOCK and stop != cols):
             raise LowBitError(f"columns {start} to {stop} of {cols} would cut a block of {BLOCK}")
         first, last = start // BLOCK, num_blocks(stop)
+        source = self.canonical().planes
         planes = {
-            name: self.planes[name][:, first * entries : last * entries]
+            name: source[name][:, first * entries : last * entries]
             for name, _, entries in self.format.planes
         }
         return LowBitTensor(self.format, (rows, stop - start), planes)
 
     def contiguous(self) -> LowBitTensor:
         """The same with planes that kernels can walk in one stride; copies only what is not."""
-        planes = {name: plane.contiguous() for name, plane in self.planes.items()}
+        planes = {name: plane.contiguous() for name, plane in self.canonical().planes.items()}
         return LowBitTensor(self.format, self.shape, planes)
 
     def to(self, device: torch.device | str) -> LowBitTensor:
         """The same on `device`."""
-        planes = {name: plane.to(device) for name, plane in self.planes.items()}
+        planes = {name: plane.to(device) for name, plane in self.canonical().planes.items()}
         return LowBitTensor(self.format, self.shape, planes)
 
     def to_dict(self, prefix: str) -> dict[str, Tensor]:
         """The planes as `prefix.plane`, for safetensors; format and shape travel as metadata."""
-        return {f"{prefix}.{name}": plane for name, plane in self.planes.items()}
+        return {f"{prefix}.{name}": plane for name, plane in self.canonical().planes.items()}
 
     @staticmethod
     def from_dict(
@@ -108,7 +113,9 @@ class LowBitTensor:
 def concat_rows(tensors: Sequence[LowBitTensor]) -> LowBitTensor:
     """Stack weights of one format and one number of columns, for siblings that share an input."""
     first = tensors[0]
-    planes = {name: torch.cat([t.planes[name] for t in tensors]) for name in first.planes}
+    planes = {
+        name: torch.cat([t.canonical().planes[name] for t in tensors]) for name in first.planes
+    }
     return LowBitTensor(first.format, (sum(t.shape[0] for t in tensors), first.shape[1]), planes)
 
 
@@ -148,6 +155,7 @@ def dequantize(
 
     Computed in float32 and rounded once. `tile` is the number of weights converted at once.
     """
+    tensor = tensor.canonical()
     rows, cols = tensor.shape
     blocks = num_blocks(cols)
     weight = torch.empty(rows, cols, dtype=dtype, device=tensor.device)

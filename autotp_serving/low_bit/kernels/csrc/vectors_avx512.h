@@ -1,0 +1,126 @@
+// 512-bit vectors by AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
+//
+// One vector is 16 rows of a weight, each with four bytes or one number. vectors_avx2.h has the
+// same names.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+using Bytes = __m512i;
+using Ints = __m512i;
+using Floats = __m512;
+
+// Tokens whose sums fit in the 32 registers beside the weights.
+constexpr int kMaxTokens = 8;
+
+inline int32_t load_int32(const void* from) {
+    int32_t value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+inline Bytes same_bytes(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+inline Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes flip(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+template <int kBits>
+Bytes shift_right(Bytes a) {
+    return kBits ? _mm512_srli_epi32(a, kBits) : a;
+}
+template <int kBits>
+Bytes shift_left(Bytes a) {
+    return kBits ? _mm512_slli_epi32(a, kBits) : a;
+}
+
+// Byte j of each row becomes `value` where bit j of the row's number is set, else 0.
+inline Bytes spread_bits(Ints bits, Bytes value) {
+    const Bytes lowest = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const Bytes lanes = _mm512_shuffle_epi8(bits, lowest);
+    return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(lanes, _mm512_set1_epi32(0x08040201)),
+                                 value);
+}
+
+// Entry `index` (below 16) of a table of 16 bytes, for each byte.
+inline Bytes load_table(const uint8_t* table) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+
+inline Ints same_int(int32_t value) { return _mm512_set1_epi32(value); }
+inline Ints sixteenth(Ints a) { return _mm512_srai_epi32(a, 4); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+
+// Adds to each row the product of its four unsigned bytes with the same four signed ones. VNNI
+// has room for any byte; `kWide` matters to AVX2 alone.
+template <bool kWide>
+Ints dot_bytes(Ints sum, Bytes weights, int32_t x) {
+    return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x));
+}
+constexpr bool kAnyByteFits = true;
+
+inline Floats same_float(float value) { return _mm512_set1_ps(value); }
+inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats load_halves(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline void store_floats(float* to, Floats a, int count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), a);
+}
+
+// A table of 128 bfloat16 numbers, their upper and their lower bytes apart.
+struct PairTable {
+    Bytes upper[2], lower[2];
+};
+inline PairTable load_pair_table(const uint8_t* upper, const uint8_t* lower) {
+    return {{load_bytes(upper), load_bytes(upper + 64)}, {load_bytes(lower), load_bytes(lower + 64)}};
+}
+
+// Four codes per row become two pairs of bfloat16: of codes 0 and 2, and of codes 1 and 3. Bit 7
+// of a code is the sign.
+struct Pairs {
+    Bytes even, odd;
+};
+inline Pairs look_up_pairs(const PairTable& table, Bytes codes) {
+    const Bytes sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const Bytes magnitude = _mm512_permutex2var_epi8(table.upper[0], codes, table.upper[1]);
+    const Bytes upper = _mm512_ternarylogic_epi32(magnitude, codes, sign, 0xf8);  // a | (b & c)
+    const Bytes lower = _mm512_permutex2var_epi8(table.lower[0], codes, table.lower[1]);
+    const Bytes low_halves = _mm512_set1_epi16(0x00ff);
+    constexpr int kSelect = 0xca;  // bits of the second where the first is set, else of the third
+    return {_mm512_ternarylogic_epi32(low_halves, lower, _mm512_slli_epi16(upper, 8), kSelect),
+            _mm512_ternarylogic_epi32(low_halves, _mm512_srli_epi16(lower, 8), upper, kSelect)};
+}
+
+inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights),
+                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(x)));
+#else
+    const int32_t first = x << 16, second = x & static_cast<int32_t>(0xffff0000);
+    const Bytes upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)),
+                          _mm512_castsi512_ps(_mm512_set1_epi32(first)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weights, upper)),
+                           _mm512_castsi512_ps(_mm512_set1_epi32(second)), sum);
+#endif
+}
+
+// Rounds to the nearest, halves to even; NaN stays NaN.
+inline void store_bfloat16(uint16_t* to, Floats a, int count) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1),
+                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
