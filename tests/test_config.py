@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from autotp_serving.config import ConfigError, ServingConfig, build_parser, parse_args, parse_bytes
+from autotp_serving.command_line import parse_args
+from autotp_serving.config import ConfigError, ServingConfig, parse_bytes
 
 MODEL = ["--repo-id-or-model-path", "folder/model"]
 
@@ -58,14 +56,6 @@ def test_names_are_several() -> None:
 )
 def test_the_model_is_called_by_its_folder(path: str, names: tuple[str, ...]) -> None:
     assert ServingConfig(model_path=path).model_names == names
-
-
-def test_every_field_has_a_flag_and_a_help_text() -> None:
-    actions = {action.dest: action for action in build_parser()._actions}
-    for field in dataclasses.fields(ServingConfig):
-        assert actions[field.name].option_strings[0].startswith("--"), field.name
-        assert actions[field.name].help, field.name
-    assert set(actions) == {field.name for field in dataclasses.fields(ServingConfig)} | {"help"}
 
 
 @pytest.mark.parametrize(
@@ -134,10 +124,3 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_bytes(text)
-
-
-def test_help_lists_the_flags_and_ends_well() -> None:
-    code = "from autotp_serving.config import parse_args; parse_args(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0
-    assert "--max-num-batched-tokens" in done.stdout and not done.stderr
