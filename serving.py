@@ -79,25 +79,28 @@ def run_rank(control: Control, argv: list[str] | None) -> int:
 def lead(config: ServingConfig, control: Control) -> int:
     """Rank 0: load, then answer requests until told to stop."""
     from autotp_serving.api.app import build_app
-    from autotp_serving.api.server import reserve_port, serve
+    from autotp_serving.api.keys import load_api_keys
+    from autotp_serving.api.server import check_tls, reserve_port, serve
     from autotp_serving.api.streams import AsyncEngine
     from autotp_serving.engine import Engine
     from autotp_serving.tokenizer import HuggingFaceTokenizer
     from autotp_serving.worker import start_worker
 
+    api_keys = load_api_keys(config, os.environ)
+    check_tls(config)
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, control)
     tokenizer = HuggingFaceTokenizer(
         Path(config.model_path), trust_remote_code=config.trust_remote_code
     )
     engine = AsyncEngine(
-        lambda deliver: Engine(worker.lead, tokenizer, config, worker.max_model_len, deliver)
+        lambda deliver: Engine(worker.lead, tokenizer, config, worker.max_model_len, deliver),
+        config.request_timeout,
     )
     control.all_gather("ready")
     engine.engine.start()
-    exit_code = serve(
-        build_app(engine, tokenizer, config, worker.max_model_len), engine, config, sock
-    )
+    app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys)
+    exit_code = serve(app, engine, config, sock)
     ignore_signals()  # uvicorn has let go of them, and the end is near
     if exit_code or not engine.engine.shutdown():
         control.abort()

@@ -192,6 +192,11 @@ class ServingConfig:
             raise ConfigError(f"--drain-seconds must be 0 or more, not {self.drain_seconds}")
         if self.request_timeout is not None and not 0.0 < self.request_timeout < float("inf"):
             raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout}")
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(
+                    f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
+                )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile: name the certificate as well")
         if not 0 <= self.port <= 65535:

@@ -69,6 +69,7 @@ def test_the_seed_pages_spellings_mean_the_same():
         (["--port", "many"], "--port.*'many'"),
         (["--request-timeout", "0"], "--request-timeout must be above 0"),
         (["--ssl-keyfile", "k"], "--ssl-keyfile needs --ssl-certfile"),
+        (["--cors-origin", "https://a/"], "--cors-origin https://a/ is no origin"),
         (["--log-format", "xml"], "--log-format.*'xml'"),
     ],
 )

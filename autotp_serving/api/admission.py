@@ -108,7 +108,13 @@ class Admission:
         record.usage.num_prompt_tokens += num_prompt_tokens
         prompt = tuple(prompt_token_ids)
         return [
-            Request(f"{record.request_id}-{number}", prompt, params, record.arrival_time)
+            Request(
+                f"{record.request_id}-{number}",
+                prompt,
+                params,
+                record.arrival_time,
+                record.tenant,
+            )
             for number, params in enumerate(choices, first_choice)
         ]
 

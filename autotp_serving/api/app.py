@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.errors import install_error_handlers
 from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
+from autotp_serving.api.keys import ApiKeys
 from autotp_serving.api.native import native_routes
 from autotp_serving.api.openai_routes import ModelNames, openai_routes
 from autotp_serving.api.schemas import ErrorReply
@@ -23,7 +25,11 @@ from autotp_serving.tokenizer import Tokenizer
 
 
 def build_app(
-    engine: AsyncEngine, tokenizer: Tokenizer, config: ServingConfig, max_model_len: int
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    config: ServingConfig,
+    max_model_len: int,
+    api_keys: ApiKeys,
 ) -> FastAPI:
     """Put the application together around a running engine."""
 
@@ -40,7 +46,15 @@ def build_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     install_error_handlers(app)
-    app.add_middleware(RequestGuard, max_body_size=config.max_body_size)
+    app.add_middleware(RequestGuard, max_body_size=config.max_body_size, api_keys=api_keys)
+    if config.cors_origin:  # around the guard: pages may read its refusals, and ask without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     admission = Admission(tokenizer, max_model_len, config.max_num_seqs + config.max_queue_len)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from autotp_serving.request import RequestError
+from autotp_serving.request import RequestError, RequestOutput
 
 MAX_NAMED_ERRORS = 5
 MAX_PARAM_LEN = 200
@@ -38,6 +38,17 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+
+
+STATUS_OF_CODE = {"timeout": 504, "shutting_down": 503}
+
+
+def check_reason(output: RequestOutput) -> None:
+    """Raise ApiError for an output that ends its request other than by its own end."""
+    if output.finish_reason not in (None, "stop", "length"):
+        code = output.error_code or "engine_failed"
+        message = output.error or "the request was aborted"
+        raise ApiError(STATUS_OF_CODE.get(code, 500), message, code=code)
 
 
 def error_body(

@@ -1,7 +1,8 @@
 """What every HTTP request passes through, whatever its route. Rank 0 only.
 
-The guard reads the body within its size limit, names the request, ends its handler when the
-client leaves, and writes one line to the access log. Prompts never reach the log.
+The guard names the request, asks for the API key, reads the body within its size limit, ends the
+handler when the client leaves, and writes one line to the access log. Neither prompts nor keys
+reach the log.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autotp_serving.api.errors import error_response
+from autotp_serving.api.keys import ApiKeys
 from autotp_serving.api.streams import Usage
 
 logger = logging.getLogger("autotp_serving.access")
 
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
-QUIET_PATHS = frozenset({"/health", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+# Served without a key: what load balancers ask, and the page in which a person can type one.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
 @dataclass
 class RequestRecord:
-    """What the access log tells of one HTTP request; handlers fill in `usage`."""
+    """What the access log tells of one HTTP request; handlers fill in `usage`.
+
+    `tenant` says whose it is; see `ApiKeys`.
+    """
 
     request_id: str
     arrival_time: float
+    tenant: str = ""
     status: int = 0
     is_answered: bool = False
     usage: Usage = field(default_factory=Usage)
@@ -45,9 +53,10 @@ class _ClientLeft(Exception):
 class RequestGuard:
     """Outermost ASGI layer; plain ASGI, since wrapped responses would hide who left."""
 
-    def __init__(self, app: ASGIApp, max_body_size: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_size: int, api_keys: ApiKeys) -> None:
         self.app = app
         self.max_body_size = max_body_size
+        self.api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +85,11 @@ class RequestGuard:
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
+        tenant = self.api_keys.find_tenant(scope["headers"])
+        if tenant is None and scope["path"] not in OPEN_PATHS:
+            await _refuse_stranger(scope, receive, send)
+            return
+        record.tenant = tenant or ""
         try:
             body = await _read_body(scope, receive, self.max_body_size)
         except _BodyTooLarge:
@@ -93,6 +107,20 @@ class RequestGuard:
         await _run_while_connected(self.app, scope, body, receive, send)
         if not record.is_answered:
             record.status = CLIENT_LEFT
+
+
+async def _refuse_stranger(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 401 before the body is read: strangers cost no memory."""
+    shows_key = any(name == b"authorization" for name, _ in scope["headers"])
+    refusal = error_response(
+        401,
+        "this API key is not known here"
+        if shows_key
+        else "this server wants an API key, sent as Authorization: Bearer KEY",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
+    )
+    await refusal(scope, receive, send)
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

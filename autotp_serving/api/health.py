@@ -34,7 +34,7 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        text = render(engine.engine.stats(), engine.latencies, model_name)
+        text = render(engine.engine.stats(), engine.latencies, engine.num_refused, model_name)
         return Response(text, media_type=CONTENT_TYPE)
 
     return router

@@ -86,12 +86,19 @@ class Latencies:
         }
 
 
-def render(stats: EngineStats, latencies: Latencies, model_name: str) -> str:
+def render(
+    stats: EngineStats, latencies: Latencies, num_refused: Mapping[str, int], model_name: str
+) -> str:
     """Everything as Prometheus reads it."""
-    return "\n".join([*_render(stats, latencies, {"model_name": model_name}), ""])
+    return "\n".join([*_render(stats, latencies, num_refused, {"model_name": model_name}), ""])
 
 
-def _render(stats: EngineStats, latencies: Latencies, labels: Mapping[str, str]) -> Iterator[str]:
+def _render(
+    stats: EngineStats,
+    latencies: Latencies,
+    num_refused: Mapping[str, int],
+    labels: Mapping[str, str],
+) -> Iterator[str]:
     usage = stats.num_held_blocks / stats.num_blocks
     gauges = {
         "num_requests_running": ("Requests that take part in steps.", stats.num_running),
@@ -114,6 +121,9 @@ def _render(stats: EngineStats, latencies: Latencies, labels: Mapping[str, str])
     yield from _head("request_success_total", "Requests ended, by reason.", "counter")
     for reason, count in stats.num_finished.items():
         yield _sample("request_success_total", {**labels, "finished_reason": reason}, count)
+    yield from _head("admission_rejections_total", "Requests refused at the door.", "counter")
+    for reason, count in num_refused.items():
+        yield _sample("admission_rejections_total", {**labels, "reason": reason}, count)
     for name, (text, histogram) in latencies.families().items():
         yield from _head(name, text, "histogram")
         total = 0

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from autotp_serving.api.admission import Admission
-from autotp_serving.api.errors import ApiError
+from autotp_serving.api.errors import check_reason
 from autotp_serving.api.responses import TokenStreamResponse
 from autotp_serving.api.schemas import GenerateReply, GenerateRequest
 from autotp_serving.api.streams import AsyncEngine
@@ -45,8 +45,7 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
             async for outputs in stream:
                 text.extend(output.text for output in outputs)
                 last = outputs[-1]
-        if last.finish_reason not in ("stop", "length"):
-            raise ApiError(500, last.error or "the request was aborted", code="engine_failed")
+        check_reason(last)
         return JSONResponse(reply(0, "".join(text), last.finish_reason))
 
     @router.post("/generate_stream", include_in_schema=False)

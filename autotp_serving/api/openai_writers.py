@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autotp_serving.api.errors import ApiError, error_body
+from autotp_serving.api.errors import ApiError, check_reason, error_body
 from autotp_serving.api.streams import Usage
 from autotp_serving.request import Request, RequestOutput
 
@@ -158,9 +158,3 @@ class ChatWriter(ChoiceWriter):
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
             for delta, reason in deltas
         ]
-
-
-def check_reason(output: RequestOutput) -> None:
-    """Raise ApiError for an output that ends its request other than by its own end."""
-    if output.finish_reason not in (None, "stop", "length"):
-        raise ApiError(500, output.error or "the request was aborted", code="engine_failed")

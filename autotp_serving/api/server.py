@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 import time
 from types import FrameType
 
@@ -55,6 +56,34 @@ def reserve_port(host: str, port: int) -> socket.socket:
     return sock
 
 
+def check_tls(config: ServingConfig) -> None:
+    """Read certificate and key early, for the same reason.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    for flag, path in (
+        ("--ssl-certfile", config.ssl_certfile),
+        ("--ssl-keyfile", config.ssl_keyfile),
+    ):
+        try:
+            if path is not None:
+                open(path, "rb").close()
+        except OSError as error:
+            raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    if config.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # The password is empty, or the terminal would be asked for one.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile} are no "
+            f"certificate with its key, both in PEM and without a password: {error}"
+        ) from error
+
+
 def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket.socket) -> int:
     """Serve until SIGTERM, SIGINT or the engine's failure. Returns the process exit code."""
     uvicorn_config = uvicorn.Config(
@@ -66,6 +95,8 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         lifespan="on",
         ws="none",
         timeout_graceful_shutdown=FLUSH_SECONDS,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
     )
     # Connections inherit it, so that their remains do not keep the next server off the port.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,8 +124,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:  # given a socket, uvicorn leaves this line to its caller
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            scheme = "https" if self.config.is_ssl else "http"
             logger.info(
-                "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, self.config.port
+                "Uvicorn running on %s://%s:%d (Press CTRL+C to quit)",
+                scheme,
+                host,
+                self.config.port,
             )
 
     async def on_tick(self, counter: int) -> bool:

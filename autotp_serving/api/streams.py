@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import Latencies, Progress
-from autotp_serving.engine import EngineError, QueueFullError
+from autotp_serving.engine import EngineError, QueueFullError, ShareFullError
 from autotp_serving.request import Request, RequestOutput
 
 if TYPE_CHECKING:
@@ -82,13 +82,19 @@ class TokenStream:
 class AsyncEngine:
     """The engine as request handlers see it.
 
-    `make_engine` receives the function to which the engine must hand its outputs; that breaks the
-    circle between the two objects.
+    Args:
+        make_engine: receives the function to which the engine must hand its outputs; that breaks
+            the circle between the two objects.
+        request_timeout: seconds after a request's arrival at which it ends with an error.
     """
 
-    def __init__(self, make_engine: Callable[[OutputSink], Engine]) -> None:
+    def __init__(
+        self, make_engine: Callable[[OutputSink], Engine], request_timeout: float | None = None
+    ) -> None:
         self.engine = make_engine(self.deliver)
         self.is_draining = False
+        self.num_refused = Counter(queue_full=0, share_full=0)
+        self._request_timeout = request_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self.latencies = Latencies()
         self._streams: dict[str, tuple[TokenStream, Progress]] = {}
@@ -116,7 +122,8 @@ class AsyncEngine:
         forgotten here and, where it still runs, aborted in the engine.
 
         Raises:
-            ApiError: 503 when the engine has failed, is stopping, or its queue is full.
+            ApiError: 503 when the engine has failed, is stopping, or its queue is full; 429 when
+                this tenant has its share of the queue.
         """
         self._check_open()
         assert self._loop is not None, "bind() comes first"
@@ -126,18 +133,18 @@ class AsyncEngine:
             self._busy_since = time.monotonic()
         for request in requests:
             self._streams[request.request_id] = stream, Progress(request.arrival_time)
+        timer = self._start_timer(stream, requests[0].arrival_time)
         try:
             for request in requests:
                 self.engine.submit(request)
             yield stream
         except QueueFullError as error:
-            wait = self.seconds_until_room()
-            raise ApiError(
-                503, str(error), code="queue_full", headers={"Retry-After": str(wait)}
-            ) from error
+            raise self._refusal(error) from error
         except EngineError as error:
             raise ApiError(503, str(error), code="engine_failed") from error
         finally:
+            if timer is not None:
+                timer.cancel()
             for request_id in stream.unfinished:
                 self._forget(request_id)
                 self.engine.abort(request_id)
@@ -149,15 +156,15 @@ class AsyncEngine:
         except RuntimeError:  # the loop has closed: the server has stopped, no one reads
             logger.debug("outputs of %d requests came too late", len(outputs))
 
-    def seconds_until_room(self) -> int:
-        """Seconds until a place in the queue should be free: the mean time between finishes.
+    def seconds_until_room(self, num_finishes: int = 1) -> int:
+        """Seconds until so many requests should have ended, by the mean time between finishes.
 
         Measured over the latest finishes since the engine was last idle, and up to now, so that
         an engine that stalls is told truly as well.
         """
         start = self._finish_times[0] if self._finish_times else self._busy_since
         mean = (time.monotonic() - start) / max(1, len(self._finish_times))
-        return max(1, min(MAX_RETRY_AFTER, math.ceil(mean)))
+        return max(1, min(MAX_RETRY_AFTER, math.ceil(mean * num_finishes)))
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let the running ones finish, end the rest when time is over."""
@@ -170,9 +177,43 @@ class AsyncEngine:
     def end_all(self, message: str) -> None:
         """End every open request with an error."""
         for request_id, (stream, _) in list(self._streams.items()):
-            self._forget(request_id)
-            self.engine.abort(request_id)
-            stream.push(RequestOutput(request_id, text="", finish_reason="error", error=message))
+            self._end(
+                request_id,
+                stream,
+                message,
+                "engine_failed" if self.engine.failure else "shutting_down",
+            )
+
+    def _end(self, request_id: str, stream: TokenStream, message: str, code: str) -> None:
+        self._forget(request_id)
+        self.engine.abort(request_id)
+        stream.push(
+            RequestOutput(
+                request_id, text="", finish_reason="error", error=message, error_code=code
+            )
+        )
+
+    def _start_timer(self, stream: TokenStream, arrival_time: float) -> asyncio.TimerHandle | None:
+        """End what is unfinished of a stream when its time is over."""
+        seconds = self._request_timeout
+        if seconds is None:
+            return None
+
+        def end_late() -> None:
+            message = f"the request took longer than {seconds:g} s (--request-timeout)"
+            for request_id in tuple(stream.unfinished):
+                self._end(request_id, stream, message, "timeout")
+
+        return self._loop.call_later(arrival_time + seconds - time.monotonic(), end_late)
+
+    def _refusal(self, error: QueueFullError) -> ApiError:
+        is_share = isinstance(error, ShareFullError)
+        code = "share_full" if is_share else "queue_full"
+        self.num_refused[code] += 1
+        wait = self.seconds_until_room(error.num_finishes)
+        return ApiError(
+            429 if is_share else 503, str(error), code=code, headers={"Retry-After": str(wait)}
+        )
 
     def _check_open(self) -> None:
         if self.engine.failure is not None:

@@ -34,7 +34,7 @@ class LiveServer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         line = self.wait_for_line("Uvicorn running on")
-        self.url = re.search(r"http://\S+", line)[0]
+        self.url = re.search(r"https?://\S+", line)[0]
 
     def _read(self) -> None:
         for line in self.process.stdout:

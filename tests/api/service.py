@@ -16,6 +16,7 @@ import httpx
 from fastapi import FastAPI
 
 from autotp_serving.api.app import build_app
+from autotp_serving.api.keys import load_api_keys
 from autotp_serving.api.server import reserve_port, serve
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
@@ -58,9 +59,11 @@ def build_service(
     )
     tokenizer = ByteTokenizer()
     engine = AsyncEngine(
-        lambda sink: Engine(runner, tokenizer, serving_config, max_model_len, sink)
+        lambda sink: Engine(runner, tokenizer, serving_config, max_model_len, sink),
+        serving_config.request_timeout,
     )
-    app = build_app(engine, tokenizer, serving_config, max_model_len)
+    api_keys = load_api_keys(serving_config, {})
+    app = build_app(engine, tokenizer, serving_config, max_model_len, api_keys)
     return Service(app, engine, runner, serving_config)
 
 
