@@ -67,7 +67,7 @@ def run_rank(control: Control, argv: list[str] | None) -> int:
         silence = contextlib.redirect_stdout(io.StringIO()) if control.rank else None
         with silence or contextlib.nullcontext():
             config = parse_args(argv)
-        configure_logging()
+        configure_logging(config.log_level, config.log_format, control.rank)
         if control.rank == 0:
             return lead(config, control)
         return follow(config, control)

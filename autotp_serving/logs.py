@@ -1,15 +1,57 @@
-"""One line per event, for operators, in the format of uvicorn's own lines. Every rank."""
+"""One line per event, for readers or for machines. Every rank.
+
+No line at any level holds the text of a prompt or of an answer.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import time
+from typing import Any
 
 
-def configure_logging(level: int = logging.INFO) -> None:
-    """Send this package's log to stderr; the launcher puts the rank before each line."""
+class TextFormatter(logging.Formatter):
+    """Lines as uvicorn writes them; the launcher puts the rank before each."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname + ':':<9} {record.message}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; what a call passes as `extra={"fields": {...}}` stands beside."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry: dict[str, Any] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "rank": self._rank,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def configure_logging(level: str = "info", form: str = "text", rank: int = 0) -> None:
+    """Send the log of this package and of uvicorn to stderr.
+
+    Args:
+        level: the least important lines to write.
+        form: "text" or "json".
+        rank: named in JSON lines.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s:     %(message)s"))
-    package_logger = logging.getLogger("autotp_serving")
-    package_logger.handlers = [handler]
-    package_logger.propagate = False
-    package_logger.setLevel(level)
+    handler.setFormatter(JsonFormatter(rank) if form == "json" else TextFormatter())
+    for name in ("autotp_serving", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())

@@ -21,6 +21,7 @@ from autotp_serving.api.streams import Usage
 
 logger = logging.getLogger("autotp_serving.access")
 
+MAX_LOGGED_PATH = 200
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Served without a key: what load balancers ask, and the page in which a person can type one.
@@ -192,14 +193,20 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 def _log(scope: Scope, record: RequestRecord) -> None:
     if scope["path"] in QUIET_PATHS and record.status == 200:
         return
-    logger.info(
-        "%s %s %d %.3fs in=%d out=%d %s",
-        scope["method"],
+    fields = {
+        "method": scope["method"],
         # Decoded paths may hold line breaks, which would forge lines of this log.
-        scope["path"].encode("unicode_escape").decode("ascii")[:200],
-        record.status,
-        time.monotonic() - record.arrival_time,
-        record.usage.num_prompt_tokens,
-        record.usage.num_output_tokens,
-        record.request_id,
-    )
+        "path": scope["path"].encode("unicode_escape").decode("ascii")[:MAX_LOGGED_PATH],
+        "status": record.status,
+        "seconds": round(time.monotonic() - record.arrival_time, 6),
+        "prompt_tokens": record.usage.num_prompt_tokens,
+        "output_tokens": record.usage.num_output_tokens,
+        "request_id": record.request_id,
+    }
+    line = "%s %s %d %.3fs in=%d out=%d %s"
+    arguments = tuple(fields.values())
+    if record.tenant:
+        fields["api_key"] = record.tenant  # its number, not the key
+        line += " (%s)"
+        arguments += (record.tenant,)
+    logger.info(line, *arguments, extra={"fields": fields})

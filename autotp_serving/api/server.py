@@ -90,6 +90,7 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         app,
         host=config.host,
         port=sock.getsockname()[1],
+        log_config=None,  # configure_logging has seen to it
         access_log=False,  # the guard writes its own line, with tokens and request id
         server_header=False,
         lifespan="on",

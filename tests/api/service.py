@@ -92,9 +92,10 @@ async def client(**options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Servi
 def main() -> int:
     """Serve until a signal comes."""
     options = json.loads(sys.argv[1])
-    configure_logging()
+    settings = options.get("config", {})
+    configure_logging(settings.get("log_level", "info"), settings.get("log_format", "text"))
     try:
-        sock = reserve_port("127.0.0.1", options.get("config", {}).get("port", 0))
+        sock = reserve_port("127.0.0.1", settings.get("port", 0))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
