@@ -1,4 +1,4 @@
-"""/health, /version and /metrics: is the server alive, what is it, how does it do. Rank 0."""
+"""/health, /ready, /version and /metrics: is the server alive, what is it, how is it. Rank 0."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from autotp_serving import __version__
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import CONTENT_TYPE, render
+from autotp_serving.api.ready import Readiness
 from autotp_serving.api.streams import AsyncEngine
 
 
 def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
-    """Routes that ask nothing of the model."""
+    """Routes about the server itself."""
     router = APIRouter(tags=["server"], redirect_slashes=False)
+    readiness = Readiness(engine)
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")
@@ -25,6 +27,13 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
             raise ApiError(503, engine.engine.failure, code="engine_failed")
         status = "draining" if engine.is_draining else "ok"
         return JSONResponse({"status": status, **asdict(engine.engine.stats())})
+
+    @router.head("/ready", include_in_schema=False)
+    @router.get("/ready")
+    async def ready() -> dict[str, str | float]:
+        """200 if a step went through all ranks lately, or goes through now; else 503."""
+        age = await readiness.check()
+        return {"status": "ready", "seconds_since_last_step": round(age, 3)}
 
     @router.get("/version")
     async def version() -> dict[str, str]:

@@ -97,7 +97,7 @@ class AsyncEngine:
         self._request_timeout = request_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self.latencies = Latencies()
-        self._streams: dict[str, tuple[TokenStream, Progress]] = {}
+        self._streams: dict[str, tuple[TokenStream, Progress | None]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._busy_since = 0.0
@@ -113,10 +113,13 @@ class AsyncEngine:
         return len(self._streams)
 
     @contextmanager
-    def open(self, requests: Sequence[Request], usage: Usage) -> Iterator[TokenStream]:
+    def open(
+        self, requests: Sequence[Request], usage: Usage, *, is_measured: bool = True
+    ) -> Iterator[TokenStream]:
         """Submit requests and stream their outputs; leaving the block early aborts them.
 
-        What they generate is added to `usage` as it comes.
+        What they generate is added to `usage` as it comes, and their latencies to ours if
+        `is_measured`.
 
         The one release path: finished, failed, cancelled or left by its client, a request is
         forgotten here and, where it still runs, aborted in the engine.
@@ -125,14 +128,15 @@ class AsyncEngine:
             ApiError: 503 when the engine has failed, is stopping, or its queue is full; 429 when
                 this tenant has its share of the queue.
         """
-        self._check_open()
+        self.check_open()
         assert self._loop is not None, "bind() comes first"
         stream = TokenStream(self._loop, requests, usage)
         if self._idle.is_set():
             self._idle.clear()
             self._busy_since = time.monotonic()
         for request in requests:
-            self._streams[request.request_id] = stream, Progress(request.arrival_time)
+            progress = Progress(request.arrival_time) if is_measured else None
+            self._streams[request.request_id] = stream, progress
         timer = self._start_timer(stream, requests[0].arrival_time)
         try:
             for request in requests:
@@ -215,7 +219,8 @@ class AsyncEngine:
             429 if is_share else 503, str(error), code=code, headers={"Retry-After": str(wait)}
         )
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ApiError 503 when the engine has failed or is stopping."""
         if self.engine.failure is not None:
             raise ApiError(503, self.engine.failure, code="engine_failed")
         if self.is_draining:
@@ -229,7 +234,8 @@ class AsyncEngine:
             if output.request_id not in self._streams:
                 continue  # its client has left; the engine has not heard of it yet
             stream, progress = self._streams[output.request_id]
-            self.latencies.observe(progress, output, now)
+            if progress is not None:
+                self.latencies.observe(progress, output, now)
             if output.finish_reason is not None:
                 self._finish_times.append(now)
                 self._forget(output.request_id)
