@@ -125,12 +125,28 @@ def _encode_asymmetric(weights: Tensor, format: Format) -> Blocks:
 def _encode_table(weights: Tensor, format: Format) -> Blocks:
     """The nearest level to weight / largest magnitude; halves go to the lower one."""
     magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
-    scaled = weights * _reciprocal(magnitude)
-    # A tenth of the time that torch.bucketize takes on CPU.
-    codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for boundary in format.boundaries:
-        codes += scaled > boundary
+    codes = _table_codes(weights * _reciprocal(magnitude), format)
     return Blocks(codes, magnitude.half(), None, magnitude.max())
+
+
+def _table_codes(scaled: Tensor, format: Format) -> Tensor:
+    """How many of the format's boundaries lie below each number from -1 to 1.
+
+    Cells of 1/32 hold one boundary at most: a look-up says how many lie below the cell and which
+    one comes next, and one comparison settles it. Fifteen comparisons take nf4 twice as long.
+    """
+    per_unit = 32
+    below = [
+        sum(boundary < cell / per_unit - 1 for boundary in format.boundaries)
+        for cell in range(2 * per_unit + 1)
+    ]
+    following = [(*format.boundaries, torch.inf)[count] for count in below]
+    # Clamped for the sake of NaN, which is reported later.
+    cells = ((scaled + 1) * per_unit).int().clamp_(0, 2 * per_unit).flatten()
+    counts = torch.tensor(below, dtype=torch.uint8, device=scaled.device)
+    bounds = torch.tensor(following, dtype=torch.float32, device=scaled.device)
+    above = scaled > bounds.index_select(0, cells).view_as(scaled)
+    return counts.index_select(0, cells).view_as(scaled).add_(above)
 
 
 def _encode_minifloat(weights: Tensor, format: Format) -> Blocks:
