@@ -1,4 +1,4 @@
-"""The way of step plans from rank 0 to the others: one TCP connection per follower.
+"""Step plans from rank 0 to the others, their figures back: one TCP connection per follower.
 
 Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling it with sleeps
 costs several percent of one, and a connection also tells at once that its peer has died. They work
@@ -21,6 +21,7 @@ SECRET_LEN = 16
 CONNECT_SECONDS = 60.0
 GREETING_SECONDS = 5.0
 SPIN_SECONDS = 0.01
+MAX_REPORT_BYTES = 2**16
 
 
 class PlanChannel:
@@ -34,6 +35,7 @@ class PlanChannel:
         self._control = control
         self._followers: dict[int, socket.socket] = {}
         self._lead: socket.socket | None = None
+        self._reports: dict[int, bytearray] = {}  # of each follower, the beginning of its next
         if control.size == 1:
             return
         listener = self._listen() if control.rank == 0 else None
@@ -98,6 +100,38 @@ class PlanChannel:
                 follower.sendall(framed)
             except OSError as error:
                 raise ConnectionError(f"rank {rank} has died ({error.strerror})") from error
+
+    def report(self, message: bytes) -> None:
+        """On the other ranks: tell rank 0 something, always of the same length."""
+        assert self._lead is not None, "rank 0 has nobody to report to"
+        try:
+            self._lead.sendall(message)
+        except OSError as error:
+            raise ConnectionError("rank 0 has died") from error
+
+    def take_reports(self, length: int) -> dict[int, bytes]:
+        """On rank 0, without waiting: the latest report of each rank that has made one since.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
+        latest = {}
+        for rank, follower in self._followers.items():
+            unread = self._reports.setdefault(rank, bytearray())
+            try:
+                data = follower.recv(MAX_REPORT_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise ConnectionError(f"rank {rank} has died ({error.strerror})") from error
+            if not data:
+                raise ConnectionError(f"rank {rank} has died")
+            unread += data
+            end = len(unread) - len(unread) % length
+            if end:
+                latest[rank] = bytes(unread[end - length : end])
+                del unread[:end]
+        return latest
 
     def receive(self) -> bytes:
         """On the other ranks: wait for the next message.

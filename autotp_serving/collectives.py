@@ -11,21 +11,25 @@ import io
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from autotp_serving.native_build import cache_folder, hold_build_lock
 from autotp_serving.ranks import GROUP_TIMEOUT, Control, TorchControl, own_host
+from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
 
-def join_collectives(control: Control, device_kind: str, backend: str) -> Callable[[Any], Any]:
+def join_collectives(
+    control: Control, device_kind: str, backend: str, times: StepTimes
+) -> Callable[[Any], Any]:
     """Start DeepSpeed's collectives for the model, on every rank.
 
     DeepSpeed reads the group from the environment; `LOCAL_SIZE` must be right before its
-    shared-memory all-reduce starts, or that crashes.
+    shared-memory all-reduce starts, or that crashes. Each sum is counted in `times`.
 
     Returns:
         A function that sums a tensor over the ranks, in place, and returns it.
@@ -50,12 +54,26 @@ def join_collectives(control: Control, device_kind: str, backend: str) -> Callab
         if device_kind == "cpu":
             _build_shared_memory_op(control)
         deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+    _count_sums(deepspeed.comm.comm.cdb, times)
 
     def all_reduce(tensor: Any) -> Any:
         deepspeed.comm.inference_all_reduce(tensor)
         return tensor
 
     return all_reduce
+
+
+def _count_sums(backend: Any, times: StepTimes) -> None:
+    """Have DeepSpeed's backend count its all-reduces: those of AutoTP's own layers pass by us."""
+    all_reduce = backend.inference_all_reduce
+
+    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = all_reduce(tensor, *args, **kwargs)
+        times.add_collective(tensor.nbytes, time.perf_counter() - started)
+        return result
+
+    backend.inference_all_reduce = counted
 
 
 def _build_shared_memory_op(control: Control) -> None:

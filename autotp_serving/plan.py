@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autotp_serving.request import SamplingParams
+from autotp_serving.step_times import RankTimes
 
 INVALID_TOKEN = -1
 """Stands for the token of a row whose logits were NaN or infinite."""
@@ -96,10 +97,12 @@ class Runner(Protocol):
     Attributes:
         num_blocks: pages in the KV pool, the same on every rank.
         block_size: tokens a page holds.
+        rank_times: [num_ranks], what the steps have cost each rank so far.
     """
 
     num_blocks: int
     block_size: int
+    rank_times: Sequence[RankTimes]
 
     def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
         """Run one step and return a token id for each of `plan.logit_rows`, in order.

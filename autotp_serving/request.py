@@ -99,6 +99,7 @@ class RequestOutput:
         error_code: a word for programs, beside `error`.
         num_output_tokens: tokens generated so far.
         num_cached_tokens: prompt tokens taken from the prefix cache.
+        queue_seconds: from arrival to the first step.
     """
 
     request_id: str
@@ -110,3 +111,4 @@ class RequestOutput:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_cached_tokens: int = field(default=0)
+    queue_seconds: float = 0.0

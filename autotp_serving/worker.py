@@ -21,6 +21,7 @@ from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
 from autotp_serving.ranks import Control
+from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,15 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     if device.kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         num_cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, num_cores // control.local_size))
-    all_reduce = join_collectives(control, device.kind, device.backend)
+    times = StepTimes()
+    all_reduce = join_collectives(control, device.kind, device.backend, times)
     model = load_model(config, model_config, control, device.torch_device, all_reduce)
     shape, activation_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
-    runner = ModelRunner(model, cache)
+    runner = ModelRunner(model, cache, times)
     channel = PlanChannel(control)
-    lead = LeadRunner(runner, cache, channel) if control.rank == 0 else None
+    lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     return Worker(runner, lead, channel, max_model_len)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autotp_serving.plan import SampleInput, StepPlan
+from autotp_serving.step_times import RankTimes
 
 NextToken = Callable[[list[int], SampleInput], int]
 
@@ -103,6 +104,7 @@ class FakeRunner:
         self.delay = delay
         self.fail_at_step = fail_at_step
         self.plans: list[StepPlan] = []
+        self.rank_times = [RankTimes(), RankTimes()]
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
 
     def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
@@ -113,6 +115,8 @@ class FakeRunner:
             time.sleep(self.delay)
         assert StepPlan.from_bytes(plan.to_bytes()) == plan, "the plan does not survive the wire"
         self.plans.append(plan)
+        times = RankTimes(len(self.plans), 0.5 * len(self.plans), 2 * len(self.plans), 4096, 0.25)
+        self.rank_times = [times, times]
         self._check_shape(plan, samples)
         contexts = [
             self._read(table, context_len - query_len)

@@ -88,7 +88,48 @@ def test_a_header_in_pieces_is_put_together() -> None:
 
 
 def test_a_group_of_one_sends_to_nobody() -> None:
-    PlanChannel(LocalControl()).send(b"plan")
+    alone = PlanChannel(LocalControl())
+    alone.send(b"plan")
+    assert alone.take_reports(4) == {}
+
+
+def take_reports_until(lead: PlanChannel, rank: int, last: bytes) -> dict[int, list[bytes]]:
+    """All reports of 4 bytes that rank 0 sees, up to one of them."""
+    seen: dict[int, list[bytes]] = {}
+    deadline = time.monotonic() + 5.0
+    while rank not in seen or seen[rank][-1] != last:
+        assert time.monotonic() < deadline, seen
+        for sender, report in lead.take_reports(4).items():
+            seen.setdefault(sender, []).append(report)
+    return seen
+
+
+def test_reports_are_read_when_rank_0_likes_and_the_latest_counts() -> None:
+    lead, first, second = open_channels(ThreadRanks(3))
+    assert lead.take_reports(4) == {}
+    for number in range(1000):
+        first.report(struct.pack("!I", number))
+    second.report(b"once")
+    seen = take_reports_until(lead, 1, struct.pack("!I", 999))
+    assert len(seen[1]) < 1000
+    assert seen[2] == [b"once"]
+    lead.send(b"plan")
+    assert [first.receive(), second.receive()] == [b"plan", b"plan"]
+
+
+def test_a_report_in_pieces_is_put_together() -> None:
+    lead, follower = open_channels(ThreadRanks(2))
+    follower.report(b"abcdef")
+    assert take_reports_until(lead, 1, b"abcd") == {1: [b"abcd"]}
+    follower.report(b"gh")
+    assert take_reports_until(lead, 1, b"efgh") == {1: [b"efgh"]}
+
+
+def test_a_follower_that_left_is_named_by_its_missing_reports() -> None:
+    lead, follower = open_channels(ThreadRanks(2))
+    follower._lead.close()
+    with pytest.raises(ConnectionError, match="rank 1 has died"):
+        take_reports_until(lead, 1, b"never")
 
 
 @pytest.mark.parametrize(

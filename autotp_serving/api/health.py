@@ -43,7 +43,13 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        text = render(engine.engine.stats(), engine.latencies, engine.num_refused, model_name)
+        text = render(
+            engine.engine.stats(),
+            engine.latencies,
+            engine.num_refused,
+            engine.engine.rank_times,
+            model_name,
+        )
         return Response(text, media_type=CONTENT_TYPE)
 
     return router

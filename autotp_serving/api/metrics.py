@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from autotp_serving.engine import EngineStats
 from autotp_serving.request import RequestOutput
+from autotp_serving.step_times import RankTimes
 
 PREFIX = "autotp:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,9 +42,10 @@ class Histogram:
 
 @dataclass
 class Progress:
-    """When one request arrived and when its latest token came, in monotonic seconds."""
+    """When one request arrived and its first and latest token came, in monotonic seconds."""
 
     arrival_time: float
+    first_time: float | None = None
     latest_time: float | None = None
 
 
@@ -54,6 +56,9 @@ class Latencies:
         self.time_to_first_token = Histogram(SECONDS)
         self.inter_token_latency = Histogram(SECONDS)
         self.e2e_request_latency = Histogram(SECONDS)
+        self.request_queue_time = Histogram(SECONDS)
+        self.request_prefill_time = Histogram(SECONDS)
+        self.request_decode_time = Histogram(SECONDS)
         self.request_prompt_tokens = Histogram(TOKENS)
         self.request_generation_tokens = Histogram(TOKENS)
 
@@ -62,13 +67,18 @@ class Latencies:
         num_tokens = len(output.token_ids)
         if num_tokens:
             if progress.latest_time is None:
-                self.time_to_first_token.observe(now - progress.arrival_time)
+                progress.first_time = now
+                wait = now - progress.arrival_time
+                self.time_to_first_token.observe(wait)
+                self.request_queue_time.observe(output.queue_seconds)
+                self.request_prefill_time.observe(max(0.0, wait - output.queue_seconds))
             else:
                 interval = (now - progress.latest_time) / num_tokens
                 self.inter_token_latency.observe(interval, num_tokens)
             progress.latest_time = now
         if output.finish_reason in ("stop", "length"):
             self.e2e_request_latency.observe(now - progress.arrival_time)
+            self.request_decode_time.observe(now - (progress.first_time or now))
             self.request_prompt_tokens.observe(output.num_prompt_tokens)
             self.request_generation_tokens.observe(output.num_output_tokens)
 
@@ -78,6 +88,12 @@ class Latencies:
             "time_to_first_token_seconds": ("Arrival to first token.", self.time_to_first_token),
             "inter_token_latency_seconds": ("One token to the next.", self.inter_token_latency),
             "e2e_request_latency_seconds": ("Arrival to last token.", self.e2e_request_latency),
+            "request_queue_time_seconds": ("Arrival to first step.", self.request_queue_time),
+            "request_prefill_time_seconds": (
+                "First step to first token.",
+                self.request_prefill_time,
+            ),
+            "request_decode_time_seconds": ("First to last token.", self.request_decode_time),
             "request_prompt_tokens": ("Prompt tokens of a request.", self.request_prompt_tokens),
             "request_generation_tokens": (
                 "Generated tokens of a request.",
@@ -87,22 +103,32 @@ class Latencies:
 
 
 def render(
-    stats: EngineStats, latencies: Latencies, num_refused: Mapping[str, int], model_name: str
-) -> str:
-    """Everything as Prometheus reads it."""
-    return "\n".join([*_render(stats, latencies, num_refused, {"model_name": model_name}), ""])
-
-
-def _render(
     stats: EngineStats,
     latencies: Latencies,
     num_refused: Mapping[str, int],
-    labels: Mapping[str, str],
+    rank_times: Sequence[RankTimes],
+    model_name: str,
+) -> str:
+    """Everything as Prometheus reads it."""
+    labels = {"model_name": model_name}
+    lines = [
+        *_render_engine(stats, num_refused, labels),
+        *_render_ranks(rank_times, labels),
+        *_render_latencies(latencies, labels),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _render_engine(
+    stats: EngineStats, num_refused: Mapping[str, int], labels: Mapping[str, str]
 ) -> Iterator[str]:
     usage = stats.num_held_blocks / stats.num_blocks
     gauges = {
         "num_requests_running": ("Requests that take part in steps.", stats.num_running),
         "num_requests_waiting": ("Requests that wait.", stats.num_waiting),
+        "kv_pages": ("KV pages of each rank.", stats.num_blocks),
+        "kv_pages_held": ("KV pages that running requests hold.", stats.num_held_blocks),
         "kv_cache_usage_perc": ("Share of KV pages in use, 0 to 1.", usage),
         "last_step_seconds": ("How long the last step took.", stats.last_step_seconds),
     }
@@ -124,6 +150,23 @@ def _render(
     yield from _head("admission_rejections_total", "Requests refused at the door.", "counter")
     for reason, count in num_refused.items():
         yield _sample("admission_rejections_total", {**labels, "reason": reason}, count)
+
+
+def _render_ranks(rank_times: Sequence[RankTimes], labels: Mapping[str, str]) -> Iterator[str]:
+    families = {
+        "rank_steps_total": ("Forward passes of a rank.", "num_steps"),
+        "rank_step_seconds_total": ("Time they took.", "step_seconds"),
+        "collectives_total": ("Sums over all ranks inside them.", "num_collectives"),
+        "collective_bytes_total": ("Bytes that a rank gave into them.", "collective_bytes"),
+        "collective_seconds_total": ("Time they took, waits included.", "collective_seconds"),
+    }
+    for name, (text, field) in families.items():
+        yield from _head(name, text, "counter")
+        for rank, times in enumerate(rank_times):
+            yield _sample(name, {**labels, "rank": str(rank)}, getattr(times, field))
+
+
+def _render_latencies(latencies: Latencies, labels: Mapping[str, str]) -> Iterator[str]:
     for name, (text, histogram) in latencies.families().items():
         yield from _head(name, text, "histogram")
         total = 0

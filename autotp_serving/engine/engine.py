@@ -21,6 +21,7 @@ from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.stats import EngineStats
 from autotp_serving.plan import Runner
 from autotp_serving.request import FinishReason, Request, RequestError, RequestOutput
+from autotp_serving.step_times import RankTimes
 from autotp_serving.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,11 @@ class Engine:
             last_step_seconds=self._last_step_seconds,
         )
 
+    @property
+    def rank_times(self) -> list[RankTimes]:
+        """What the steps have cost each rank so far."""
+        return list(self._runner.rank_times)
+
     def start(self) -> None:
         """Start the engine's thread; it sleeps until there is a request."""
         self._thread.start()
@@ -278,6 +284,7 @@ class Engine:
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_output_tokens=sequence.num_output_tokens,
                 num_cached_tokens=sequence.num_cached_tokens,
+                queue_seconds=sequence.queue_seconds,
             )
         )
 

@@ -6,6 +6,7 @@ Iteration-level scheduling after Yu et al. 2022, "Orca"; chunked prefill after A
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -198,6 +199,7 @@ class Scheduler:
         sequence.num_registered_blocks = len(matched)
         sequence.num_computed_tokens = len(matched) * self.blocks.block_size
         if sequence.num_preemptions == 0:
+            sequence.queue_seconds = time.monotonic() - sequence.request.arrival_time
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_query_tokens += sequence.num_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens

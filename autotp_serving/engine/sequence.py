@@ -20,6 +20,7 @@ class Sequence:
         num_computed_tokens: tokens whose keys and values are in the pages.
         num_registered_blocks: leading pages that others may reuse.
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
+        queue_seconds: how long it waited before it first began to run.
         num_preemptions: how often it lost its pages and started over.
         finish_reason: None while it waits or runs.
     """
@@ -31,6 +32,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_registered_blocks: int = 0
     num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,14 +13,16 @@ from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.sampler import sample_tokens
 from autotp_serving.plan import SampleInput, StepPlan
+from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 
 STOP_MESSAGE = b""
 
 
 class ModelRunner:
-    """This rank's model and cache."""
+    """This rank's model and cache; what its steps cost is in `times`."""
 
-    def __init__(self, model: nn.Module, cache: KVCache) -> None:
+    def __init__(self, model: nn.Module, cache: KVCache, times: StepTimes) -> None:
+        self.times = times
         self._model = model
         self._cache = cache
 
@@ -30,25 +33,32 @@ class ModelRunner:
         Returns:
             Logits [num_logit_rows, vocab_size], in the model's type.
         """
+        started = time.perf_counter()
         device = self._cache.device
-        return self._model(
+        logits = self._model(
             input_ids=torch.tensor([plan.token_ids], device=device),
             position_ids=torch.tensor([plan.positions], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(plan.logit_rows, dtype=torch.int64, device=device),
             attention_context=AttentionContext.from_plan(plan, self._cache),
         ).logits[0]
+        self.times.add_step(time.perf_counter() - started)
+        return logits
 
     def follow(self, channel: PlanChannel) -> None:
         """On ranks other than 0: obey plans until rank 0 says stop."""
         while (message := channel.receive()) != STOP_MESSAGE:
             self.run(StepPlan.from_bytes(message))
+            channel.report(self.times.snapshot().to_bytes())
 
 
 class LeadRunner:
     """Rank 0's runner: tells the other ranks, runs with them, samples."""
 
-    def __init__(self, runner: ModelRunner, cache: KVCache, channel: PlanChannel) -> None:
+    def __init__(
+        self, runner: ModelRunner, cache: KVCache, channel: PlanChannel, num_ranks: int
+    ) -> None:
+        self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
         self.num_blocks = cache.num_blocks
@@ -58,7 +68,11 @@ class LeadRunner:
         """Run one step on all ranks and choose a token for each of the plan's logit rows."""
         self._channel.send(plan.to_bytes())
         logits = self._runner.run(plan)
-        return sample_tokens(logits, samples) if samples else []
+        token_ids = sample_tokens(logits, samples) if samples else []
+        self.rank_times[0] = self._runner.times.snapshot()
+        for rank, report in self._channel.take_reports(LAYOUT.size).items():
+            self.rank_times[rank] = RankTimes.from_bytes(report)
+        return token_ids
 
     def stop(self) -> None:
         """Let the other ranks go."""

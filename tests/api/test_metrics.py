@@ -44,6 +44,16 @@ def test_numbers_of_some_requests() -> None:
     assert samples["autotp:generation_tokens_total"] == 39
     assert samples['autotp:request_success_total{finished_reason="stop"}'] == 1
     assert samples['autotp:request_success_total{finished_reason="length"}'] == 2
+    assert samples["autotp:kv_pages"] == 2048 and samples["autotp:kv_pages_held"] == 0
+    num_steps = samples["autotp:num_steps_total"]
+    for rank in (0, 1):
+        assert samples[f'autotp:rank_steps_total{{rank="{rank}"}}'] == num_steps
+        assert samples[f'autotp:rank_step_seconds_total{{rank="{rank}"}}'] == 0.5 * num_steps
+        assert samples[f'autotp:collectives_total{{rank="{rank}"}}'] == 2 * num_steps
+        assert samples[f'autotp:collective_bytes_total{{rank="{rank}"}}'] == 4096
+        assert samples[f'autotp:collective_seconds_total{{rank="{rank}"}}'] == 0.25
+    for part in ("queue", "prefill", "decode"):
+        assert samples[f"autotp:request_{part}_time_seconds_count"] == 3
     assert samples["autotp:prefix_cache_hits_total"] > 0
     assert samples["autotp:time_to_first_token_seconds_count"] == 3
     assert samples["autotp:inter_token_latency_seconds_count"] == 36
@@ -58,6 +68,15 @@ def test_histogram_bounds_are_inclusive() -> None:
     for value in (0.5, 1, 1.5, 2, 3):
         histogram.observe(value)
     assert histogram.counts == [2, 2, 1] and histogram.sum == 8
+
+
+def test_a_requests_time_is_split_into_queue_prefill_and_decode() -> None:
+    latencies, progress = Latencies(), Progress(arrival_time=10.0)
+    latencies.observe(progress, RequestOutput("a", "x", (1,), queue_seconds=0.5), 12.0)
+    latencies.observe(progress, RequestOutput("a", "y", (2,), "stop", queue_seconds=0.5), 15.0)
+    assert latencies.request_queue_time.sum == 0.5
+    assert latencies.request_prefill_time.sum == 1.5
+    assert latencies.request_decode_time.sum == 3.0
 
 
 def test_several_tokens_at_once_share_their_interval() -> None:
