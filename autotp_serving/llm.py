@@ -20,17 +20,30 @@ from tqdm import tqdm
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine
 from autotp_serving.ranks import join_control
-from autotp_serving.request import FinishReason, Request, RequestOutput, SamplingParams
+from autotp_serving.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 @dataclass
 class Completion:
-    """The answer to one prompt."""
+    """The answer to one prompt.
+
+    Attributes:
+        logprobs: one for each of `token_ids`, if asked for.
+        prompt_logprobs: one for each prompt token after the first, if asked for.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class LLM:
@@ -117,3 +130,6 @@ class LLM:
             completion.token_ids.extend(output.token_ids)
             completion.finish_reason = output.finish_reason
             completion.error = output.error
+            completion.logprobs.extend(output.logprobs)
+            if output.prompt_logprobs is not None:
+                completion.prompt_logprobs = output.prompt_logprobs

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from autotp_serving.request import SamplingParams
+from autotp_serving.request import SamplingParams, TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
 INVALID_TOKEN = -1
 """Stands for the token of a row whose logits were NaN or infinite."""
+
+MAX_SCORED_ROWS = 256
+"""Most rows of one step whose logits serve prompt logprobs: each costs a vocabulary of memory."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class StepPlan:
         query_lens: [num_seqs], at least 1 each; they sum to num_tokens.
         context_lens: [num_seqs], tokens in the cache once this step is done.
         block_tables: [num_seqs] lists of pages that cover `context_lens`.
-        logit_rows: indices into `token_ids` whose logits rank 0 needs, in sampling order.
+        logit_rows: indices into `token_ids` whose logits rank 0 needs: those of the sequences
+            that get a token, in order, then those of prompt tokens to be scored.
     """
 
     token_ids: list[int]
@@ -77,7 +81,7 @@ class StepPlan:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleInput:
     """What rank 0 needs, beside the logits, to choose the next token of one sequence.
 
@@ -85,10 +89,53 @@ class SampleInput:
         params: the request's sampling parameters.
         uniform: a number in [0, 1) drawn from the request's own seeded stream, one per output
             position, so that the choice does not depend on what else is in the batch.
+        request_id: under which the runner keeps what it counts for the request.
+        token_ids: prompt and output so far, read where penalties ask for it.
+        num_prompt_tokens: how many of them are the prompt.
+        banned: tokens that must not be chosen now.
+        allowed: the only tokens that may be chosen, as `Guide.allowed` packs them; None: all.
     """
 
     params: SamplingParams
     uniform: float = 0.0
+    request_id: str = ""
+    token_ids: Sequence[int] = ()
+    num_prompt_tokens: int = 0
+    banned: tuple[int, ...] = ()
+    allowed: bytes | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the row's largest logit is the answer."""
+        return self.params.is_plain and self.allowed is None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInput:
+    """Rows of one prompt whose next tokens are known and are to be scored.
+
+    Attributes:
+        target_ids: [num_rows], the token that follows each row.
+        num_top: likeliest tokens to list for each.
+    """
+
+    target_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What rank 0 makes of a step's logits.
+
+    Attributes:
+        token_ids: [num_samples], INVALID_TOKEN for a row whose logits were not finite.
+        logprobs: [num_samples], None for rows that did not ask; empty when none did.
+        scores: [num_scores] lists of the targets' logprobs.
+    """
+
+    token_ids: list[int]
+    logprobs: Sequence[TokenLogprobs | None] = ()
+    scores: Sequence[list[TokenLogprobs]] = ()
 
 
 class Runner(Protocol):
@@ -104,9 +151,15 @@ class Runner(Protocol):
     block_size: int
     rank_times: Sequence[RankTimes]
 
-    def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
-        """Run one step and return a token id for each of `plan.logit_rows`, in order.
+    def execute(
+        self,
+        plan: StepPlan,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+    ) -> StepResult:
+        """Run one step. `plan.logit_rows` holds a row for each sample, then those of the scores."""
+        ...
 
-        INVALID_TOKEN stands for a row whose logits were not finite.
-        """
+    def release(self, request_id: str) -> None:
+        """Forget what is kept for a request. Every request that was sampled ends with this."""
         ...

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+
+MAX_LOGPROBS = 20
+"""Most alternatives that are listed beside a token."""
 
 
 class RequestError(ValueError):
@@ -18,11 +24,29 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True)
+class Structure:
+    """A form that an answer must have.
+
+    Attributes:
+        kind: what `source` is written in.
+        source: a JSON schema, a regular expression, a JSON list of texts, or a grammar (Lark or
+            GBNF); "" for json_object.
+    """
+
+    kind: StructureKind
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Values are checked at birth, never again later.
 
+    Logits are changed in vLLM's order (structure, min_tokens, logit_bias, penalties), then comes
+    transformers' (temperature, top_k, top_p, min_p). Logprobs are those of the model itself, before
+    any of this.
+
     Attributes:
-        max_tokens: most tokens to generate, at least 1.
+        max_tokens: most tokens to generate, at least 1; 0 only with `prompt_logprobs`.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k likeliest tokens; 0 keeps all.
@@ -30,6 +54,17 @@ class SamplingParams:
         stop: strings that end the text; the match itself is not returned.
         stop_token_ids: token ids that end the text, beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens, up to `max_tokens`.
+        min_p: keep tokens at least this times as likely as the likeliest, from 0 (all) to 1.
+        frequency_penalty: taken off a token's logit for each time it was generated, -2 to 2.
+        presence_penalty: taken off the logit of each token that was generated, -2 to 2.
+        repetition_penalty: divides the logits of tokens in prompt and answer (multiplies negative
+            ones); above 0, 1 is off.
+        logit_bias: added to the logits of these tokens, -100 to 100 each.
+        min_tokens: tokens to generate before an end token or a stop string may end the text.
+        logprobs: likeliest tokens to list beside each token's logprob; None gives no logprobs.
+        prompt_logprobs: the same for the prompt's tokens; runs the whole prompt.
+        skip_special_tokens: leave special tokens out of the text.
+        structure: the form that the answer must have.
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -43,9 +78,19 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens < 0 or (self.max_tokens == 0 and self.prompt_logprobs is None):
             raise RequestError("max_tokens", f"must be at least 1, not {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
             raise RequestError("temperature", f"must be from 0 to 100, not {self.temperature}")
@@ -57,11 +102,71 @@ class SamplingParams:
             raise RequestError("seed", f"must fit in 64 bits, not {self.seed}")
         if any(not text for text in self.stop):
             raise RequestError("stop", "a stop string must not be empty")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError("min_p", f"must be from 0 to 1, not {self.min_p}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise RequestError(name, f"must be from -2 to 2, not {getattr(self, name)}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            raise RequestError(
+                "repetition_penalty", f"must be from 0.01 to 100, not {self.repetition_penalty}"
+            )
+        for token, bias in self.logit_bias.items():
+            if token < 0:
+                raise RequestError("logit_bias", f"token {token} must not be negative")
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError("logit_bias", f"{bias} of token {token} is not in -100 to 100")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise RequestError("min_tokens", f"must be from 0 to max_tokens ({self.max_tokens})")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RequestError(name, f"must be from 0 to {MAX_LOGPROBS}, not {value}")
+        if self.structure is not None and self.min_tokens:
+            raise RequestError("min_tokens", "cannot be held where a structure ends the text")
 
     @property
     def is_greedy(self) -> bool:
         """True when the likeliest token is always taken."""
         return self.temperature == 0.0
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """True when the choice depends on which tokens came before."""
+        added = (self.frequency_penalty, self.presence_penalty) != (0.0, 0.0)
+        return added or self.repetition_penalty != 1.0
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """True when the likeliest token is all that is asked of the sampler, `structure` apart."""
+        return (
+            self.is_greedy
+            and self.logprobs is None
+            and not (self.has_penalties or self.logit_bias or self.min_tokens)
+        )
+
+
+class Guide(Protocol):
+    """Follows one answer through the structure it must have."""
+
+    error: str | None
+    """Why no answer can be completed any more; None while it can."""
+
+    def allowed(self) -> bytes:
+        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take the token that was chosen; True when the answer is complete with it."""
+        ...
+
+
+class Grammar(Protocol):
+    """A structure made ready for use, shared by all requests that ask for it."""
+
+    def start(self) -> Guide:
+        """Begin an answer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +179,7 @@ class Request:
         params: how to sample.
         arrival_time: `time.monotonic()` seconds at which the server received it.
         tenant: whose request it is; those who share a server get turns. "" where all are one.
+        grammar: `params.structure`, compiled.
     """
 
     request_id: str
@@ -81,10 +187,27 @@ class Request:
     params: SamplingParams
     arrival_time: float
     tenant: str = ""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise RequestError("prompt", "must not be empty")
+        assert (self.grammar is None) == (self.params.structure is None), "compile it first"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was, by the model's own distribution.
+
+    Attributes:
+        token_id: the token that came.
+        logprob: its natural logarithm of probability.
+        top: as many of the likeliest tokens there as were asked for, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +223,9 @@ class RequestOutput:
         num_output_tokens: tokens generated so far.
         num_cached_tokens: prompt tokens taken from the prefix cache.
         queue_seconds: from arrival to the first step.
+        logprobs: one for each of `token_ids`, if asked for.
+        prompt_logprobs: one for each prompt token after the first, if asked for; in the first
+            output of the request and nowhere else.
     """
 
     request_id: str
@@ -110,5 +236,7 @@ class RequestOutput:
     error_code: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    num_cached_tokens: int = field(default=0)
+    num_cached_tokens: int = 0
     queue_seconds: float = 0.0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from autotp_serving.config import ConfigError
 from autotp_serving.request import RequestError
+from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
 
 SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message"})
 
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
     """What the server asks of a tokenizer; all calls are thread-safe."""
 
     eos_token_ids: frozenset[int]
+    special_token_ids: frozenset[int]
     vocab_size: int
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -42,8 +44,12 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, special tokens left out; incomplete bytes appear as U+FFFD."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the tokens; incomplete bytes appear as U+FFFD."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; of a special token, its name."""
         ...
 
 
@@ -75,6 +81,12 @@ class HuggingFaceTokenizer:
             )
         self.vocab_size = len(self._outer)
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
+        added = self._inner.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(number for number, one in added.items() if one.special)
+        self._added = {number: one.content.encode() for number, one in added.items()}
+        self._is_byte_level = '"ByteLevel"' in json.dumps(
+            [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
@@ -100,9 +112,18 @@ class HuggingFaceTokenizer:
             raise RequestError("messages", f"the chat template refuses them: {reason}") from error
         return self.encode(text, add_special_tokens=False)  # the template wrote them itself
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
-        return self._inner.decode(list(token_ids), skip_special_tokens=True)
+        return self._inner.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See Tokenizer."""
+        if token_id in self._added:
+            return self._added[token_id]
+        piece = self._inner.id_to_token(token_id)
+        if piece is None:
+            return b""
+        return byte_level_bytes(piece) if self._is_byte_level else sentencepiece_bytes(piece)
 
 
 def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from autotp_serving.plan import SampleInput, StepPlan
+from autotp_serving.plan import MAX_SCORED_ROWS, SampleInput, ScoreInput, StepPlan, StepResult
+from autotp_serving.request import TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
 NextToken = Callable[[list[int], SampleInput], int]
@@ -23,7 +25,7 @@ class ByteTokenizer:
     EOS = 256
 
     def __init__(self) -> None:
-        self.eos_token_ids = frozenset({self.EOS})
+        self.eos_token_ids = self.special_token_ids = frozenset({self.EOS})
         self.vocab_size = 257
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -39,9 +41,15 @@ class ByteTokenizer:
             lines.append("assistant: ")
         return self.encode("".join(lines))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the bytes; the end token has none, incomplete bytes appear as U+FFFD."""
-        return bytes(token for token in token_ids if token < 256).decode("utf-8", "replace")
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the bytes; the end token is "<end>", incomplete bytes appear as U+FFFD."""
+        if skip_special_tokens:
+            token_ids = [token for token in token_ids if token < self.EOS]
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte, or the end token's name."""
+        return bytes([token_id]) if token_id < self.EOS else b"<end>"
 
 
 def letters(context: list[int], sample: SampleInput) -> int:
@@ -62,6 +70,32 @@ def answers(book: Mapping[str, str]) -> NextToken:
         return letters(context, sample)
 
     return next_token
+
+
+def logprob(context: Sequence[int], token: int) -> float:
+    """A made-up logprob of a token that depends on all tokens before it."""
+    return -1.0 - hash((*context, token)) % 1000 / 1000
+
+
+def logprobs(context: Sequence[int], token: int, num_top: int) -> TokenLogprobs:
+    """The same with the likeliest tokens there: the token itself, then letters from "a" on."""
+    others = [letter for letter in range(97, 123) if letter != token]
+    top = [(token, logprob(context, token))]
+    top += [(letter, -3.0 - rank) for rank, letter in enumerate(others)]
+    return TokenLogprobs(token, logprob(context, token), tuple(top[:num_top]))
+
+
+def obey(token: int, sample: SampleInput) -> int:
+    """The token, or another one where the sample's mask does not allow it, or bans it."""
+    if token in sample.banned:
+        token = ord("z")
+    if sample.allowed is None or token < 0:
+        return token
+    bits = int.from_bytes(sample.allowed, "little")
+    if bits >> token & 1:
+        return token
+    allowed = [number for number in range(bits.bit_length()) if bits >> number & 1]
+    return allowed[int(sample.uniform * len(allowed))]
 
 
 def generate(
@@ -105,10 +139,16 @@ class FakeRunner:
         self.fail_at_step = fail_at_step
         self.plans: list[StepPlan] = []
         self.rank_times = [RankTimes(), RankTimes()]
+        self.kept: set[str] = set()  # requests sampled and not released
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
 
-    def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
-        """Check the plan, write its tokens into the pages, choose the next ones."""
+    def execute(
+        self,
+        plan: StepPlan,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+    ) -> StepResult:
+        """Check the plan, write its tokens into the pages, choose and score."""
         if len(self.plans) == self.fail_at_step:
             raise RuntimeError("rank 1 is gone")
         if self.delay:
@@ -117,7 +157,7 @@ class FakeRunner:
         self.plans.append(plan)
         times = RankTimes(len(self.plans), 0.5 * len(self.plans), 2 * len(self.plans), 4096, 0.25)
         self.rank_times = [times, times]
-        self._check_shape(plan, samples)
+        self._check_shape(plan, samples, scores)
         contexts = [
             self._read(table, context_len - query_len)
             for table, context_len, query_len in zip(
@@ -139,19 +179,45 @@ class FakeRunner:
                 if index in plan.logit_rows:
                     chosen[index] = list(tokens)
             row += query_len
-        return [
-            self.next_token(chosen[index], sample)
-            for index, sample in zip(plan.logit_rows, samples, strict=True)
-        ]
+        rows = iter(plan.logit_rows)
+        result = StepResult([], [], [])
+        for sample in samples:
+            context = chosen[next(rows)]
+            if sample.params.has_penalties:
+                assert list(sample.token_ids) == context, "penalties see other tokens"
+            token = obey(self.next_token(context, sample), sample)
+            num_top = sample.params.logprobs
+            result.token_ids.append(token)
+            result.logprobs.append(None if num_top is None else logprobs(context, token, num_top))
+            self.kept.add(sample.request_id)
+        for score in scores:
+            contexts = [chosen[next(rows)] for _ in score.target_ids]
+            for context, following in pairwise(contexts):
+                assert following[:-1] == context, "rows of one score out of order"
+            result.scores.append(
+                [
+                    logprobs(context, target, score.num_top)
+                    for context, target in zip(contexts, score.target_ids, strict=True)
+                ]
+            )
+        return result
 
-    def _check_shape(self, plan: StepPlan, samples: Sequence[SampleInput]) -> None:
+    def release(self, request_id: str) -> None:
+        """Forget a request."""
+        self.kept.discard(request_id)
+
+    def _check_shape(
+        self, plan: StepPlan, samples: Sequence[SampleInput], scores: Sequence[ScoreInput]
+    ) -> None:
         num_tokens = len(plan.token_ids)
         assert num_tokens > 0, "an empty step"
         assert len(plan.positions) == len(plan.slots) == sum(plan.query_lens) == num_tokens
         assert len(plan.query_lens) == len(plan.context_lens) == len(plan.block_tables)
         assert min(plan.query_lens) >= 1
         assert len(set(plan.slots)) == num_tokens, "two tokens in one slot"
-        assert len(plan.logit_rows) == len(samples)
+        num_scored = sum(len(score.target_ids) for score in scores)
+        assert len(plan.logit_rows) == len(samples) + num_scored
+        assert num_scored <= MAX_SCORED_ROWS, "more logits than there is memory for"
         assert all(0 <= row < num_tokens for row in plan.logit_rows)
         for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True):
             assert len(table) == -(-context_len // self.block_size), "table does not fit context"

@@ -8,7 +8,9 @@ is out already, and what is new at its end is emitted. Prompt text + deltas = th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+from autotp_serving.request import SamplingParams
 from autotp_serving.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
@@ -30,17 +32,23 @@ class IncrementalDecoder:
     Args:
         tokenizer: decodes.
         prompt_token_ids: the text is a continuation of these.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._window = self._find_tail(prompt_token_ids)
         self._begin_window(len(self._window))
 
     def add(self, token_id: int) -> str:
         """Take one token, return the text it completed, "" while bytes are missing."""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         whole = text.rstrip(BROKEN)
         delta = whole[self._num_emitted :]
         self._num_emitted = max(self._num_emitted, len(whole))
@@ -56,13 +64,13 @@ class IncrementalDecoder:
         """Note what of the window is out already; its first `num_old` tokens end in a whole
         character, so the next window can begin after them."""
         self._num_old = num_old
-        self._num_emitted = len(self._tokenizer.decode(self._window).rstrip(BROKEN))
+        self._num_emitted = len(self._decode(self._window).rstrip(BROKEN))
 
     def _find_tail(self, token_ids: Sequence[int]) -> list[int]:
         """Last tokens of a prompt, beginning with a whole character."""
         for tail_len in range(WINDOW_LEN, WINDOW_LEN + MAX_CHAR_TOKENS):
             tail = list(token_ids[-tail_len:])
-            if not self._tokenizer.decode(tail).startswith(BROKEN):
+            if not self._decode(tail).startswith(BROKEN):
                 break
         return tail
 
@@ -118,14 +126,15 @@ class Detokenizer:
     Args:
         tokenizer: decodes.
         prompt_token_ids: the text is a continuation of these.
-        stop: strings that end the text and are not part of it.
+        params: what ends the text, and what belongs to it.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: Sequence[str]
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, prompt_token_ids)
-        self._stop_strings = StopStrings(stop)
+        self._decoder = IncrementalDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+        self._stop_strings = StopStrings(params.stop)
+        self._num_tokens_before_stop = params.min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -134,7 +143,11 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """Take one token, return the text that is certain by now, possibly ""."""
-        return self._stop_strings.add(self._decoder.add(token_id))
+        text = self._decoder.add(token_id)
+        if self._num_tokens_before_stop:  # too early for a stop string, even for a part of one
+            self._num_tokens_before_stop -= 1
+            return text
+        return self._stop_strings.add(text)
 
     def flush(self) -> str:
         """Return the text held back, at the end of the request. Bytes cut short give no text."""

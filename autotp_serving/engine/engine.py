@@ -15,18 +15,22 @@ from functools import partial
 from queue import SimpleQueue
 
 from autotp_serving.config import ServingConfig
-from autotp_serving.engine.detokenizer import Detokenizer
+from autotp_serving.engine.outbox import Outbox
 from autotp_serving.engine.scheduler import Scheduler
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.stats import EngineStats
 from autotp_serving.plan import Runner
-from autotp_serving.request import FinishReason, Request, RequestError, RequestOutput
+from autotp_serving.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    TokenLogprobs,
+)
 from autotp_serving.step_times import RankTimes
 from autotp_serving.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
 
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
@@ -76,11 +80,11 @@ class Engine:
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
         self._runner = runner
-        self._tokenizer = tokenizer
+        self._outbox = Outbox(tokenizer, on_outputs)
+        self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
         # Those that may run do not wait, even in the moment before the thread has seen them.
         self._max_num_alive = config.max_num_seqs + config.max_queue_len
-        self._on_outputs = on_outputs
         self._on_failure = on_failure
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -88,14 +92,7 @@ class Engine:
         self._num_alive_of: Counter[str] = Counter()  # by tenant
         self._closed = False
         self._deadline: float | None = None
-        self._detokenizers: dict[str, Detokenizer] = {}
-        self._outputs: list[RequestOutput] = []
         self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_finished: dict[FinishReason, int] = dict.fromkeys(
-            ("stop", "length", "abort", "error"), 0
-        )
         self._last_step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -108,7 +105,8 @@ class Engine:
         """Queue a request; its outputs come through `on_outputs`.
 
         Raises:
-            RequestError: prompt and answer are longer than the model or the KV cache allows.
+            RequestError: prompt and answer are longer than the model or the KV cache allows, or a
+                token in `logit_bias` is not in the vocabulary.
             QueueFullError: as many requests wait as may wait, in all or of one tenant.
             EngineError: the engine has failed or shuts down.
             ValueError: a request with this id is alive.
@@ -120,6 +118,10 @@ class Engine:
                 f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
                 f"the {self._max_model_len} tokens that fit",
             )
+        for token in request.params.logit_bias:
+            if token >= self._vocab_size:
+                last = self._vocab_size - 1
+                raise RequestError("logit_bias", f"token {token} is not from 0 to {last}")
         self.scheduler.check_fits(request)
         with self._lock:
             if self.failure is not None:
@@ -147,12 +149,12 @@ class Engine:
             num_blocks=scheduler.blocks.num_blocks,
             num_held_blocks=scheduler.blocks.num_held,
             num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_prompt_tokens=self._outbox.num_prompt_tokens,
+            num_generated_tokens=self._outbox.num_generated_tokens,
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
-            num_finished=dict(self._num_finished),
+            num_finished=dict(self._outbox.num_finished),
             last_step_seconds=self._last_step_seconds,
         )
 
@@ -196,13 +198,16 @@ class Engine:
             started = time.perf_counter()
             step = self.scheduler.schedule()
             if step is not None:
-                token_ids = self._runner.execute(step.plan, step.samples)
-                self.scheduler.update(step, token_ids)
-                for sequence in step.sampled:
-                    self._emit(sequence)
+                result = self._runner.execute(step.plan, step.samples, step.scores)
+                self.scheduler.update(step, result)
+                for row, sequence in enumerate(step.sampled):
+                    self._emit(sequence, result.logprobs[row] if result.logprobs else None)
+                for sequence in dict.fromkeys((*step.read, *step.scored)):
+                    if sequence.finish_reason is not None and sequence not in step.sampled:
+                        self._emit(sequence)
                 self._num_steps += 1
                 self.last_step_time = time.monotonic()
-            self._publish()
+            self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
         except Exception as error:
             logger.exception("the engine failed")
@@ -215,7 +220,7 @@ class Engine:
                 self.step(wait=True)
             for request in tuple(self._alive.values()):
                 self._end(request, "abort")
-            self._publish()
+            self._outbox.publish()
         except EngineError:
             return  # everyone has been told
 
@@ -244,9 +249,7 @@ class Engine:
 
     def _add(self, request: Request) -> None:
         self.scheduler.add(request)
-        self._detokenizers[request.request_id] = Detokenizer(
-            self._tokenizer, request.prompt_token_ids, request.params.stop
-        )
+        self._outbox.open(request)
 
     def _abort(self, request_id: str) -> None:
         request = self._alive.get(request_id)
@@ -256,67 +259,31 @@ class Engine:
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
 
-    def _emit(self, sequence: Sequence) -> None:
-        """Put the output of a sequence that was sampled in this step on the step's list."""
-        reason = sequence.finish_reason
-        is_valid = reason != "error"
-        detokenizer = self._detokenizers[sequence.request_id]
-        # With reason "stop" the token only marks the end, it is no part of the text.
-        text = detokenizer.add(sequence.token_ids[-1]) if reason in (None, "length") else ""
-        if detokenizer.stopped:
-            if reason is None:
-                self.scheduler.finish(sequence, "stop")
-            reason = "stop"
+    def _emit(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
+        """Write the output of a sequence that got a token in this step or ended with it."""
+        has_token = sequence.num_output_tokens > 0 and sequence.finish_reason != "error"
+        token = sequence.token_ids[-1] if has_token else None
+        reason = self._outbox.add(sequence, token, logprobs)
         if reason is not None:
-            text += detokenizer.flush()
-            self._retire(sequence.request_id, reason)
-        if is_valid:
-            self._num_generated_tokens += 1
-            if sequence.num_output_tokens == 1:
-                self._num_prompt_tokens += sequence.num_prompt_tokens
-        self._outputs.append(
-            RequestOutput(
-                sequence.request_id,
-                text,
-                token_ids=(sequence.token_ids[-1],) if is_valid else (),
-                finish_reason=reason,
-                error=None if is_valid else INVALID_NUMBERS,
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_output_tokens=sequence.num_output_tokens,
-                num_cached_tokens=sequence.num_cached_tokens,
-                queue_seconds=sequence.queue_seconds,
-            )
-        )
+            if sequence.finish_reason is None:
+                self.scheduler.finish(sequence, reason)
+            self._retire(sequence.request, reason)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request between steps, wherever it is, and say so in its last output."""
         sequence = self.scheduler.abort(request.request_id, reason)
-        self._retire(request.request_id, reason)
-        self._outputs.append(
-            RequestOutput(
-                request.request_id,
-                text="",
-                finish_reason=reason,
-                error=error,
-                num_prompt_tokens=len(request.prompt_token_ids),
-                num_output_tokens=sequence.num_output_tokens if sequence else 0,
-                num_cached_tokens=sequence.num_cached_tokens if sequence else 0,
-            )
-        )
+        self._outbox.add_end(request, sequence, reason, error)
+        self._retire(request, reason)
 
-    def _retire(self, request_id: str, reason: FinishReason) -> None:
-        self._num_finished[reason] += 1
-        self._detokenizers.pop(request_id, None)
+    def _retire(self, request: Request, reason: FinishReason) -> None:
+        """Forget a request everywhere: the one way out."""
+        self._outbox.close(request.request_id, reason)
+        self._runner.release(request.request_id)
         with self._lock:
-            request = self._alive.pop(request_id)
+            del self._alive[request.request_id]
             self._num_alive_of[request.tenant] -= 1
             if not self._num_alive_of[request.tenant]:
                 del self._num_alive_of[request.tenant]
-
-    def _publish(self) -> None:
-        outputs, self._outputs = self._outputs, []
-        if outputs:
-            self._on_outputs(outputs)
 
     def _fail(self, error: Exception) -> str:
         """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
@@ -327,7 +294,7 @@ class Engine:
         try:
             for request in tuple(self._alive.values()):
                 self._end(request, "error", failure)
-            self._publish()
+            self._outbox.publish()
         except Exception:
             logger.exception("not every request could be told that the engine failed")
         if self._on_failure is not None:

@@ -6,33 +6,18 @@ Iteration-level scheduling after Yu et al. 2022, "Orca"; chunked prefill after A
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.sequence import Sequence, make_stream
+from autotp_serving.engine.step import Step, write_step
 from autotp_serving.engine.waiting import WaitingQueue
-from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepPlan
+from autotp_serving.plan import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.request import FinishReason, Request, RequestError
 
-
-@dataclass(frozen=True)
-class Step:
-    """A plan together with whom it serves.
-
-    Attributes:
-        plan: what the runner executes.
-        samples: [num_rows], what the sampler needs for each of `plan.logit_rows`.
-        sequences: [num_seqs], in the plan's order.
-        sampled: [num_rows], the sequences that get a token, in the order of `samples`.
-    """
-
-    plan: StepPlan
-    samples: list[SampleInput]
-    sequences: list[Sequence]
-    sampled: list[Sequence]
+INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
 
 
 class Scheduler:
@@ -65,6 +50,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
+        self._num_score_rows_left = 0
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
@@ -93,7 +79,8 @@ class Scheduler:
     def add(self, request: Request) -> Sequence:
         """Queue a request that `check_fits` let pass."""
         stream = make_stream(request.params.seed, self._config.seed, self.num_arrivals)
-        sequence = Sequence(request, stream)
+        eos_token_ids = frozenset() if request.params.ignore_eos else self._eos_token_ids
+        sequence = Sequence(request, stream, eos_token_ids.union(request.params.stop_token_ids))
         self.num_arrivals += 1
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
@@ -109,28 +96,31 @@ class Scheduler:
             if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
                 chunks.append((sequence, 1))
                 budget -= 1
+        self._num_score_rows_left = MAX_SCORED_ROWS
         if self.running and self.running[-1].num_uncomputed_tokens > 1:
-            budget -= self._add_prefill(chunks, self.running[-1], budget)
+            budget = self._add_prefill(chunks, self.running[-1], budget)
         while budget > 0 and (sequence := self._admit()):
-            budget -= self._add_prefill(chunks, sequence, budget)
-        return self._write_step(chunks) if chunks else None
+            budget = self._add_prefill(chunks, sequence, budget)
+        return write_step(chunks, self.blocks.block_size) if chunks else None
 
-    def update(self, step: Step, token_ids: Rows[int]) -> None:
-        """Take in what the runner returned: a token for each of `step.sampled`.
+    def update(self, step: Step, result: StepResult) -> None:
+        """Take in what the runner returned.
 
         Sequences that are done get their `finish_reason` and give back their pages.
         """
         for sequence, query_len in zip(step.sequences, step.plan.query_lens, strict=True):
             sequence.num_computed_tokens += query_len
             self._register_full_blocks(sequence)
-        for sequence, token in zip(step.sampled, token_ids, strict=True):
-            if token == INVALID_TOKEN:
-                self.finish(sequence, "error")
-                continue
-            sequence.token_ids.append(token)
-            reason = self._find_end(sequence, token)
-            if reason is not None:
-                self.finish(sequence, reason)
+        for sequence, logprobs in zip(step.scored, result.scores, strict=True):
+            sequence.prompt_logprobs.extend(logprobs)
+            if any(math.isnan(one.logprob) for one in logprobs):
+                self._fail(sequence, INVALID_NUMBERS)
+        for sequence, token in zip(step.sampled, result.token_ids, strict=True):
+            if sequence.finish_reason is None:
+                self._take_token(sequence, token)
+        for sequence in step.read:
+            if sequence.finish_reason is None:
+                self.finish(sequence, "length")
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is: the one way out, its pages are available at once."""
@@ -189,6 +179,8 @@ class Scheduler:
             return None
         sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
+        if sequence.num_unscored_tokens:  # tokens taken from the cache would give no logits
+            del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
         # One page stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
         if num_needed > self.blocks.num_available:
@@ -205,38 +197,22 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         return sequence
 
-    @staticmethod
-    def _add_prefill(chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int) -> int:
-        """Plan as much of a prompt as the budget allows; returns the number of tokens."""
+    def _add_prefill(
+        self, chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int
+    ) -> int:
+        """Plan as much of a prompt as the step allows.
+
+        Returns:
+            Tokens left for others: none, unless the prompt is complete, because only the last in
+            the running list may be in the middle of one.
+        """
         query_len = min(budget, sequence.num_uncomputed_tokens)
+        if sequence.num_unscored_tokens:
+            query_len = min(query_len, self._num_score_rows_left)
+            self._num_score_rows_left -= query_len
         if query_len:
             chunks.append((sequence, query_len))
-        return query_len
-
-    def _write_step(self, chunks: list[tuple[Sequence, int]]) -> Step:
-        block_size = self.blocks.block_size
-        plan = StepPlan([], [], [], [], [], [], [])
-        step = Step(plan, [], [], [])
-        for sequence, query_len in chunks:
-            start = sequence.num_computed_tokens
-            end = start + query_len
-            # Copies: a plan may still be under way when the next step changes the sequence.
-            table = sequence.block_table[: self.blocks.num_blocks_for(end)]
-            plan.token_ids.extend(sequence.token_ids[start:end])
-            plan.positions.extend(range(start, end))
-            plan.slots.extend(
-                table[position // block_size] * block_size + position % block_size
-                for position in range(start, end)
-            )
-            plan.query_lens.append(query_len)
-            plan.context_lens.append(end)
-            plan.block_tables.append(table)
-            step.sequences.append(sequence)
-            if end == sequence.num_tokens:
-                plan.logit_rows.append(len(plan.token_ids) - 1)
-                step.samples.append(SampleInput(sequence.params, sequence.uniforms.random()))
-                step.sampled.append(sequence)
-        return step
+        return budget - query_len if query_len == sequence.num_uncomputed_tokens else 0
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
@@ -246,10 +222,24 @@ class Scheduler:
             self.blocks.register(sequence.block_table, index, tokens)
             sequence.num_registered_blocks += 1
 
-    def _find_end(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.params
-        if token in params.stop_token_ids:
-            return "stop"
-        if token in self._eos_token_ids and not params.ignore_eos:
-            return "stop"
-        return "length" if sequence.num_output_tokens >= params.max_tokens else None
+    def _take_token(self, sequence: Sequence, token: int) -> None:
+        """Append a sampled token and see whether the sequence ends with it."""
+        if token == INVALID_TOKEN:
+            return self._fail(sequence, INVALID_NUMBERS)
+        sequence.token_ids.append(token)
+        is_complete = sequence.guide is not None and sequence.guide.accept(token)
+        if sequence.guide is not None and sequence.guide.error is not None:
+            return self._fail(sequence, sequence.guide.error)
+        if token in sequence.end_token_ids:
+            sequence.ends_in_text = False
+            return self.finish(sequence, "stop")
+        if is_complete:
+            return self.finish(sequence, "stop")
+        if sequence.num_output_tokens >= sequence.params.max_tokens:
+            return self.finish(sequence, "length")
+        return None
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        sequence.error = error
+        sequence.ends_in_text = False
+        self.finish(sequence, "error")

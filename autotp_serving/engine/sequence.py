@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from autotp_serving.request import FinishReason, Request, SamplingParams
+from autotp_serving.request import FinishReason, Guide, Request, SamplingParams, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True)
@@ -15,6 +15,7 @@ class Sequence:
     Attributes:
         request: what was asked, never changed.
         uniforms: the request's own stream of draws in [0, 1), one per output position.
+        end_token_ids: tokens that end the text.
         token_ids: prompt, then output.
         block_table: pages that hold or will hold keys and values, in order of position.
         num_computed_tokens: tokens whose keys and values are in the pages.
@@ -22,11 +23,16 @@ class Sequence:
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
         queue_seconds: how long it waited before it first began to run.
         num_preemptions: how often it lost its pages and started over.
+        guide: follows the answer through the structure it must have; None without one.
+        prompt_logprobs: of the prompt's tokens after the first, as far as they are computed.
         finish_reason: None while it waits or runs.
+        ends_in_text: False when the last token only marked the end.
+        error: one sentence, with `finish_reason` "error".
     """
 
     request: Request
     uniforms: random.Random
+    end_token_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -34,11 +40,17 @@ class Sequence:
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     num_preemptions: int = 0
+    guide: Guide | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    ends_in_text: bool = True
+    error: str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
-        assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 1
+        if self.request.grammar is not None:
+            self.guide = self.request.grammar.start()
+        assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 0
         assert all(token >= 0 for token in self.token_ids)
 
     @property
@@ -70,6 +82,13 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens that still have to run before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose logprobs are asked for and not known yet."""
+        if self.params.prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
 
 def make_stream(seed: int | None, server_seed: int, index: int) -> random.Random:

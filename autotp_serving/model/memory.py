@@ -12,7 +12,7 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCacheShape
-from autotp_serving.plan import StepPlan
+from autotp_serving.plan import MAX_SCORED_ROWS, StepPlan
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def probe_model(
         query_lens=lens,
         context_lens=lens,
         block_tables=[[] for _ in lens],
-        logit_rows=list(range(min(len(positions), config.max_num_seqs))),
+        logit_rows=list(range(min(len(positions), config.max_num_seqs + MAX_SCORED_ROWS))),
     )
     device.reset_peak_memory()
     before = device.peak_memory()

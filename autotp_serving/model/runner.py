@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from autotp_serving.channel import PlanChannel
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.model.sampler import sample_tokens
-from autotp_serving.plan import SampleInput, StepPlan
+from autotp_serving.model.logprobs import score_prompts
+from autotp_serving.model.sampler import Sampler
+from autotp_serving.plan import SampleInput, ScoreInput, StepPlan, StepResult
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 
 STOP_MESSAGE = b""
@@ -61,18 +63,30 @@ class LeadRunner:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
+        self._sampler = Sampler()
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
 
-    def execute(self, plan: StepPlan, samples: Sequence[SampleInput]) -> list[int]:
-        """Run one step on all ranks and choose a token for each of the plan's logit rows."""
+    def execute(
+        self,
+        plan: StepPlan,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+    ) -> StepResult:
+        """See Runner: one step on all ranks, then choose and score on this one."""
         self._channel.send(plan.to_bytes())
         logits = self._runner.run(plan)
-        token_ids = sample_tokens(logits, samples) if samples else []
+        result = self._sampler.sample(logits[: len(samples)], samples)
+        if scores:
+            result = replace(result, scores=score_prompts(logits[len(samples) :], scores))
         self.rank_times[0] = self._runner.times.snapshot()
         for rank, report in self._channel.take_reports(LAYOUT.size).items():
             self.rank_times[rank] = RankTimes.from_bytes(report)
-        return token_ids
+        return result
+
+    def release(self, request_id: str) -> None:
+        """See Runner; the other ranks keep nothing but pages."""
+        self._sampler.release(request_id)
 
     def stop(self) -> None:
         """Let the other ranks go."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from autotp_serving.engine.detokenizer import MAX_WINDOW_LEN, Detokenizer, StopStrings
+from autotp_serving.request import SamplingParams
 from tests.fakes import ByteTokenizer
 
 SAMPLES = (
@@ -30,7 +31,7 @@ class PieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return [1000 + byte for byte in text.encode()]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text, run = "", b""
         for token in [*token_ids, 1]:
             if token >= 1000:
@@ -52,14 +53,16 @@ class CountingTokenizer(ByteTokenizer):
         super().__init__()
         self.num_decoded = 0
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.num_decoded += len(token_ids)
         return super().decode(token_ids)
 
 
 def stream(tokens: Sequence[int], stop=(), prompt=(), tokenizer=None) -> list[str]:
     """Deltas of all tokens up to a stop string, and at last what flush gives."""
-    detokenizer = Detokenizer(tokenizer or ByteTokenizer(), prompt, stop)
+    detokenizer = Detokenizer(
+        tokenizer or ByteTokenizer(), prompt, SamplingParams(stop=tuple(stop))
+    )
     deltas = []
     for token in tokens:
         deltas.append(detokenizer.add(token))
@@ -98,7 +101,7 @@ def test_random_text_in_random_tokens_adds_up(seed):
     rng = random.Random(seed)
 
     class Chunks(ByteTokenizer):
-        def decode(self, token_ids):
+        def decode(self, token_ids, *, skip_special_tokens=True):
             return b"".join(pieces[token] for token in token_ids).decode("utf-8", "replace")
 
     text = "".join(chr(rng.choice((97, 32, 233, 0x65E5, 0x1F600, 0x10FFFF))) for _ in range(300))
@@ -166,7 +169,7 @@ def test_stop_strings_across_tokens(text, stop, expected):
     whole = {0: text}
 
     class OneToken(ByteTokenizer):
-        def decode(self, token_ids):
+        def decode(self, token_ids, *, skip_special_tokens=True):
             return "".join(whole[token] for token in token_ids)
 
     assert "".join(stream([0], stop, tokenizer=OneToken())) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine, EngineError, QueueFullError
-from autotp_serving.plan import INVALID_TOKEN, SampleInput
+from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepResult
 from autotp_serving.request import Request, RequestError, RequestOutput, SamplingParams
 from tests.fakes import ByteTokenizer, FakeRunner, answers, generate, letters
 
@@ -29,8 +29,9 @@ class Bench:
     ) -> None:
         self.failures: list[str] = []
         self.steps: list[list[RequestOutput]] = []
+        self.runner = runner or FakeRunner()
         self.engine = Engine(
-            runner or FakeRunner(),
+            self.runner,
             tokenizer or ByteTokenizer(),
             ServingConfig(model_path="fake", **settings),
             max_model_len,
@@ -69,7 +70,7 @@ class Bench:
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_held_blocks) == (0, 0, 0)
         assert not self.engine.has_work
-        assert not self.engine._detokenizers
+        assert self.engine._outbox.is_empty and not self.runner.kept
         self.engine.scheduler.check_integrity()
 
 
@@ -303,7 +304,7 @@ def test_failing_runner_ends_every_request_with_the_error_and_refuses_more():
 
 def test_requests_stopped_in_the_step_that_fails_to_decode_still_end_once():
     class Broken(ByteTokenizer):
-        def decode(self, token_ids):
+        def decode(self, token_ids, *, skip_special_tokens=True):
             if len(token_ids) > 3:
                 raise ValueError("bad token\nwith a second line")
             return super().decode(token_ids)
@@ -431,11 +432,11 @@ def test_a_step_costs_little_besides_the_model():
     """Twice the budget of 200 microseconds, as other programs share the machine."""
 
     class Instant(FakeRunner):
-        def execute(self, plan, samples):
-            return [65] * len(samples)
+        def execute(self, plan, samples, scores=()):
+            return StepResult([65] * len(samples))
 
     class Silent(ByteTokenizer):
-        def decode(self, token_ids):
+        def decode(self, token_ids, *, skip_special_tokens=True):
             return ""
 
     bench = Bench(Instant(num_blocks=1024), Silent())

@@ -37,8 +37,8 @@ class Bench:
         step = self.scheduler.schedule()
         self.scheduler.check_integrity()
         if step is not None:
-            token_ids = self.runner.execute(step.plan, step.samples)
-            self.scheduler.update(step, token_ids)
+            result = self.runner.execute(step.plan, step.samples, step.scores)
+            self.scheduler.update(step, result)
             self.scheduler.check_integrity()
         return step
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from autotp_serving.model.sampler import sample_tokens
+from autotp_serving.model.sampler import Sampler
 from autotp_serving.plan import INVALID_TOKEN, SampleInput
 from autotp_serving.request import SamplingParams
+from tests.model.chi_square import assert_follows
 
 NUM_DRAWS = 20_000
 VOCAB_SIZE = 40
@@ -33,11 +35,18 @@ SETTINGS = [
     {"temperature": 1.0, "top_p": 0.05},
     {"temperature": 0.8, "top_k": 12, "top_p": 0.8},
     {"temperature": 2.0, "top_k": 5, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 3.0, "top_k": 20, "top_p": 0.9, "min_p": 0.3},
 ]
 
 
 def make_logits(num_rows: int = 1, seed: int = 3) -> torch.Tensor:
     return torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample_tokens(logits: torch.Tensor, samples: list[SampleInput]) -> list[int]:
+    return Sampler().sample(logits, samples).token_ids
 
 
 def draw(logits: torch.Tensor, uniform: float, **params: float) -> int:
@@ -46,7 +55,11 @@ def draw(logits: torch.Tensor, uniform: float, **params: float) -> int:
 
 
 def reference_probability(
-    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> torch.Tensor:
     """What transformers' generate would draw from."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
@@ -54,6 +67,8 @@ def reference_probability(
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     return warpers(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).softmax(-1)[0].double()
 
 
@@ -69,21 +84,7 @@ def test_draws_follow_the_distribution_of_transformers(params: dict[str, float])
     logits = make_logits()
     source = random.Random(11)
     counts = count_draws(logits, [source.random() for _ in range(NUM_DRAWS)], **params)
-    expected = reference_probability(logits, **params) * NUM_DRAWS
-    assert counts[expected == 0].sum() == 0
-    common = expected >= 5
-    groups = [(counts[common], expected[common])]
-    rare = (expected > 0) & ~common
-    if rare.any():
-        groups.append((counts[rare].sum()[None], expected[rare].sum()[None]))
-    observed = torch.cat([group[0] for group in groups])
-    wanted = torch.cat([group[1] for group in groups])
-    if len(wanted) == 1:
-        assert observed.sum() == NUM_DRAWS
-        return
-    statistic = ((observed - wanted).square() / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
-    assert torch.special.gammaincc(freedom, statistic / 2) > 1e-4
+    assert_follows(counts, reference_probability(logits, **params))
 
 
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
@@ -189,15 +190,16 @@ def test_rows_that_are_not_numbers_are_reported_and_harm_no_other(
 
 def test_a_choice_does_not_depend_on_its_neighbours() -> None:
     """Each row alone, all together, and in another order, with mixed settings."""
-    logits = make_logits(30).to(torch.bfloat16)
     source = random.Random(5)
     samples = [
         SampleInput(SamplingParams(**(params if index % 4 else {})), source.random())
         for index, params in enumerate(SETTINGS * 3)
     ]
-    alone = [sample_tokens(logits[i : i + 1], samples[i : i + 1])[0] for i in range(30)]
+    num_rows = len(samples)
+    logits = make_logits(num_rows).to(torch.bfloat16)
+    alone = [sample_tokens(logits[i : i + 1], samples[i : i + 1])[0] for i in range(num_rows)]
     assert sample_tokens(logits, samples) == alone
-    order = source.sample(range(30), 30)
+    order = source.sample(range(num_rows), num_rows)
     assert sample_tokens(logits[order], [samples[i] for i in order]) == [alone[i] for i in order]
     assert len(set(alone)) > 3
 
