@@ -17,6 +17,7 @@ from autotp_serving.api.health import health_routes
 from autotp_serving.api.keys import ApiKeys
 from autotp_serving.api.native import native_routes
 from autotp_serving.api.openai_routes import ModelNames, openai_routes
+from autotp_serving.api.page import page_routes
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.api.tokens import token_routes
@@ -60,5 +61,6 @@ def build_app(
     app.include_router(native_routes(engine, admission))
     app.include_router(openai_routes(engine, admission, names))
     app.include_router(token_routes(admission, names))
+    app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))
     return app
