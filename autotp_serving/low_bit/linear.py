@@ -91,13 +91,13 @@ class LowBitLinear(nn.Module):
 
 def select_matmul(format: Format, device: torch.device) -> Matmul:
     """The fastest way to multiply by a weight of `format` on `device`."""
-    library = load_library() if device.type == "cpu" else None
+    library = load_library(format) if device.type == "cpu" else None
     return portable_matmul if library is None else CpuMatmul(library)
 
 
 def arrange(weight: LowBitTensor) -> LowBitTensor:
     """A weight with its bytes in the order that `select_matmul`'s choice reads; a copy if any."""
-    tiled = weight.device.type == "cpu" and load_library() is not None
+    tiled = weight.device.type == "cpu" and load_library(weight.format) is not None
     return tile_weight(weight) if tiled else weight
 
 

@@ -18,7 +18,7 @@ every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORM
 @pytest.fixture(autouse=True)
 def portable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that round activations have their own tests, with bounds."""
-    monkeypatch.setattr(linear, "load_library", lambda: None)
+    monkeypatch.setattr(linear, "load_library", lambda format: None)
 
 
 @every_format

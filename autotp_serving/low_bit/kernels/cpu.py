@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autotp_serving.native_build import BuildError, build_library
 
-from ..formats import FORMATS, Format
+from ..formats import Format, split_code_bits
 from ..numerics import decode
 from ..tensor import LowBitTensor
 from .tiles import TiledTensor, last_group, tile
@@ -26,20 +26,6 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "low_bit_linear.cpp"
 
-# Numbers of the kernels in csrc/low_bit_linear.cpp; formats with a table of levels share theirs.
-KINDS = {
-    "sym_int4": 0,
-    "asym_int4": 1,
-    "sym_int5": 2,
-    "asym_int5": 3,
-    "sym_int8": 4,
-    "nf4": 5,
-    "fp4": 5,
-    "nf3": 6,
-    "fp6": 7,
-    "fp8_e4m3": 8,
-    "fp8_e5m2": 9,
-}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # Instruction sets, best first: the processor flags asked for, and how to compile.
@@ -56,7 +42,6 @@ class _Weight(ctypes.Structure):
     """AutotpWeight of csrc/low_bit_linear.cpp."""
 
     _fields_ = (
-        ("kind", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("codes", ctypes.c_void_p),
@@ -115,7 +100,6 @@ class CpuMatmul:
         addresses |= {f"last_{name}": plane.data_ptr() for name, plane in last.items()}
         rows, cols = weight.shape
         self._struct = _Weight(
-            kind=KINDS[weight.format.name],
             rows=rows,
             cols=cols,
             table=table.data_ptr(),
@@ -129,19 +113,26 @@ class CpuMatmul:
 
 
 @functools.cache
-def load_library(isa: str | None = None) -> ctypes.CDLL | None:
-    """The compiled kernels for the best instruction set here (or the named one).
+def load_library(format: Format, isa: str | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels of a format for the best instruction set here (or the named one).
 
-    None, and one line in the log, where there are none.
+    None, and a line in the log, where there are none.
     """
     try:
         name = isa or _best_isa()
-        vectors = f'-DISA_VECTORS="vectors_{name}.h"'
-        # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
-        flags = (ISAS[name][1], "-fno-math-errno", "-Wno-maybe-uninitialized", vectors)
+        flags = (
+            ISAS[name][1],
+            "-fno-math-errno",
+            # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
+            "-Wno-maybe-uninitialized",
+            f'-DISA_VECTORS="vectors_{name}.h"',
+            f"-DFORMAT={_template_arguments(format)}",
+        )
         library = ctypes.CDLL(str(build_library("low_bit_linear", SOURCE, flags)))
     except (BuildError, OSError) as error:
-        logger.warning("Low-bit weights are multiplied by portable torch, slowly: %s", error)
+        logger.warning(
+            "%s weights are multiplied by portable torch, slowly: %s", format.name, error
+        )
         return None
     library.autotp_linear.argtypes = (
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
@@ -151,15 +142,32 @@ def load_library(isa: str | None = None) -> ctypes.CDLL | None:
     return library
 
 
-def _best_isa() -> str:
-    """Raises BuildError where there is none."""
+def processor_flags() -> set[str]:
+    """What Linux says this processor has; nothing elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _best_isa() -> str:
+    """Raises BuildError where there is none."""
+    flags = processor_flags()
     for name, (needed, _) in ISAS.items():
         if needed <= flags:
             return name
     raise BuildError("this processor has neither AVX-512 VNNI nor AVX2")
+
+
+def _template_arguments(format: Format) -> str:
+    """The format as csrc/codes.h writes it; formats that differ in their table only are one."""
+    low_bits, high_bits = split_code_bits(format.code_bits)
+    if format.kind in ("symmetric", "asymmetric"):
+        kind = "kCodes"
+    else:
+        kind = "kTable" if format.code_bits <= 4 else "kPairs"
+    scale = {"float16": "kHalf", "float32": "kFloat", None: "kNone"}[format.scale_dtype]
+    mins = "true" if format.kind == "asymmetric" else "false"
+    return f"{low_bits}, {high_bits}, Kind::{kind}, Scale::{scale}, {mins}"
 
 
 @functools.cache
@@ -193,6 +201,3 @@ def _finest_unit(levels: Tensor) -> float:
     multiples = levels.double() / units[:, None]
     errors = (multiples - multiples.round()).mul_(units[:, None]).square().mean(1)
     return float(units[errors.argmin()])
-
-
-assert KINDS.keys() == FORMATS.keys()

@@ -31,12 +31,13 @@ struct Format {
     static constexpr int kHighBytes = kRows * kBlock * kHigh / 8;
 };
 
-// The planes of 16 rows, tile after tile.
+// The planes of 16 rows, tile after tile; `decoded` (see multiply.h) where there are many tokens.
 struct Group {
     const uint8_t* codes;
     const uint8_t* high;
     const uint8_t* scales;
     const uint16_t* mins;
+    const uint8_t* decoded;
 };
 
 // Vector `kWord` of a tile's codes: columns 4 * kWord to 4 * kWord + 3 of 16 rows, a byte each.

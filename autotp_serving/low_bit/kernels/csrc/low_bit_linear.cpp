@@ -1,7 +1,8 @@
 // y = x * weight^T with a low-bit weight: the C interface, and the loops over rows and tokens.
 //
 // Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch.
-// No torch headers: this compiles in seconds, with -DISA_VECTORS="vectors_....h".
+// One library per format, for short compiling: -DFORMAT="4, 0, Kind::kCodes, Scale::kHalf, false"
+// names it as the arguments of Format, -DISA_VECTORS="vectors_....h" the instructions.
 #include <omp.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "activations.h"
 #include "codes.h"
@@ -16,10 +18,17 @@
 
 namespace {
 
+using F = Format<FORMAT>;
+using Block = std::conditional_t<F::kKind == Kind::kPairs, PairBlock, ByteBlock>;
+
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
 // Tokens made ready at once: their numbers stay in the L2 cache while the weights pass by.
-constexpr int64_t kTokensAtOnce = 256;
+constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
+// From this many tokens on, a group's codes are decoded once for all of them; plain codes come as
+// fast as decoded ones.
+constexpr int64_t kWorthDecoding =
+    F::kKind == Kind::kCodes && F::kHigh == 0 ? INT64_MAX : 2 * kMaxTokens;
 // Below this many activations a second thread costs more than it helps in making them ready.
 constexpr int64_t kWorthSharing = 1 << 15;
 
@@ -27,7 +36,6 @@ constexpr int64_t kWorthSharing = 1 << 15;
 
 // A weight as kernels/cpu.py describes it; the same fields in the same order.
 struct AutotpWeight {
-    int64_t kind;  // which of the kernels below
     int64_t rows, cols;
     const uint8_t* codes;
     const uint8_t* high;
@@ -50,6 +58,7 @@ struct Free {
 };
 
 // Memory of this thread for one purpose, kept between calls.
+template <class Purpose>
 void* scratch(size_t bytes) {
     static thread_local std::unique_ptr<void, Free> memory;
     static thread_local size_t size = 0;
@@ -72,19 +81,18 @@ struct Call {
     int64_t tiles() const { return (weight.cols + kBlock - 1) / kBlock; }
 };
 
-template <class F>
 Group find_group(const AutotpWeight& weight, int64_t index, int64_t tiles) {
     constexpr int64_t kScaleBytes =
         F::kScale == Scale::kHalf ? 2 : F::kScale == Scale::kFloat ? 4 : 0;
     if ((index + 1) * kRows > weight.rows) {
-        return {weight.last_codes, weight.last_high, weight.last_scales, weight.last_mins};
+        return {weight.last_codes, weight.last_high, weight.last_scales, weight.last_mins, nullptr};
     }
     const int64_t before = index * tiles;
     return {weight.codes + before * F::kLowBytes, weight.high + before * F::kHighBytes,
-            weight.scales + before * kRows * kScaleBytes, weight.mins + before * kRows};
+            weight.scales + before * kRows * kScaleBytes, weight.mins + before * kRows,
+            nullptr};
 }
 
-template <class Block>
 void prepare_token(const Call& call, int64_t token, int64_t place, Block* x) {
     const int64_t tiles = call.tiles();
     Block* chunk = x + place / kChunk * tiles;
@@ -113,29 +121,28 @@ void store(const Call& call, int64_t token, int64_t row, Floats sums) {
 
 // Multiplies `count` tokens, at most 8, that stand at `place` in `x` and are `token` and the
 // next ones of the call.
-template <class F, int kTokens, class Block>
+template <int kTokens, bool kDecoded>
 void multiply_tokens(const Call& call, const Group& group, int64_t row, const Block* x,
                      int64_t place, int64_t token, int64_t count, const Tables& tables) {
     if constexpr (kTokens > 1) {
         if (count < kTokens) {
-            multiply_tokens<F, kTokens - 1>(call, group, row, x, place, token, count, tables);
+            multiply_tokens<kTokens - 1, false>(call, group, row, x, place, token, count, tables);
             return;
         }
     }
     Floats sums[kTokens];
     for (int m = 0; m < kTokens; ++m) sums[m] = same_float(0);
     const int64_t tiles = call.tiles();
-    multiply<F, kTokens>(group, x + place / kChunk * tiles, place % kChunk, tiles, tables, sums);
+    multiply<F, kTokens, kDecoded>(group, x + place / kChunk * tiles, place % kChunk, tiles, tables, sums);
     for (int m = 0; m < kTokens; ++m) store(call, token + m, row, sums[m]);
 }
 
-template <class F, class Block>
 void run(const Call& call, int64_t tokens) {
     const AutotpWeight& weight = call.weight;
     const int64_t tiles = call.tiles();
     const int64_t groups = (weight.rows + kRows - 1) / kRows;
     const int64_t chunks = (std::min(tokens, kTokensAtOnce) + kChunk - 1) / kChunk;
-    Block* x = static_cast<Block*>(scratch(chunks * tiles * sizeof(Block)));
+    Block* x = static_cast<Block*>(scratch<Block>(chunks * tiles * sizeof(Block)));
     const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
     for (int64_t start = 0; start < tokens; start += kTokensAtOnce) {
         const int64_t count = std::min(kTokensAtOnce, tokens - start);
@@ -154,10 +161,20 @@ void run(const Call& call, int64_t tokens) {
             }
 #pragma omp for schedule(dynamic, share)
             for (int64_t index = 0; index < groups; ++index) {
-                const Group group = find_group<F>(weight, index, tiles);
+                Group group = find_group(weight, index, tiles);
+                if (count >= kWorthDecoding) {
+                    uint8_t* decoded =
+                        static_cast<uint8_t*>(scratch<Group>(tiles * kDecodedBytes<F>));
+                    decode<F>(group, tiles, tables, decoded);
+                    group.decoded = decoded;
+                }
                 for (int64_t place = 0; place < count; place += kMaxTokens) {
-                    multiply_tokens<F, kMaxTokens>(call, group, index * kRows, x, place,
-                                                   start + place, count - place, tables);
+                    const auto multiply_some =
+                        group.decoded && count - place >= kMaxTokens
+                            ? multiply_tokens<kMaxTokens, true>
+                            : multiply_tokens<kMaxTokens, false>;
+                    multiply_some(call, group, index * kRows, x, place, start + place,
+                                  count - place, tables);
                 }
             }
         }
@@ -169,27 +186,11 @@ void run(const Call& call, int64_t tokens) {
 extern "C" {
 
 // Multiplies `tokens` rows of `x`, each `x_stride` numbers after the one before, into `out`
-// [tokens, rows]; both have the type `dtype`. Returns 0, or 1 when there is no such kernel or no
-// memory.
+// [tokens, rows]; both have the type `dtype`. Returns 0, or 1 when there is no memory.
 int autotp_linear(const AutotpWeight* weight, const void* x, int64_t x_stride, void* out,
                   int64_t tokens, int64_t dtype, int64_t threads) {
-    constexpr Kind kCodes = Kind::kCodes, kTable = Kind::kTable, kPairs = Kind::kPairs;
-    constexpr Scale kHalf = Scale::kHalf, kFloat = Scale::kFloat, kNone = Scale::kNone;
-    const Call call{*weight, x, x_stride, out, dtype, static_cast<int>(threads)};
     try {
-        switch (weight->kind) {
-            case 0: run<Format<4, 0, kCodes, kHalf, false>, ByteBlock>(call, tokens); break;
-            case 1: run<Format<4, 0, kCodes, kHalf, true>, ByteBlock>(call, tokens); break;
-            case 2: run<Format<4, 1, kCodes, kHalf, false>, ByteBlock>(call, tokens); break;
-            case 3: run<Format<4, 1, kCodes, kHalf, true>, ByteBlock>(call, tokens); break;
-            case 4: run<Format<8, 0, kCodes, kFloat, false>, ByteBlock>(call, tokens); break;
-            case 5: run<Format<4, 0, kTable, kHalf, false>, ByteBlock>(call, tokens); break;
-            case 6: run<Format<2, 1, kTable, kHalf, false>, ByteBlock>(call, tokens); break;
-            case 7: run<Format<4, 2, kPairs, kHalf, false>, PairBlock>(call, tokens); break;
-            case 8: run<Format<8, 0, kPairs, kFloat, false>, PairBlock>(call, tokens); break;
-            case 9: run<Format<8, 0, kPairs, kNone, false>, PairBlock>(call, tokens); break;
-            default: return 1;
-        }
+        run({*weight, x, x_stride, out, dtype, static_cast<int>(threads)}, tokens);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -10,9 +10,6 @@
 
 #include "codes.h"
 
-// How far ahead of its use a weight is asked for: what arrives during a memory access's time.
-constexpr int kAhead = 2048;
-
 template <size_t... kIndex, class Body>
 inline void unroll(std::index_sequence<kIndex...>, const Body& body) {
     (body(std::integral_constant<int, static_cast<int>(kIndex)>{}), ...);
@@ -24,10 +21,20 @@ inline void unroll(const Body& body) {
     unroll(std::make_index_sequence<kCount>{}, body);
 }
 
-template <int kBytes>
+// Asks for `kBytes` bytes of weights some tiles ahead of `from`. Where one or two tokens leave the
+// core idle, a few KiB into the nearest cache are best; with more work per byte that cache is
+// better left to the activations, and the loads that miss it have time.
+template <int kBytes, int kTokens>
 inline void prefetch(const uint8_t* from) {
+    constexpr int kAhead = kTokens <= 2 ? 4096 : 6144;
+    constexpr bool kNearest = kTokens <= 2 && kBytes <= 512;
     for (int i = 0; i < kBytes; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + i), _MM_HINT_T0);
+        const char* line = reinterpret_cast<const char*>(from + kAhead + i);
+        if constexpr (kNearest) {
+            _mm_prefetch(line, _MM_HINT_T0);
+        } else {
+            _mm_prefetch(line, _MM_HINT_T1);
+        }
     }
 }
 
@@ -37,49 +44,80 @@ struct Tables {
     PairTable pairs;
 };
 
-// sums[m] += tiles of `group` times token `first + m` of the chunk at `x`.
-template <class F, int kTokens>
-inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t tiles,
-                     const Tables& tables, Floats* sums) {
-    // With VNNI high nibbles are multiplied where they stand, sixteen times too large, which
-    // saves shifting them.
-    constexpr bool kNibbles = F::kLow == 4 && F::kHigh == 0 && F::kKind == Kind::kCodes &&
-                              kAnyByteFits;
+// Bytes of a tile whose codes have been decoded: a vector per word, or two of pairs.
+template <class F>
+constexpr int64_t kDecodedBytes = kWords * (F::kKind == Kind::kPairs ? 128 : 64);
+
+// Decodes the tiles of a group once, for many tokens.
+template <class F>
+inline void decode(const Group& group, int64_t tiles, const Tables& tables, uint8_t* to) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-        const ByteBlock& block = x[tile];
-        const int8_t(*codes)[kBlock] = block.codes + first;
         const uint8_t* low = group.codes + tile * F::kLowBytes;
         const uint8_t* high = group.high + tile * F::kHighBytes;
-        prefetch<F::kLowBytes>(low);
+        prefetch<F::kLowBytes, 1>(low);
+        unroll<kWords>([&](auto word) {
+            const Bytes codes = load_codes<F, word>(low, high, tables.bytes);
+            if constexpr (F::kKind == Kind::kPairs) {
+                const Pairs pairs = look_up_pairs(tables.pairs, codes);
+                store_bytes(to + word * 128, pairs.even);
+                store_bytes(to + word * 128 + 64, pairs.odd);
+            } else {
+                store_bytes(to + word * 64, codes);
+            }
+        });
+        to += kDecodedBytes<F>;
+    }
+}
+
+// The sums over one block of `kTokens` tokens from `first`, times 16 rows' codes, as integers.
+template <class F, int kTokens, bool kDecoded>
+inline void dot_tile(const Group& group, int64_t tile, const ByteBlock& block, int first,
+                     const Tables& tables, Ints* totals) {
+    const int8_t(*codes)[kBlock] = block.codes + first;
+    const uint8_t* low = group.codes + tile * F::kLowBytes;
+    const uint8_t* high = group.high + tile * F::kHighBytes;
+    if constexpr (!kDecoded && kAnyByteFits && F::kLow == 4 && F::kHigh == 0 &&
+                  F::kKind == Kind::kCodes) {
+        // High nibbles are multiplied where they stand, sixteen times too large, which saves
+        // shifting them.
+        Ints upper[kTokens];
+        for (int m = 0; m < kTokens; ++m) upper[m] = same_int(0);
+        unroll<kWords / 2>([&](auto word) {
+            const Bytes packed = load_bytes(low + word * 64);
+            const Bytes lower_codes = both(packed, same_bytes(0x0f));
+            const Bytes upper_codes = both(packed, same_bytes(0xf0));
+            for (int m = 0; m < kTokens; ++m) {
+                const int8_t* x = codes[m] + word * 4;
+                totals[m] = dot_bytes<false>(totals[m], lower_codes, load_int32(x));
+                upper[m] = dot_bytes<true>(upper[m], upper_codes, load_int32(x + kBlock / 2));
+            }
+        });
+        for (int m = 0; m < kTokens; ++m) totals[m] = add(totals[m], sixteenth(upper[m]));
+    } else {
+        const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
+        unroll<kWords>([&](auto word) {
+            const Bytes weights = kDecoded ? load_bytes(decoded + word * 64)
+                                           : load_codes<F, word>(low, high, tables.bytes);
+            for (int m = 0; m < kTokens; ++m) {
+                totals[m] =
+                    dot_bytes<F::kWide>(totals[m], weights, load_int32(codes[m] + word * 4));
+            }
+        });
+    }
+}
+
+// sums[m] += tiles of `group` times token `first + m` of the chunk at `x`.
+template <class F, int kTokens, bool kDecoded>
+inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t tiles,
+                     const Tables& tables, Floats* sums) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const ByteBlock& block = x[tile];
+        if constexpr (!kDecoded) prefetch<F::kLowBytes, kTokens>(group.codes + tile * F::kLowBytes);
         Ints totals[kTokens];
         for (int m = 0; m < kTokens; ++m) {
             totals[m] = same_int(F::kMins ? 0 : block.base[first + m]);
         }
-        if constexpr (kNibbles) {
-            Ints upper[kTokens];
-            for (int m = 0; m < kTokens; ++m) upper[m] = same_int(0);
-            unroll<kWords / 2>([&](auto word) {
-                const Bytes packed = load_bytes(low + word * 64);
-                const Bytes lower_codes = both(packed, same_bytes(0x0f));
-                const Bytes upper_codes = both(packed, same_bytes(0xf0));
-                for (int m = 0; m < kTokens; ++m) {
-                    const int8_t* token = codes[m];
-                    totals[m] =
-                        dot_bytes<false>(totals[m], lower_codes, load_int32(token + word * 4));
-                    upper[m] =
-                        dot_bytes<true>(upper[m], upper_codes, load_int32(token + 32 + word * 4));
-                }
-            });
-            for (int m = 0; m < kTokens; ++m) totals[m] = add(totals[m], sixteenth(upper[m]));
-        } else {
-            unroll<kWords>([&](auto word) {
-                const Bytes weights = load_codes<F, word>(low, high, tables.bytes);
-                for (int m = 0; m < kTokens; ++m) {
-                    totals[m] =
-                        dot_bytes<F::kWide>(totals[m], weights, load_int32(codes[m] + word * 4));
-                }
-            });
-        }
+        dot_tile<F, kTokens, kDecoded>(group, tile, block, first, tables, totals);
         const Floats scales = load_scales<F>(group, tile);
         for (int m = 0; m < kTokens; ++m) {
             const Floats factor = multiply(scales, same_float(block.scale[first + m]));
@@ -94,21 +132,26 @@ inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t 
     }
 }
 
-template <class F, int kTokens>
+template <class F, int kTokens, bool kDecoded>
 inline void multiply(const Group& group, const PairBlock* x, int first, int64_t tiles,
                      const Tables& tables, Floats* sums) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const uint16_t(*values)[kBlock] = x[tile].values + first;
         const uint8_t* low = group.codes + tile * F::kLowBytes;
         const uint8_t* high = group.high + tile * F::kHighBytes;
-        prefetch<F::kLowBytes>(low);
+        const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
+        if constexpr (!kDecoded) prefetch<F::kLowBytes, kTokens>(low);
         Floats totals[kTokens];
         for (int m = 0; m < kTokens; ++m) {
             totals[m] = F::kScale == Scale::kNone ? sums[m] : same_float(0);
         }
         unroll<kWords>([&](auto word) {
-            const Pairs weights =
-                look_up_pairs(tables.pairs, load_codes<F, word>(low, high, tables.bytes));
+            Pairs weights;
+            if constexpr (kDecoded) {
+                weights = {load_bytes(decoded + word * 128), load_bytes(decoded + word * 128 + 64)};
+            } else {
+                weights = look_up_pairs(tables.pairs, load_codes<F, word>(low, high, tables.bytes));
+            }
             for (int m = 0; m < kTokens; ++m) {
                 const uint16_t* token = values[m] + word * 4;
                 totals[m] = dot_pairs(totals[m], weights.even, load_int32(token));

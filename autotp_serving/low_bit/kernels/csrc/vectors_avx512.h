@@ -23,6 +23,7 @@ inline int32_t load_int32(const void* from) {
 }
 
 inline Bytes load_bytes(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_bytes(void* to, Bytes a) { _mm512_storeu_si512(to, a); }
 inline Bytes same_bytes(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 inline Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }

@@ -1,0 +1,196 @@
+// 512-bit vectors as two of 256, by AVX2, FMA and F16C; the same names as vectors_avx512.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "activations.h"
+
+struct Bytes {
+    __m256i first, second;
+};
+using Ints = Bytes;
+struct Floats {
+    __m256 first, second;
+};
+
+// More tokens than these would not fit in the 16 registers.
+constexpr int kMaxTokens = 4;
+
+inline int32_t load_int32(const void* from) {
+    int32_t value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline __m256i load_half_vector(const void* from) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+inline Bytes load_bytes(const void* from) {
+    return {load_half_vector(from), load_half_vector(static_cast<const char*>(from) + 32)};
+}
+inline void store_bytes(void* to, Bytes a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), a.first);
+    _mm256_storeu_si256(static_cast<__m256i*>(to) + 1, a.second);
+}
+inline Bytes twice(__m256i a) { return {a, a}; }
+inline Bytes same_bytes(uint8_t value) { return twice(_mm256_set1_epi8(static_cast<char>(value))); }
+inline Bytes both(Bytes a, Bytes b) {
+    return {_mm256_and_si256(a.first, b.first), _mm256_and_si256(a.second, b.second)};
+}
+inline Bytes either(Bytes a, Bytes b) {
+    return {_mm256_or_si256(a.first, b.first), _mm256_or_si256(a.second, b.second)};
+}
+inline Bytes flip(Bytes a, Bytes b) {
+    return {_mm256_xor_si256(a.first, b.first), _mm256_xor_si256(a.second, b.second)};
+}
+template <int kBits>
+Bytes shift_right(Bytes a) {
+    return {_mm256_srli_epi32(a.first, kBits), _mm256_srli_epi32(a.second, kBits)};
+}
+template <int kBits>
+Bytes shift_left(Bytes a) {
+    return {_mm256_slli_epi32(a.first, kBits), _mm256_slli_epi32(a.second, kBits)};
+}
+
+// Byte j of each row becomes `value` where bit j of the row's number is set, else 0.
+inline Bytes spread_bits(Ints bits, Bytes value) {
+    const __m256i lowest = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c,  //
+                                             0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+    const __m256i mask = _mm256_set1_epi32(0x08040201);
+    const auto spread = [&](__m256i half) {
+        const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(half, lowest), mask);
+        return _mm256_cmpeq_epi8(bit, mask);
+    };
+    return both({spread(bits.first), spread(bits.second)}, value);
+}
+
+// Entry `index` (below 16) of a table of 16 bytes, for each byte.
+inline Bytes load_table(const uint8_t* table) {
+    return twice(_mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
+}
+inline Bytes look_up(Bytes table, Bytes index) {
+    return {_mm256_shuffle_epi8(table.first, index.first),
+            _mm256_shuffle_epi8(table.second, index.second)};
+}
+
+inline Ints same_int(int32_t value) { return twice(_mm256_set1_epi32(value)); }
+inline Ints add(Ints a, Ints b) {
+    return {_mm256_add_epi32(a.first, b.first), _mm256_add_epi32(a.second, b.second)};
+}
+inline Ints sixteenth(Ints a) {
+    return {_mm256_srai_epi32(a.first, 4), _mm256_srai_epi32(a.second, 4)};
+}
+
+// Adds to each row the product of its four unsigned bytes with the same four signed ones. The
+// quick way adds pairs in 16 bits, which codes up to 128 cannot overflow; `kWide` allows any.
+template <bool kWide>
+Ints dot_bytes(Ints sum, Bytes weights, int32_t x) {
+    const __m256i tokens = _mm256_set1_epi32(x);
+    const auto dot = [&](__m256i half) {
+        if constexpr (kWide) {
+            const __m256i low_bytes = _mm256_set1_epi16(0x00ff);
+            const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(tokens, 8), 8);
+            const __m256i odd = _mm256_srai_epi16(tokens, 8);
+            return _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(half, low_bytes), even),
+                                    _mm256_madd_epi16(_mm256_srli_epi16(half, 8), odd));
+        } else {
+            return _mm256_madd_epi16(_mm256_maddubs_epi16(half, tokens), _mm256_set1_epi16(1));
+        }
+    };
+    return add(sum, {dot(weights.first), dot(weights.second)});
+}
+constexpr bool kAnyByteFits = false;
+
+inline Floats same_float(float value) {
+    return {_mm256_set1_ps(value), _mm256_set1_ps(value)};
+}
+inline Floats load_floats(const float* from) {
+    return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
+inline Floats load_halves(const uint16_t* from) {
+    const auto load = [](const uint16_t* half) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
+    };
+    return {load(from), load(from + 8)};
+}
+inline Floats to_floats(Ints a) {
+    return {_mm256_cvtepi32_ps(a.first), _mm256_cvtepi32_ps(a.second)};
+}
+inline Floats multiply(Floats a, Floats b) {
+    return {_mm256_mul_ps(a.first, b.first), _mm256_mul_ps(a.second, b.second)};
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.first, b.first, c.first),
+            _mm256_fmadd_ps(a.second, b.second, c.second)};
+}
+
+inline void store_floats(float* to, Floats a, int count) {
+    float values[16];
+    _mm256_storeu_ps(values, a.first);
+    _mm256_storeu_ps(values + 8, a.second);
+    std::memcpy(to, values, count * sizeof(float));
+}
+
+// A table of 128 bfloat16 numbers, their upper and their lower bytes apart. AVX2 looks up 16 at a
+// time.
+struct PairTable {
+    Bytes upper[8], lower[8];
+};
+inline PairTable load_pair_table(const uint8_t* upper, const uint8_t* lower) {
+    PairTable table;
+    for (int i = 0; i < 8; ++i) {
+        table.upper[i] = load_table(upper + 16 * i);
+        table.lower[i] = load_table(lower + 16 * i);
+    }
+    return table;
+}
+
+// Four codes per row become two pairs of bfloat16: of codes 0 and 2, and of codes 1 and 3. Bit 7
+// of a code is the sign.
+struct Pairs {
+    Bytes even, odd;
+};
+inline Pairs look_up_pairs(const PairTable& table, Bytes codes) {
+    const Bytes low = both(codes, same_bytes(0x0f));
+    const Bytes high = both(shift_right<4>(codes), same_bytes(0x07));
+    Bytes upper = both(codes, same_bytes(0x80)), lower = same_bytes(0);
+    for (int i = 0; i < 8; ++i) {
+        const __m256i part = _mm256_set1_epi8(static_cast<char>(i));
+        const Bytes here = {_mm256_cmpeq_epi8(high.first, part),
+                            _mm256_cmpeq_epi8(high.second, part)};
+        upper = either(upper, both(here, look_up(table.upper[i], low)));
+        lower = either(lower, both(here, look_up(table.lower[i], low)));
+    }
+    const auto even_words = [](__m256i upper_half, __m256i lower_half) {
+        return _mm256_blendv_epi8(_mm256_slli_epi16(upper_half, 8), lower_half,
+                                  _mm256_set1_epi16(0x00ff));
+    };
+    const auto odd_words = [](__m256i upper_half, __m256i lower_half) {
+        return _mm256_blendv_epi8(upper_half, _mm256_srli_epi16(lower_half, 8),
+                                  _mm256_set1_epi16(0x00ff));
+    };
+    return {{even_words(upper.first, lower.first), even_words(upper.second, lower.second)},
+            {odd_words(upper.first, lower.first), odd_words(upper.second, lower.second)}};
+}
+
+inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
+    const __m256 low = _mm256_castsi256_ps(_mm256_set1_epi32(x << 16));
+    const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(x & static_cast<int32_t>(0xffff0000)));
+    const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+    const auto dot = [&](__m256 total, __m256i half) {
+        total = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(half, 16)), low, total);
+        return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(half, mask)), high, total);
+    };
+    return {dot(sum.first, weights.first), dot(sum.second, weights.second)};
+}
+
+// Rounds to the nearest, halves to even; NaN stays NaN.
+inline void store_bfloat16(uint16_t* to, Floats a, int count) {
+    float values[16];
+    store_floats(values, a, 16);
+    for (int i = 0; i < count; ++i) to[i] = round_bfloat16(values[i]);
+}
