@@ -23,6 +23,7 @@ from autotp_serving.api.schemas import (
 from autotp_serving.request import RequestError, SamplingParams
 
 MAX_CHOICES = 128
+LABEL = "for the caller's own books; asks nothing of the answer"
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -84,7 +85,7 @@ class StreamOptions(StrictModel):
 class ResponseFormat(StrictModel):
     """The form of the answer."""
 
-    type: Literal["text"]
+    type: Literal["text"] = Field(description="what the answer has to be")
 
 
 class OpenAIRequest(StrictModel):
@@ -93,20 +94,29 @@ class OpenAIRequest(StrictModel):
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers per prompt; default 1")
     stream: bool | None = Field(None, description="answer in server-sent events")
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0.0, le=100.0, description="default 1; 0 is greedy")
-    top_p: float | None = Field(None, gt=0.0, le=1.0, description="default 1")
-    top_k: int | None = Field(None, ge=-1, description="default 0: all; -1 means the same")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
+    temperature: float | None = Field(
+        None, ge=0.0, le=100.0, description="what logits are divided by; 0 is greedy; default 1"
+    )
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this share; default 1"
+    )
+    top_k: int | None = Field(
+        None, ge=-1, description="keep so many likeliest tokens; 0 or -1 keeps all; default 0"
+    )
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     stop_token_ids: list[int] | None = Field(
         None, max_length=MAX_STOP_STRINGS, description="tokens at which to end"
     )
     ignore_eos: bool | None = Field(None, description="go on past the model's end token")
-    max_tokens: int | None = Field(None, ge=1, description="most tokens to generate")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens to generate; default 16 for completions, what fits for chat",
+    )
 
-    # Labels for the caller's own books; they ask nothing of the answer.
-    user: Text | None = None
+    user: Text | None = Field(None, description=LABEL)
 
     min_p: only(0) = None
     min_tokens: only(0) = None
@@ -151,7 +161,9 @@ class OpenAIRequest(StrictModel):
 class CompletionRequest(OpenAIRequest):
     """Body of /v1/completions."""
 
-    prompt: Prompts
+    prompt: Prompts = Field(
+        description="text, a list of texts, token ids, or a list of token id lists"
+    )
     echo: bool | None = Field(None, description="put the prompt before the answer")
     best_of: int | None = Field(None, description="only the value of n")
     logprobs: only() = None
@@ -171,16 +183,18 @@ class CompletionRequest(OpenAIRequest):
 class TextPart(StrictModel):
     """A piece of a message's content; images and audio are refused."""
 
-    type: Literal["text"]
-    text: Text
+    type: Literal["text"] = Field(description="what the part is")
+    text: Text = Field(description="the part itself")
 
 
 class ChatMessage(StrictModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="who says it; developer is another word for system"
+    )
+    content: Text | list[TextPart] = Field(description="what is said; parts are joined by lines")
+    name: Text | None = Field(None, description="for templates that tell speakers apart")
 
     # Clients send an answer back as they got it, with its empty fields.
     refusal: only() = None
@@ -204,18 +218,22 @@ class ChatMessage(StrictModel):
 class ChatRequest(OpenAIRequest):
     """Body of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, description="the conversation so far")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
-    response_format: ResponseFormat | None = None
-    add_generation_prompt: bool | None = Field(None, description="default true")
-    continue_final_message: bool | None = Field(None, description="default false")
+    response_format: ResponseFormat | None = Field(None, description="form of the answer")
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt with the answer's head; default true"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="go on with the last message's text"
+    )
     chat_template_kwargs: dict[Text, Any] | None = Field(
         None, description="variables of the model's chat template"
     )
 
-    metadata: dict[Text, Text] | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
+    metadata: dict[Text, Text] | None = Field(None, description=LABEL)
+    safety_identifier: Text | None = Field(None, description=LABEL)
+    prompt_cache_key: Text | None = Field(None, description=LABEL)
 
     logprobs: only(False) = None
     top_logprobs: only(0) = None

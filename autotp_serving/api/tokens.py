@@ -17,9 +17,11 @@ from autotp_serving.request import RequestError
 class TokenizeRequest(StrictModel):
     """Body of /tokenize: a prompt or a conversation."""
 
-    model: Text | None = None
+    model: Text | None = Field(None, description="a name from /v1/models; default: the first")
     prompt: Text | None = Field(None, description="text to tokenize")
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(
+        None, min_length=1, description="conversation to tokenize by the chat template"
+    )
     add_special_tokens: bool = Field(True, description="for a prompt: begin with the model's BOS")
     add_generation_prompt: bool = Field(
         True, description="for messages: end with the answer's head"
@@ -35,7 +37,7 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     """Body of /detokenize."""
 
-    model: Text | None = None
+    model: Text | None = Field(None, description="a name from /v1/models; default: the first")
     tokens: list[int] = Field(description="token ids; special ones have no text")
 
 
