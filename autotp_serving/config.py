@@ -16,6 +16,8 @@ class ConfigError(ValueError):
     """A setting that cannot work; its message names the flag and the cure, in one line."""
 
 
+DEFAULT_LOW_BIT = "sym_int4"
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -63,8 +65,12 @@ class ServingConfig:
         nargs="+",
         unit="NAME",
     )
-    low_bit: str = setting(
-        "sym_int4", "weight format; bf16 and fp16 leave weights as they are", unit="FORMAT"
+    low_bit: str | None = setting(
+        None,
+        f"weight format; bf16 and fp16 leave weights as they are; default: {DEFAULT_LOW_BIT}, or "
+        "what a saved low-bit folder holds",
+        parse=str,
+        unit="FORMAT",
     )
     lm_head_low_bit: str = setting(
         "auto",
@@ -76,6 +82,12 @@ class ServingConfig:
         "parts of module names, separated by commas, that stay dense; default: none",
         unit="NAMES",
         parse=lambda text: tuple(part for part in text.split(",") if part),
+    )
+    save_low_bit: str | None = setting(
+        None,
+        "folder to write the converted model to, instead of serving it",
+        parse=str,
+        unit="FOLDER",
     )
     dtype: str = setting(
         "auto",

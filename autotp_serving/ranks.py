@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 POLL_SECONDS = 0.002
+FAILURE_SECONDS = 5.0
 GROUP_TIMEOUT = timedelta(days=3650)  # an idle server waits inside a receive; idle is no fault
 
 
@@ -54,11 +55,12 @@ class Control(Protocol):
 
         Raises:
             GroupFailure: on every rank, when one of them gives a Failure.
+            LaunchError: this rank gives a Failure that the others do not come to hear.
         """
         ...
 
-    def abort(self) -> None:
-        """End every rank at once with a failing exit code; does not return under MPI."""
+    def abort(self, exit_code: int = 1) -> None:
+        """End every rank at once; does not return."""
         ...
 
 
@@ -75,9 +77,9 @@ class LocalControl:
         """The group is this process."""
         return raise_failure([value])
 
-    def abort(self) -> None:
-        """Leave with a failing exit code, past any thread that still runs."""
-        os._exit(1)
+    def abort(self, exit_code: int = 1) -> None:
+        """Leave, past any thread that still runs."""
+        os._exit(exit_code)
 
 
 class MpiControl:
@@ -103,16 +105,21 @@ class MpiControl:
     def all_gather(self, value: Any) -> list[Any]:
         """Exchange pickled values, asleep until the last rank has come.
 
-        Ranks may wait here for minutes while one of them compiles or reads from a slow disk.
+        Ranks may wait here for minutes while one of them compiles or reads from a slow disk. One
+        that has failed does not: the others may be waiting for it in a collective of the model.
         """
+        patience = FAILURE_SECONDS if isinstance(value, Failure) else float("inf")
+        deadline = time.monotonic() + patience
         everyone_here = self._world.Ibarrier()
         while not everyone_here.Test():
+            if time.monotonic() > deadline:
+                raise LaunchError(value.message)
             time.sleep(POLL_SECONDS)
         return raise_failure(self._world.allgather(value))
 
-    def abort(self) -> None:
+    def abort(self, exit_code: int = 1) -> None:
         """Have mpirun end the whole job."""
-        self._world.Abort(1)
+        self._world.Abort(exit_code)
 
 
 class TorchControl:
@@ -134,24 +141,20 @@ class TorchControl:
         return self._gloo
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Exchange pickled values.
-
-        Raises:
-            LaunchError: this rank gives a Failure before the group exists.
-        """
+        """Exchange pickled values. A Failure is not exchanged: torchrun ends the others."""
         import torch.distributed as dist
 
+        if isinstance(value, Failure):
+            raise LaunchError(value.message)
         if not dist.is_initialized():
-            if isinstance(value, Failure):  # too early to tell the others; torchrun ends them
-                raise LaunchError(value.message)
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group())
         return raise_failure(values)
 
-    def abort(self) -> None:
-        """Leave with a failing exit code; torchrun ends the others."""
-        os._exit(1)
+    def abort(self, exit_code: int = 1) -> None:
+        """Leave; torchrun ends the others."""
+        os._exit(exit_code)
 
 
 def join_control(environ: Mapping[str, str]) -> Control:

@@ -22,6 +22,8 @@ class CudaDevice:
             )
         self.torch_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.torch_device)
+        # cuDNN's attention plans anew for every context length, 30 ms and more in each step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @staticmethod
     def is_present() -> bool:

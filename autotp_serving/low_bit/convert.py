@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from .formats import BLOCK, Format, LowBitError, find_format
 from .linear import LowBitLinear
-from .tensor import quantize
+from .tensor import LowBitTensor
 
 AUTO_HEAD = "auto"
 HEAD_FORMAT = "sym_int8"
@@ -20,13 +19,6 @@ HEAD_FORMAT = "sym_int8"
 # rank does without it.
 COLUMN_PARALLEL = ("Linear", "LinearLayer")
 ROW_PARALLEL = ("LinearAllreduce",)
-
-
-class Head(Protocol):
-    """The output head, as far as its conversion goes."""
-
-    weight: torch.Tensor
-    low_bit: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -65,37 +57,33 @@ class LowBitPlan:
             and not any(part in name for part in self.keep_dense)
         )
 
-    def convert_linear(
-        self,
-        module: nn.Module,
-        weight: torch.Tensor,
-        cols: tuple[int, int],
-        full_cols: int,
-        all_reduce: Callable[[torch.Tensor], torch.Tensor],
-    ) -> LowBitLinear:
-        """Make the low-bit layer that takes the module's place.
 
-        Args:
-            module: a linear layer, split by rows or columns or not at all.
-            weight: [rows, cols] this rank's slice.
-            cols: (start, stop) of the slice in the whole weight's columns.
-            full_cols: columns of the whole weight.
+def check_columns(cols: tuple[int, int], full_cols: int) -> None:
+    """Refuse a slice that cuts a block: its bytes would then depend on the number of ranks.
 
-        Raises:
-            LowBitError: a weight that is not finite, or a slice that cuts a block: its bytes
-                would then depend on the number of ranks.
-        """
-        start, stop = cols
-        if start % BLOCK or (stop % BLOCK and stop != full_cols):
-            raise LowBitError(
-                f"this number of ranks cuts its {full_cols} columns at {start} and {stop}, inside "
-                f"a block of {BLOCK}: use another number of ranks, or --low-bit bf16"
-            )
-        reduce = all_reduce if type(module).__name__ in ROW_PARALLEL else None
-        return LowBitLinear(quantize(weight, self.linears), module.bias, reduce)
+    Args:
+        cols: (start, stop) of a rank's slice in the whole weight's columns.
+        full_cols: columns of the whole weight.
 
-    def convert_head(self, head: Head) -> None:
-        """Convert the output head's rows of this rank, in place."""
-        if self.head is not None:
-            head.low_bit = LowBitLinear(quantize(head.weight, self.head))
-            head.weight = None
+    Raises:
+        LowBitError: with the sizes.
+    """
+    start, stop = cols
+    if start % BLOCK or (stop % BLOCK and stop != full_cols):
+        raise LowBitError(
+            f"this number of ranks cuts its {full_cols} columns at {start} and {stop}, inside a "
+            f"block of {BLOCK}: use another number of ranks, or --low-bit bf16"
+        )
+
+
+def replace_linear(
+    module: nn.Module, weight: LowBitTensor, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> LowBitLinear:
+    """Make the low-bit layer that takes a dense one's place.
+
+    Args:
+        module: a linear layer, split by rows or columns or not at all.
+        weight: [rows, cols] this rank's slice.
+    """
+    reduce = all_reduce if type(module).__name__ in ROW_PARALLEL else None
+    return LowBitLinear(weight, module.bias, reduce)

@@ -9,10 +9,17 @@ import torch
 from torch import nn
 
 from autotp_serving.collectives import quiet_deepspeed
-from autotp_serving.config import ConfigError
+from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.ranks import Control
+
+
+def find_dtype(config: ServingConfig) -> torch.dtype:
+    """Type of weights that stay dense, and of activations."""
+    if config.dtype == "auto":
+        return torch.float16 if config.low_bit == "fp16" else torch.bfloat16
+    return getattr(torch, config.dtype)
 
 
 def build_sharded_model(
@@ -28,8 +35,7 @@ def build_sharded_model(
         ConfigError: ranks that cannot share the model, or code that must not run.
     """
     check_heads(model_config, control.size)
-    register_paged_attention()
-    model = _build_on_meta(model_config, dtype, trust_remote_code)
+    model = build_on_meta(model_config, dtype, trust_remote_code)
     if control.size > 1:
         _shard_with_autotp(model, control.size, dtype)
     _install_head(model, control, all_reduce)
@@ -53,10 +59,11 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
         )
 
 
-def _build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """Build the model with our attention; its parameters have shapes and no memory."""
     from transformers import AutoModelForCausalLM
 
+    register_paged_attention()
     model_config._attn_implementation = ATTENTION_NAME
     model_config.use_cache = False
     try:

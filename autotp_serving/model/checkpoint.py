@@ -1,4 +1,4 @@
-"""Read slices of a Hugging Face safetensors checkpoint. Every rank reads only what it keeps.
+"""Read slices of a safetensors checkpoint, 16-bit or saved low-bit. Each rank reads what it keeps.
 
 Each read opens the file anew: a file kept open would keep every page it ever touched in this
 process's resident set.
@@ -14,9 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from autotp_serving.config import ConfigError
+from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
+from autotp_serving.low_bit.tensor import LowBitTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MANIFEST_NAME = "autotp_low_bit.json"
+MANIFEST_VERSION = 1
+
+ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 class CheckpointError(ConfigError):
@@ -26,6 +34,12 @@ class CheckpointError(ConfigError):
 class Checkpoint:
     """The tensors of one model folder, by name.
 
+    In a folder that `--save-low-bit` wrote, a converted weight is one tensor of this class, though
+    several planes on disk.
+
+    Attributes:
+        low_bit: the --low-bit name the folder was saved with; None for an ordinary checkpoint.
+
     Raises:
         CheckpointError: no safetensors, a shard that is missing, or one that is cut short.
     """
@@ -34,11 +48,50 @@ class Checkpoint:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._itemsizes: dict[str, int] = {}
         for path in self._list_files():
             with self._open(path) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
                     self._file_of[name] = path
-                    self._shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    part = tensors.get_slice(name)
+                    self._shapes[name] = tuple(part.get_shape())
+                    self._itemsizes[name] = ITEMSIZES.get(part.get_dtype(), 1)
+        self._formats: dict[str, Format] = {}
+        self.low_bit = self._read_manifest()
+
+    def _read_manifest(self) -> str | None:
+        """Join the planes of converted weights, each checked against what the format asks."""
+        path = self.folder / MANIFEST_NAME
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text())
+            version, low_bit = manifest["version"], manifest["low_bit"]
+            entries = {
+                name: (FORMATS[entry["format"]], tuple(entry["shape"]))
+                for name, entry in manifest["tensors"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is no low-bit manifest ({error!r}): save the model again"
+            ) from error
+        if version != MANIFEST_VERSION:
+            raise CheckpointError(
+                f"{path} has version {version}, this server reads version {MANIFEST_VERSION}: "
+                "save the model again"
+            )
+        for name, (format, shape) in entries.items():
+            for plane in format.planes:
+                expected = (shape[0], num_blocks(shape[1]) * plane.entries)
+                found = self._shapes.pop(f"{name}.{plane.name}", None)
+                if found != expected:
+                    raise CheckpointError(
+                        f"{self.folder}: plane {plane.name} of {name} has shape {found}, "
+                        f"{format.name} asks for {expected}: save the model again"
+                    )
+            self._formats[name] = format
+            self._shapes[name] = shape
+        return low_bit
 
     def _list_files(self) -> list[Path]:
         index_path = self.folder / INDEX_NAME
@@ -74,13 +127,39 @@ class Checkpoint:
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of)
+        return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return self._shapes[name]
 
-    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    def itemsize(self, name: str) -> int:
+        """Bytes of one number of a tensor that is not low-bit."""
+        return self._itemsizes[name]
+
+    def low_bit_format(self, name: str) -> Format | None:
+        """Format of a weight that is stored converted."""
+        return self._formats.get(name)
+
+    def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
+        """Copy the rows and columns of a converted weight into host memory.
+
+        Raises:
+            LowBitError: the columns would cut a block.
+        """
+        format = self._formats[name]
+        (row_start, row_stop), (col_start, col_stop) = ranges
+        whole = col_stop == self._shapes[name][1]
+        if col_start % BLOCK or (col_stop % BLOCK and not whole):
+            raise LowBitError(f"columns {col_start} to {col_stop} would cut a block of {BLOCK}")
+        first, last = col_start // BLOCK, num_blocks(col_stop)
+        planes = {}
+        for plane in format.planes:
+            cols = (first * plane.entries, last * plane.entries)
+            planes[plane.name] = self.read(f"{name}.{plane.name}", ((row_start, row_stop), cols))
+        return LowBitTensor(format, (row_stop - row_start, col_stop - col_start), planes)
+
+    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
         """Copy one block of a tensor into host memory.
 
         Args:

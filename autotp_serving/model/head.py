@@ -52,6 +52,11 @@ class VocabParallelHead(nn.Module):
         """Share the memory of the embedding, [vocab_size, hidden_size]."""
         self.weight = nn.Parameter(embedding[self.start : self.stop], requires_grad=False)
 
+    def set_low_bit(self, linear: nn.Module) -> None:
+        """Let a converted weight, of this rank's rows, take the dense one's place."""
+        self.low_bit = linear
+        self.weight = None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [..., hidden_size] to [..., vocab_size], equal on all ranks."""
         if self.low_bit is None:

@@ -16,24 +16,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from autotp_serving.config import ConfigError, ServingConfig
-from autotp_serving.low_bit.convert import LowBitPlan
+from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
+from autotp_serving.low_bit.convert import LowBitPlan, check_columns, replace_linear
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.model.build import build_sharded_model, rebuild_buffers
+from autotp_serving.low_bit.linear import LowBitLinear
+from autotp_serving.low_bit.tensor import quantize
+from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
-
-
-def find_dtype(config: ServingConfig) -> torch.dtype:
-    """Type of weights that stay dense, and of activations."""
-    if config.dtype == "auto":
-        return torch.float16 if config.low_bit == "fp16" else torch.bfloat16
-    return getattr(torch, config.dtype)
 
 
 def read_model_config(config: ServingConfig) -> Any:
@@ -73,13 +69,8 @@ def load_model(
     Raises:
         ConfigError: in one line, with the cure.
     """
-    try:
-        low_bit = LowBitPlan.from_names(
-            config.low_bit, config.lm_head_low_bit, config.modules_to_not_convert
-        )
-    except LowBitError as error:
-        raise ConfigError(f"--low-bit: {error}") from error
     checkpoint = Checkpoint(Path(config.model_path))
+    low_bit = find_low_bit_plan(config, checkpoint)
     model = build_sharded_model(
         model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
     )
@@ -88,6 +79,30 @@ def load_model(
     filler.fill(shards, show_progress=control.rank == 0)
     rebuild_buffers(model, device)
     return model.eval()
+
+
+def find_low_bit_plan(config: ServingConfig, checkpoint: Checkpoint) -> LowBitPlan:
+    """What is to be converted while loading; nothing of a folder that was saved converted.
+
+    Raises:
+        ConfigError: an unknown format, or one that differs from the saved folder's.
+    """
+    try:
+        plan = LowBitPlan.from_names(
+            config.low_bit or checkpoint.low_bit or DEFAULT_LOW_BIT,
+            config.lm_head_low_bit,
+            config.modules_to_not_convert,
+        )
+    except LowBitError as error:
+        raise ConfigError(f"--low-bit: {error}") from error
+    if checkpoint.low_bit is None:
+        return plan
+    if plan.linears is None or plan.linears.name != checkpoint.low_bit:
+        raise ConfigError(
+            f"--low-bit {config.low_bit}: {checkpoint.folder} was saved as {checkpoint.low_bit}; "
+            "leave the flag out, or load the original checkpoint"
+        )
+    return LowBitPlan(linears=None, head=None)
 
 
 class WeightFiller:
@@ -116,7 +131,7 @@ class WeightFiller:
             ConfigError: a weight that the low-bit format cannot take, named.
         """
         head_name = find_head_name(self._model)
-        total = sum(self._dtype.itemsize * shard.num_elements for shard in shards.values())
+        total = sum(self._count_bytes(name, shard) for name, shard in shards.items())
         with tqdm(
             total=total,
             unit="B",
@@ -125,28 +140,56 @@ class WeightFiller:
             disable=not show_progress,
         ) as bar:
             for name, shard in shards.items():
-                tensor = self._checkpoint.read(name, shard.ranges)
-                tensor = tensor.to(self._device).to(self._dtype)
-                bar.update(tensor.nbytes)
-                self._place(name, tensor, shard)
-        head = self._model.get_submodule(head_name)
-        if self._model.config.get_text_config().tie_word_embeddings:
-            head.tie_to(self._model.get_input_embeddings().weight)
-        self._low_bit.convert_head(head)
+                try:
+                    bar.update(self._place(name, shard))
+                except LowBitError as error:
+                    raise ConfigError(f"{name} cannot be converted: {error}") from error
+        self._fill_head(self._model.get_submodule(head_name), f"{head_name}.weight")
 
-    def _place(self, name: str, tensor: torch.Tensor, shard: Shard) -> None:
-        """Put a tensor where the model has a parameter or buffer of that name."""
+    def _count_bytes(self, name: str, shard: Shard) -> int:
+        """Bytes that the shard takes in the checkpoint."""
+        format = self._checkpoint.low_bit_format(name)
+        if format is None:
+            return shard.num_elements * self._checkpoint.itemsize(name)
+        (row_start, row_stop), (col_start, col_stop) = shard.ranges
+        return format.num_bytes(row_stop - row_start, col_stop - col_start)
+
+    def _place(self, name: str, shard: Shard) -> int:
+        """Read a tensor and put it where the model has a parameter or buffer of that name.
+
+        Returns:
+            The bytes that were read.
+        """
         module_name, _, attribute = name.rpartition(".")
         module = self._model.get_submodule(module_name)
+        if self._checkpoint.low_bit_format(name) is not None:
+            check_columns(shard.ranges[1], shard.full_shape[1])
+            weight = self._checkpoint.read_low_bit(name, shard.ranges).to(self._device)
+            linear = replace_linear(module, weight, self._all_reduce)
+            self._model.set_submodule(module_name, linear)
+            return weight.num_bytes
+        tensor = self._checkpoint.read(name, shard.ranges)
+        num_bytes = tensor.nbytes
+        tensor = tensor.to(self._device).to(self._dtype)
         if attribute == "weight" and self._low_bit.converts(module_name, module):
-            try:
-                linear = self._low_bit.convert_linear(
-                    module, tensor, shard.ranges[1], shard.full_shape[1], self._all_reduce
-                )
-            except LowBitError as error:
-                raise ConfigError(f"{name} cannot be converted: {error}") from error
+            check_columns(shard.ranges[1], shard.full_shape[1])
+            weight = quantize(tensor, self._low_bit.linears)
+            linear = replace_linear(module, weight, self._all_reduce)
             self._model.set_submodule(module_name, linear)
         elif attribute in module._parameters:
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
         else:
             module._buffers[attribute] = tensor
+        return num_bytes
+
+    def _fill_head(self, head: VocabParallelHead, weight_name: str) -> None:
+        """Tie the head where the checkpoint does, and make it low-bit where that is asked."""
+        if self._model.config.get_text_config().tie_word_embeddings:
+            head.tie_to(self._model.get_input_embeddings().weight)
+        if self._checkpoint.low_bit_format(weight_name) is not None:
+            rows = (head.start, head.stop)
+            cols = (0, self._checkpoint.shape(weight_name)[1])
+            weight = self._checkpoint.read_low_bit(weight_name, (rows, cols))
+            head.set_low_bit(LowBitLinear(weight.to(self._device)))
+        elif self._low_bit.head is not None:
+            head.set_low_bit(LowBitLinear(quantize(head.weight, self._low_bit.head)))
