@@ -1,0 +1,156 @@
+"""Convert a checkpoint once and write it low-bit, for quick reloading. Every rank takes a share.
+
+Conversion works on whole tensors, so the bytes do not depend on the number of ranks, and what was
+saved at one number of ranks reloads at any other, on any device. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.low_bit.convert import LowBitPlan
+from autotp_serving.low_bit.formats import LowBitError
+from autotp_serving.low_bit.tensor import quantize
+from autotp_serving.model.build import build_on_meta, find_dtype
+from autotp_serving.model.checkpoint import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    MANIFEST_VERSION,
+    Checkpoint,
+)
+from autotp_serving.model.loader import find_low_bit_plan
+from autotp_serving.ranks import Control
+
+logger = logging.getLogger(__name__)
+
+FILE_BYTES = 2**29
+"""Size of one file, and so about what a rank holds in memory while it converts."""
+
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+
+
+def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> None:
+    """Convert the checkpoint into the folder `config.save_low_bit`; all ranks must call it.
+
+    The folder appears under its name only when it is complete.
+
+    Raises:
+        ConfigError: it exists already, nothing is to be converted, or a weight cannot be.
+    """
+    target = Path(config.save_low_bit)
+    partial = target.with_name(f"{target.name}.partial")
+    if control.rank == 0:
+        if target.exists():
+            raise ConfigError(f"--save-low-bit: {target} exists already: name a new folder")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    control.all_gather("folder made")
+    checkpoint = Checkpoint(Path(config.model_path))
+    plan = find_low_bit_plan(config, checkpoint)
+    if plan.linears is None:
+        raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
+    converter = _Converter(config, model_config, checkpoint, plan)
+    converter.write(partial, control)
+    parts = control.all_gather((converter.weight_map, converter.manifest))
+    if control.rank == 0:
+        for path in _list_companions(checkpoint.folder):
+            shutil.copy(path, partial)
+        weight_map = {name: file for part, _ in parts for name, file in part.items()}
+        tensors = {name: entry for _, part in parts for name, entry in part.items()}
+        index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "low_bit": plan.linears.name,
+            "tensors": dict(sorted(tensors.items())),
+        }
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=1))
+        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
+        partial.rename(target)
+        logger.info("Saved: serve it with --repo-id-or-model-path %s", target)
+
+
+def _list_companions(folder: Path) -> list[Path]:
+    """Config, tokenizer, template and licence files beside the weights."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.name != INDEX_NAME)
+
+
+class _Converter:
+    """Converts and writes one rank's share of the tensors."""
+
+    def __init__(
+        self, config: ServingConfig, model_config: Any, checkpoint: Checkpoint, plan: LowBitPlan
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = find_dtype(config)
+        model = build_on_meta(model_config, self._dtype, config.trust_remote_code)
+        head_name = next(
+            name
+            for name, module in model.named_modules()
+            if module is model.get_output_embeddings()
+        )
+        self._head_weight = f"{head_name}.weight"
+        embedding_name = next(
+            name
+            for name, value in model.named_parameters()
+            if value is model.get_input_embeddings().weight
+        )
+        is_tied = model_config.get_text_config().tie_word_embeddings
+        # What is stored under a name, and where it is read from: a converted tied head is stored
+        # beside the embedding that it comes from.
+        self._sources = {name: name for name in checkpoint.names()}
+        if is_tied and plan.head is not None:
+            self._sources[self._head_weight] = embedding_name
+        self._formats = {self._head_weight: plan.head} | {
+            f"{name}.weight": plan.linears
+            for name, module in model.named_modules()
+            if name != head_name and plan.converts(name, module)
+        }
+        self.weight_map: dict[str, str] = {}
+        self.manifest: dict[str, Any] = {}
+
+    def write(self, folder: Path, control: Control) -> None:
+        """Convert every size-th tensor, largest first, and write files of about FILE_BYTES."""
+        sizes = {
+            name: math.prod(self._checkpoint.shape(source))
+            for name, source in self._sources.items()
+        }
+        mine = sorted(sizes, key=lambda name: (-sizes[name], name))[control.rank :: control.size]
+        tensors: dict[str, torch.Tensor] = {}
+        file_number = 0
+        for position, name in enumerate(
+            tqdm(mine, unit="tensor", desc="Converting", disable=control.rank != 0)
+        ):
+            tensors |= self._convert(name)
+            held = sum(tensor.nbytes for tensor in tensors.values())
+            if held >= FILE_BYTES or position == len(mine) - 1:
+                file_name = f"model-{control.rank:02d}-{file_number:05d}.safetensors"
+                save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                self.weight_map |= dict.fromkeys(tensors, file_name)
+                tensors = {}
+                file_number += 1
+
+    def _convert(self, name: str) -> dict[str, torch.Tensor]:
+        """Read one tensor whole and make of it what is stored."""
+        source = self._sources[name]
+        shape = self._checkpoint.shape(source)
+        tensor = self._checkpoint.read(source, tuple((0, size) for size in shape))
+        format = self._formats.get(name)
+        if format is None:
+            return {name: tensor}
+        try:
+            weight = quantize(tensor.to(self._dtype), format)
+        except LowBitError as error:
+            raise ConfigError(f"{name} cannot be converted: {error}") from error
+        self.manifest[name] = {"format": format.name, "shape": list(shape)}
+        return weight.to_dict(name)
