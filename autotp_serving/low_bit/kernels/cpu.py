@@ -1,8 +1,9 @@
-"""Products with low-bit weights by csrc/, for AVX-512 (VNNI) and AVX2. Every rank on CPU.
+"""Products with low-bit weights by csrc/, for AMX, AVX-512 (VNNI) and AVX2. Every rank on CPU.
 
 Activations of integer formats and of nf3, nf4 and fp4 become 8-bit integers with a scale per 64;
 those of fp6 and fp8 become bfloat16. A token's result is bitwise the same with any number of
-threads and any other tokens beside it.
+threads and any other tokens beside it; but AMX, which takes over from 8 tokens on, sums fp6's and
+fp8's products in another order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +30,25 @@ SOURCE = Path(__file__).parent / "csrc" / "low_bit_linear.cpp"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-# Instruction sets, best first: the processor flags asked for, and how to compile.
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"}
+AMX = {"amx_tile", "amx_int8", "amx_bf16"}
+
+
+class Isa(NamedTuple):
+    """Instructions to compile for: which processor flags they need, and what does it."""
+
+    needs: frozenset[str]
+    march: str
+    vectors: str
+    tiles: str
+
+
+# Best first. Nobody needs the emulation but the tests.
 ISAS = {
-    "avx512": (
-        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"},
-        "-march=native",
-    ),
-    "avx2": ({"avx2", "fma", "f16c"}, "-march=haswell"),
+    "amx": Isa(frozenset(AVX512 | AMX), "native", "avx512", "amx"),
+    "avx512": Isa(frozenset(AVX512), "native", "avx512", "none"),
+    "avx2": Isa(frozenset({"avx2", "fma", "f16c"}), "haswell", "avx2", "none"),
+    "amx_emulated": Isa(frozenset(AVX512), "native", "avx512", "emulated"),
 }
 
 
@@ -119,13 +133,14 @@ def load_library(format: Format, isa: str | None = None) -> ctypes.CDLL | None:
     None, and a line in the log, where there are none.
     """
     try:
-        name = isa or _best_isa()
+        chosen = ISAS[isa or _best_isa()]
         flags = (
-            ISAS[name][1],
+            f"-march={chosen.march}",
             "-fno-math-errno",
             # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
             "-Wno-maybe-uninitialized",
-            f'-DISA_VECTORS="vectors_{name}.h"',
+            f'-DISA_VECTORS="vectors_{chosen.vectors}.h"',
+            f'-DISA_TILES="tiles_{chosen.tiles}.h"',
             f"-DFORMAT={_template_arguments(format)}",
         )
         library = ctypes.CDLL(str(build_library("low_bit_linear", SOURCE, flags)))
@@ -152,8 +167,8 @@ def processor_flags() -> set[str]:
 def _best_isa() -> str:
     """Raises BuildError where there is none."""
     flags = processor_flags()
-    for name, (needed, _) in ISAS.items():
-        if needed <= flags:
+    for name, isa in ISAS.items():
+        if isa.needs <= flags:
             return name
     raise BuildError("this processor has neither AVX-512 VNNI nor AVX2")
 

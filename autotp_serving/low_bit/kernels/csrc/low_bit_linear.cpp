@@ -2,7 +2,8 @@
 //
 // Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch.
 // One library per format, for short compiling: -DFORMAT="4, 0, Kind::kCodes, Scale::kHalf, false"
-// names it as the arguments of Format, -DISA_VECTORS="vectors_....h" the instructions.
+// names it as the arguments of Format, -DISA_VECTORS="vectors_....h" and -DISA_TILES="tiles_....h"
+// the instructions.
 #include <omp.h>
 
 #include <algorithm>
@@ -29,6 +30,8 @@ constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
 // fast as decoded ones.
 constexpr int64_t kWorthDecoding =
     F::kKind == Kind::kCodes && F::kHigh == 0 ? INT64_MAX : 2 * kMaxTokens;
+// From this many tokens on, AMX multiplies faster, though it always multiplies 16.
+constexpr int64_t kWorthTiles = 8;
 // Below this many activations a second thread costs more than it helps in making them ready.
 constexpr int64_t kWorthSharing = 1 << 15;
 
@@ -137,15 +140,49 @@ void multiply_tokens(const Call& call, const Group& group, int64_t row, const Bl
     for (int m = 0; m < kTokens; ++m) store(call, token + m, row, sums[m]);
 }
 
+// Multiplies 16 tokens of a chunk, of which `count` are wanted.
+void multiply_sixteen(const Call& call, const Group& group, int64_t row, const Block* x,
+                      int64_t place, int64_t token, int64_t count) {
+    Floats sums[kChunk];
+    multiply_chunk<F>(group, x + place / kChunk * call.tiles(), call.tiles(), sums);
+    for (int64_t m = 0; m < std::min<int64_t>(count, kChunk); ++m) {
+        store(call, token + m, row, sums[m]);
+    }
+}
+
+// Multiplies `count` tokens, made ready at `x` and from `start` on in the call, with 16 rows.
+void multiply_rows(const Call& call, int64_t index, const Block* x, int64_t start, int64_t count,
+                   const Tables& tables, bool by_tiles) {
+    const int64_t tiles = call.tiles(), row = index * kRows;
+    Group group = find_group(call.weight, index, tiles);
+    if (by_tiles || count >= kWorthDecoding) {
+        uint8_t* decoded = static_cast<uint8_t*>(scratch<Group>(tiles * kDecodedBytes<F>));
+        decode<F>(group, tiles, tables, by_tiles ? call.weight.offset : 0, decoded);
+        group.decoded = decoded;
+    }
+    if (by_tiles) {
+        for (int64_t place = 0; place < count; place += kChunk) {
+            multiply_sixteen(call, group, row, x, place, start + place, count - place);
+        }
+        return;
+    }
+    for (int64_t place = 0; place < count; place += kMaxTokens) {
+        const auto multiply_some = group.decoded && count - place >= kMaxTokens
+                                       ? multiply_tokens<kMaxTokens, true>
+                                       : multiply_tokens<kMaxTokens, false>;
+        multiply_some(call, group, row, x, place, start + place, count - place, tables);
+    }
+}
+
 void run(const Call& call, int64_t tokens) {
     const AutotpWeight& weight = call.weight;
-    const int64_t tiles = call.tiles();
     const int64_t groups = (weight.rows + kRows - 1) / kRows;
     const int64_t chunks = (std::min(tokens, kTokensAtOnce) + kChunk - 1) / kChunk;
-    Block* x = static_cast<Block*>(scratch<Block>(chunks * tiles * sizeof(Block)));
+    Block* x = static_cast<Block*>(scratch<Block>(chunks * call.tiles() * sizeof(Block)));
     const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
     for (int64_t start = 0; start < tokens; start += kTokensAtOnce) {
         const int64_t count = std::min(kTokensAtOnce, tokens - start);
+        const bool by_tiles = kHasTiles && count >= kWorthTiles && may_use_tiles();
 #pragma omp parallel for num_threads(call.threads) if (count * weight.cols >= kWorthSharing)
         for (int64_t place = 0; place < count; ++place) {
             prepare_token(call, start + place, place, x);
@@ -159,24 +196,12 @@ void run(const Call& call, int64_t tokens) {
             if constexpr (F::kKind == Kind::kPairs) {
                 tables.pairs = load_pair_table(weight.table, weight.table + 128);
             }
+            if (by_tiles) start_tiles();
 #pragma omp for schedule(dynamic, share)
             for (int64_t index = 0; index < groups; ++index) {
-                Group group = find_group(weight, index, tiles);
-                if (count >= kWorthDecoding) {
-                    uint8_t* decoded =
-                        static_cast<uint8_t*>(scratch<Group>(tiles * kDecodedBytes<F>));
-                    decode<F>(group, tiles, tables, decoded);
-                    group.decoded = decoded;
-                }
-                for (int64_t place = 0; place < count; place += kMaxTokens) {
-                    const auto multiply_some =
-                        group.decoded && count - place >= kMaxTokens
-                            ? multiply_tokens<kMaxTokens, true>
-                            : multiply_tokens<kMaxTokens, false>;
-                    multiply_some(call, group, index * kRows, x, place, start + place,
-                                  count - place, tables);
-                }
+                multiply_rows(call, index, x, start, count, tables, by_tiles);
             }
+            if (by_tiles) stop_tiles();
         }
     }
 }

@@ -8,6 +8,8 @@
 #include <type_traits>
 #include <utility>
 
+#include ISA_TILES
+
 #include "codes.h"
 
 template <size_t... kIndex, class Body>
@@ -48,9 +50,11 @@ struct Tables {
 template <class F>
 constexpr int64_t kDecodedBytes = kWords * (F::kKind == Kind::kPairs ? 128 : 64);
 
-// Decodes the tiles of a group once, for many tokens.
+// Decodes the tiles of a group once, for many tokens; integer codes become smaller by `offset`.
 template <class F>
-inline void decode(const Group& group, int64_t tiles, const Tables& tables, uint8_t* to) {
+inline void decode(const Group& group, int64_t tiles, const Tables& tables, int32_t offset,
+                   uint8_t* to) {
+    const Bytes offsets = same_bytes(static_cast<uint8_t>(offset));
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const uint8_t* low = group.codes + tile * F::kLowBytes;
         const uint8_t* high = group.high + tile * F::kHighBytes;
@@ -62,7 +66,7 @@ inline void decode(const Group& group, int64_t tiles, const Tables& tables, uint
                 store_bytes(to + word * 128, pairs.even);
                 store_bytes(to + word * 128 + 64, pairs.odd);
             } else {
-                store_bytes(to + word * 64, codes);
+                store_bytes(to + word * 64, subtract(codes, offsets));
             }
         });
         to += kDecodedBytes<F>;
@@ -165,4 +169,45 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
             for (int m = 0; m < kTokens; ++m) sums[m] = multiply_add(totals[m], scales, sums[m]);
         }
     }
+}
+
+// sums[m] = tiles of a decoded `group` times token m of the chunk at `x`, for all its tokens.
+template <class F>
+inline void multiply_chunk(const Group& group, const ByteBlock* x, int64_t tiles, Floats* to) {
+    Floats sums[kChunk];
+    for (int m = 0; m < kChunk; ++m) sums[m] = same_float(0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const ByteBlock& block = x[tile];
+        alignas(64) int32_t product[kChunk * kRows];
+        multiply_tile(block, group.decoded + tile * kDecodedBytes<F>, product);
+        const Floats scales = load_scales<F>(group, tile);
+        for (int m = 0; m < kChunk; ++m) {
+            const Floats factor = multiply(scales, same_float(block.scale[m]));
+            const Floats totals = to_floats(load_bytes(product + m * kRows));
+            sums[m] = multiply_add(totals, factor, sums[m]);
+        }
+        if constexpr (F::kMins) {
+            const Floats mins = load_halves(group.mins + tile * kRows);
+            for (int m = 0; m < kChunk; ++m) {
+                sums[m] = multiply_add(mins, same_float(block.sum[m]), sums[m]);
+            }
+        }
+    }
+    for (int m = 0; m < kChunk; ++m) to[m] = sums[m];
+}
+
+template <class F>
+inline void multiply_chunk(const Group& group, const PairBlock* x, int64_t tiles, Floats* to) {
+    Floats sums[kChunk];
+    for (int m = 0; m < kChunk; ++m) sums[m] = same_float(0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        alignas(64) float product[kChunk * kRows];
+        multiply_tile(x[tile], group.decoded + tile * kDecodedBytes<F>, product);
+        Floats scales = same_float(1);
+        if constexpr (F::kScale != Scale::kNone) scales = load_scales<F>(group, tile);
+        for (int m = 0; m < kChunk; ++m) {
+            sums[m] = multiply_add(load_floats(product + m * kRows), scales, sums[m]);
+        }
+    }
+    for (int m = 0; m < kChunk; ++m) to[m] = sums[m];
 }

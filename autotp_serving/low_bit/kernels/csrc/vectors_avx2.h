@@ -46,6 +46,9 @@ inline Bytes either(Bytes a, Bytes b) {
 inline Bytes flip(Bytes a, Bytes b) {
     return {_mm256_xor_si256(a.first, b.first), _mm256_xor_si256(a.second, b.second)};
 }
+inline Bytes subtract(Bytes a, Bytes b) {
+    return {_mm256_sub_epi8(a.first, b.first), _mm256_sub_epi8(a.second, b.second)};
+}
 template <int kBits>
 Bytes shift_right(Bytes a) {
     return {_mm256_srli_epi32(a.first, kBits), _mm256_srli_epi32(a.second, kBits)};

@@ -28,6 +28,7 @@ inline Bytes same_bytes(uint8_t value) { return _mm512_set1_epi8(static_cast<cha
 inline Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes flip(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+inline Bytes subtract(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 template <int kBits>
 Bytes shift_right(Bytes a) {
     return kBits ? _mm512_srli_epi32(a, kBits) : a;
