@@ -85,7 +85,7 @@ class ServingConfig:
     )
     save_low_bit: str | None = setting(
         None,
-        "folder to write the converted model to, instead of serving it",
+        "folder to write the converted model to, instead of serving it; default: none",
         parse=str,
         unit="FOLDER",
     )
@@ -166,6 +166,17 @@ class ServingConfig:
         "private key of the certificate (PEM); default: it is in --ssl-certfile",
         parse=str,
         unit="FILE",
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "how the model writes calls of tools; auto: as its chat template has it",
+        choices=("auto", "none", "hermes", "llama3"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "how the model marks its thoughts, which chats answer as reasoning_content; auto: <think> "
+        "if its chat template has it",
+        choices=("auto", "none", "think"),
     )
     log_level: str = setting(
         "info",

@@ -17,7 +17,7 @@ from autotp_serving.config import ConfigError
 from autotp_serving.request import RequestError
 from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
 
-SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message"})
+SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message", "tools"})
 
 
 class Tokenizer(Protocol):
@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     eos_token_ids: frozenset[int]
     special_token_ids: frozenset[int]
     vocab_size: int
+    chat_template: str
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize, the model's own special tokens added (a leading BOS, where it has one)."""
@@ -36,8 +37,8 @@ class Tokenizer(Protocol):
     ) -> list[int]:
         """Tokenize a conversation as the model was taught to read one.
 
-        `options` are the template's own variables; `add_generation_prompt` and
-        `continue_final_message` are known to all.
+        `options` are the template's own variables; `add_generation_prompt`,
+        `continue_final_message` and `tools` are known to all.
 
         Raises:
             RequestError: there is no template, or it refuses the messages.
@@ -80,6 +81,8 @@ class HuggingFaceTokenizer:
                 "(save_pretrained of a fast tokenizer writes one)"
             )
         self.vocab_size = len(self._outer)
+        template = self._outer.chat_template or ""
+        self.chat_template = template if isinstance(template, str) else json.dumps(template)
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
         added = self._inner.get_added_tokens_decoder()
         self.special_token_ids = frozenset(number for number, one in added.items() if one.special)

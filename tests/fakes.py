@@ -27,6 +27,7 @@ class ByteTokenizer:
     def __init__(self) -> None:
         self.eos_token_ids = self.special_token_ids = frozenset({self.EOS})
         self.vocab_size = 257
+        self.chat_template = ""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
@@ -37,6 +38,7 @@ class ByteTokenizer:
     ) -> list[int]:
         """A line "role: content" for each message, and the beginning of the answer's."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        lines[:0] = [f"tool {tool['function']['name']}\n" for tool in options.get("tools", ())]
         if options.get("add_generation_prompt"):
             lines.append("assistant: ")
         return self.encode("".join(lines))

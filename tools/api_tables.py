@@ -24,11 +24,13 @@ from autotp_serving.api.openai_schemas import (
 )
 from autotp_serving.api.schemas import GenerateRequest
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
+from autotp_serving.api.tool_schemas import CalledFunction, FunctionDefinition, Tool, ToolCall
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
-    StreamOptions, ResponseFormat, TokenizeRequest, DetokenizeRequest,
+    StreamOptions, ResponseFormat, Tool, FunctionDefinition, ToolCall, CalledFunction,
+    TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

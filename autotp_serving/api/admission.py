@@ -38,14 +38,14 @@ class Admission:
         return await _run(encode, len(prompt))
 
     async def encode_chat(
-        self, messages: list[dict[str, str]], options: dict[str, Any]
+        self, messages: list[dict[str, Any]], options: dict[str, Any]
     ) -> list[int]:
         """Tokenize a conversation by the model's chat template.
 
         Raises:
             RequestError: when there is no template, or it refuses the messages.
         """
-        size = sum(len(message["content"]) for message in messages)
+        size = sum(len(message["content"] or "") for message in messages)
         return await _run(partial(self.tokenizer.apply_chat_template, messages, options), size)
 
     def check_tokens(self, token_ids: list[int], field_name: str) -> None:

@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
+from autotp_serving.api.answers import AnswerParsers
 from autotp_serving.api.errors import install_error_handlers
 from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
@@ -59,7 +60,7 @@ def build_app(
     admission = Admission(tokenizer, max_model_len, config.max_num_seqs + config.max_queue_len)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
-    app.include_router(openai_routes(engine, admission, names))
+    app.include_router(openai_routes(engine, admission, names, AnswerParsers(tokenizer, config)))
     app.include_router(token_routes(admission, names))
     app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))

@@ -90,7 +90,8 @@ def describe_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple
         param = _field_path(error["loc"][1:], body, is_missing=kind == "missing")
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, RequestError):  # a check over several fields names the one at fault
-            param, problem = cause.field_name, str(cause)
+            param = ".".join(filter(None, (param, cause.field_name)))
+            problem = str(cause)
         elif kind == "string_unicode":
             problem = LONE_SURROGATE
         elif not param:

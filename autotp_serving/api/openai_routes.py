@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
+from autotp_serving.api.answers import AnswerParsers
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from autotp_serving.api.openai_writers import ChatWriter, ChoiceWriter, CompletionWriter
@@ -69,7 +70,9 @@ class ModelNames:
         }
 
 
-def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) -> APIRouter:
+def openai_routes(
+    engine: AsyncEngine, admission: Admission, names: ModelNames, parsers: AnswerParsers
+) -> APIRouter:
     """The routes under /v1."""
     router = APIRouter(prefix="/v1", tags=["openai"], redirect_slashes=False)
 
@@ -118,6 +121,9 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
         head = names.head(body, record.request_id, "chatcmpl-")
         admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
         admission.check_num_answers(1, body.num_choices)
+        tools = {tool.function.name for tool in body.callable_tools}
+        if tools:
+            parsers.check_tools()
         token_ids = await admission.encode_chat(
             [message.for_template() for message in body.messages], body.template_options()
         )
@@ -129,7 +135,14 @@ def openai_routes(engine: AsyncEngine, admission: Admission, names: ModelNames) 
             prompt_field="messages",
             length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
         )
-        writer = ChatWriter(head, requests, record.usage, body.include_usage)
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        writer = ChatWriter(
+            head,
+            requests,
+            record.usage,
+            body.include_usage,
+            parsers=[parsers.make(token_ids, tools, max_calls) for _ in requests],
+        )
         return await answer(body, request, requests, writer)
 
     @router.get("/models")

@@ -20,6 +20,7 @@ from autotp_serving.api.schemas import (
     as_tuple,
     check_unicode,
 )
+from autotp_serving.api.tool_schemas import Tool, ToolCall
 from autotp_serving.request import RequestError, SamplingParams
 
 MAX_CHOICES = 128
@@ -190,10 +191,14 @@ class TextPart(StrictModel):
 class ChatMessage(StrictModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="who says it; developer is another word for system"
     )
-    content: Text | list[TextPart] = Field(description="what is said; parts are joined by lines")
+    content: Text | list[TextPart] | None = Field(
+        None, description="what is said, parts joined by lines; may be null beside tool_calls only"
+    )
+    tool_calls: list[ToolCall] | None = Field(None, description="what an earlier answer called")
+    tool_call_id: Text | None = Field(None, description="which call a tool's message answers")
     name: Text | None = Field(None, description="for templates that tell speakers apart")
 
     # Clients send an answer back as they got it, with its empty fields.
@@ -201,18 +206,39 @@ class ChatMessage(StrictModel):
     annotations: only([]) = None
     audio: only() = None
     function_call: only() = None
-    tool_calls: only([]) = None
-    reasoning_content: only() = None
+    reasoning_content: Text | None = Field(
+        None, description="thoughts of an earlier answer, for templates that read them"
+    )
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_parts(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise RequestError("content", "is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError("tool_calls", "belongs to messages of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestError(
+                "tool_call_id", "belongs to every message of a tool, and to no other"
+            )
+        return self
+
+    def for_template(self) -> dict[str, Any]:
         """As chat templates read it."""
         content = self.content
-        if not isinstance(content, str):
+        if isinstance(content, list):
             content = "\n".join(part.text for part in content)
         # "developer" is OpenAI's newer word for "system"; no template knows it.
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content}
-        return message | {"name": self.name} if self.name else message
+        message: dict[str, Any] = {"role": role, "content": content}
+        if self.name:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class ChatRequest(OpenAIRequest):
@@ -237,9 +263,13 @@ class ChatRequest(OpenAIRequest):
 
     logprobs: only(False) = None
     top_logprobs: only(0) = None
-    tools: only([]) = None
-    tool_choice: only("none", "auto") = None
-    parallel_tool_calls: only(True, False) = None
+    tools: list[Tool] | None = Field(None, max_length=128, description="what may be called")
+    tool_choice: only("none", "auto") = Field(
+        None, description="whether tools may be called; required and named ones not supported yet"
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="more than one call in an answer; default true"
+    )
     functions: only([]) = None
     function_call: only("none", "auto") = None
     modalities: only(["text"]) = None
@@ -259,16 +289,25 @@ class ChatRequest(OpenAIRequest):
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise RequestError("max_tokens", "and max_completion_tokens differ: send one")
+        if "tools" in (self.chat_template_kwargs or {}):
+            raise RequestError("chat_template_kwargs", "send tools in their own field")
         return self
 
     def max_new_tokens(self, room: int) -> int:
         """Most tokens to generate; `room` is what the model has left for them."""
         return self.max_completion_tokens or self.max_tokens or max(1, room)
 
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Tools that the model may call in this answer."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
     def template_options(self) -> dict[str, Any]:
         """Variables for the chat template."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.callable_tools]
         return {
             **(self.chat_template_kwargs or {}),
+            **({"tools": tools} if tools else {}),
             "add_generation_prompt": self.add_generation_prompt is not False
             and not self.continue_final_message,
             "continue_final_message": bool(self.continue_final_message),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autotp_serving.api.answers import AnswerParser, join
 from autotp_serving.api.errors import ApiError, check_reason, error_body
 from autotp_serving.api.streams import Usage
 from autotp_serving.request import Request, RequestOutput
@@ -132,29 +133,44 @@ class CompletionWriter(ChoiceWriter):
 
 
 class ChatWriter(ChoiceWriter):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `parsers` holds one for each answer that has parts, else None."""
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, parsers: Sequence[AnswerParser | None]) -> None:
         super().__init__(*args)
         self._begun: set[int] = set()
+        self._parsers = parsers
 
     def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if (parser := self._parsers[index]) is not None:
+            message |= join(parser.add(text, is_last=True))
+            reason = called(parser, reason)
         return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
     def deltas(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
-        deltas: list[tuple[dict[str, str], str | None]] = []
+        deltas: list[tuple[dict[str, Any], str | None]] = []
         if index not in self._begun:
             self._begun.add(index)
             deltas.append(({"role": "assistant", "content": ""}, None))
-        if text or reason is None:
-            deltas.append(({"content": text}, None))
+        parser = self._parsers[index]
+        parts = [{"content": text}] if text or reason is None else []
+        if parser is not None:
+            is_last = reason is not None
+            # Something for each token, so that clients see that it goes on.
+            parts = parser.add(text, is_last=is_last) or ([] if is_last else [{"content": ""}])
+            reason = called(parser, reason)
+        deltas += [(part, None) for part in parts]
         if reason is not None:
             deltas.append(({}, reason))
         return [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
             for delta, reason in deltas
         ]
+
+
+def called(parser: AnswerParser, reason: str | None) -> str | None:
+    """The reason as clients of tools want it: an answer that calls one ends for that."""
+    return "tool_calls" if reason == "stop" and parser.has_calls else reason

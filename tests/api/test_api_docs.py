@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from autotp_serving.api import openai_schemas, schemas, tokens
+from autotp_serving.api import openai_schemas, schemas, tokens, tool_schemas
 from autotp_serving.api.schemas import ErrorReply, GenerateReply, Message, StrictModel
 from tests.api.conftest import LiveServer
 from tests.api.service import build_service
@@ -26,7 +26,7 @@ def test_every_body_has_a_table():
     replies = {ErrorReply, GenerateReply, Message, schemas.ErrorDetail, StrictModel}
     bodies = {
         value
-        for module in (schemas, openai_schemas, tokens)
+        for module in (schemas, openai_schemas, tool_schemas, tokens)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, StrictModel)
     } - replies

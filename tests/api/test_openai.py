@@ -150,10 +150,13 @@ def test_refused_prompts(prompt: Any, words: str) -> None:
         ([{"role": "user"}], "messages.0.content"),
         ([{"content": "x"}], "messages.0.role"),
         ([{"role": "king", "content": "x"}], "messages.0.role"),
-        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
         ([{"role": "user", "content": None}], "messages.0.content"),
         ([{"role": "user", "content": "x", "weight": 1}], "messages.0.weight"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
+            "messages.0.tool_calls.0.id",
+        ),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
     ],
 )

@@ -1,0 +1,110 @@
+"""What the parts of an answer are: thoughts, text, calls of tools. Rank 0 only.
+
+Which parsers a model needs is read off its chat template, unless a flag says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from autotp_serving.api.reasoning import CLOSE, OPEN, ThinkSplitter
+from autotp_serving.api.tool_calls import Delta, ToolCallParser, ToolFormat, find_format
+from autotp_serving.config import ServingConfig
+from autotp_serving.request import RequestError
+from autotp_serving.tokenizer import Tokenizer
+
+PROMPT_TAIL_LEN = 8
+
+
+class AnswerParser:
+    """One answer's text in pieces in, deltas of its message out."""
+
+    def __init__(self, splitter: ThinkSplitter | None, caller: ToolCallParser | None) -> None:
+        self._splitter = splitter
+        self._caller = caller
+
+    @property
+    def has_calls(self) -> bool:
+        """True once a tool was called."""
+        return self._caller is not None and self._caller.num_calls > 0
+
+    def add(self, text: str, *, is_last: bool) -> list[Delta]:
+        """Take a piece, return what is certain by now: all of it, after the last piece."""
+        thoughts = ""
+        if self._splitter is not None:
+            thoughts, text = self._splitter.add(text)
+            if is_last:
+                rest = self._splitter.end()
+                thoughts, text = thoughts + rest[0], text + rest[1]
+        deltas: list[Delta] = [{"reasoning_content": thoughts}] if thoughts else []
+        if self._caller is None:
+            return [*deltas, {"content": text}] if text else deltas
+        deltas += self._caller.add(text)
+        return [*deltas, *self._caller.end()] if is_last else deltas
+
+
+class AnswerParsers:
+    """Makes the parsers that the model's answers need."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ServingConfig) -> None:
+        template = tokenizer.chat_template
+        self._tokenizer = tokenizer
+        self._splits = config.reasoning_parser == "think" or (
+            config.reasoning_parser == "auto" and OPEN in template and CLOSE in template
+        )
+        self._form: ToolFormat | None = {
+            "auto": find_format(template), "none": None, "hermes": "hermes", "llama3": "llama3",
+        }[config.tool_call_parser]  # fmt: skip
+
+    def check_tools(self) -> None:
+        """Refuse tools where nobody would find their calls.
+
+        Raises:
+            RequestError: naming the field and the flag.
+        """
+        if self._form is None:
+            raise RequestError(
+                "tools", "this model's chat template knows none; if it does, see --tool-call-parser"
+            )
+
+    def make(
+        self, prompt_token_ids: Sequence[int], names: Collection[str], max_calls: int | None
+    ) -> AnswerParser | None:
+        """A parser for one answer; None where there is nothing to part.
+
+        Args:
+            prompt_token_ids: tells whether the model begins in the middle of its thoughts.
+            names: of the tools that may be called.
+            max_calls: further calls are dropped.
+        """
+        splitter = caller = None
+        if self._splits:
+            tail = list(prompt_token_ids[-PROMPT_TAIL_LEN:])
+            prompt = self._tokenizer.decode(tail, skip_special_tokens=False)
+            splitter = ThinkSplitter(starts_inside=prompt.rstrip().endswith(OPEN))
+        if names and self._form is not None:
+            caller = ToolCallParser(self._form, names, max_calls)
+        return AnswerParser(splitter, caller) if splitter or caller else None
+
+
+def join(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """The fields of a whole message."""
+    texts = {"content": "", "reasoning_content": ""}
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        for name in texts.keys() & delta.keys():
+            texts[name] += delta[name]
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(calls):
+                whole = {key: value for key, value in call.items() if key != "index"}
+                calls.append(whole | {"function": dict(call["function"])})
+            else:
+                arguments = call["function"]["arguments"]
+                calls[call["index"]]["function"]["arguments"] += arguments
+    message: dict[str, Any] = {"content": texts["content"]}
+    if texts["reasoning_content"]:
+        message["reasoning_content"] = texts["reasoning_content"]
+    if calls:
+        message |= {"content": texts["content"] or None, "tool_calls": calls}
+    return message

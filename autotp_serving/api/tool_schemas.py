@@ -1,0 +1,64 @@
+"""Tools in a chat's body: what may be called, and calls of earlier turns. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from autotp_serving.api.schemas import StrictModel, Text
+
+
+def _parse_arguments(text: str) -> str:
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ValueError("must be JSON") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("must be a JSON object")
+    return text
+
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class FunctionDefinition(StrictModel):
+    """What a function is for and what it takes."""
+
+    name: ToolName = Field(description="what the model calls it by")
+    description: Text | None = Field(None, description="tells the model when to call it")
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments")
+    strict: Literal[False] | None = Field(
+        None, description="holding the arguments to their schema is not supported yet"
+    )
+
+
+class Tool(StrictModel):
+    """A tool that the model may call."""
+
+    type: Literal["function"] = Field(description="the only kind of tool")
+    function: FunctionDefinition = Field(description="the function")
+
+
+class CalledFunction(StrictModel):
+    """The function that an earlier answer called."""
+
+    name: Text = Field(description="its name")
+    arguments: Annotated[Text, AfterValidator(_parse_arguments)] = Field(
+        description="a JSON object, as text"
+    )
+
+
+class ToolCall(StrictModel):
+    """A call in an earlier answer, sent back as it came."""
+
+    id: Text = Field(description="what the tool's message refers to")
+    type: Literal["function"] = Field("function", description="the only kind of tool")
+    function: CalledFunction = Field(description="the function and its arguments")
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it: arguments as an object, not as text."""
+        arguments = json.loads(self.function.arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
