@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.model.checkpoints import save_tiny_llama
-
-PROGRAM = Path(__file__).with_name("generate_program.py")
-ROOT = PROGRAM.parents[2]
+from tests.ranks.launch import run_program
 
 pytestmark = pytest.mark.ranks
 
@@ -28,30 +22,6 @@ def make_prompts(vocab_size: int) -> tuple[list[list[int]], list[int]]:
     prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lens]
     prompts.append(prompts[-1][:640] + [draw.randrange(vocab_size) for _ in range(30)])
     return prompts, [draw.randint(4, 40) for _ in prompts]
-
-
-def generate(num_ranks: int, model_path: Path, job: dict, folder: Path) -> list[list[int]]:
-    """Run the job under mpirun and read the tokens back."""
-    in_path, out_path = folder / "in.json", folder / f"out{num_ranks}.json"
-    in_path.write_text(json.dumps(job))
-    command = [sys.executable, str(PROGRAM), str(model_path), str(in_path), str(out_path)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run(
-        [*mpirun(), "-np", str(num_ranks), *command],
-        check=True,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    return json.loads(out_path.read_text())
-
-
-def mpirun() -> list[str]:
-    """The launcher of this environment, or else of this machine; Open MPI balks at root."""
-    local = Path(sys.executable).with_name("mpirun")
-    launcher = str(local) if local.exists() else "mpirun"
-    version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
-    return [launcher, "--allow-run-as-root"] if "Open MPI" in version else [launcher]
 
 
 @pytest.fixture(scope="module")
@@ -95,4 +65,4 @@ def test_tokens_equal_those_of_transformers(
         "kv_cache_memory": 100 * 2**20,
     }
     job = {"prompts": prompts, "max_tokens": lens, "settings": settings}
-    assert generate(num_ranks, model_path, job, tmp_path) == expected
+    assert run_program("generate_program", num_ranks, model_path, job, tmp_path) == expected
