@@ -52,7 +52,7 @@ def join_collectives(
         import deepspeed.comm
 
         if device_kind == "cpu":
-            _build_shared_memory_op(control)
+            _load_shared_memory_op(control)
         deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
     _count_sums(deepspeed.comm.comm.cdb, times)
 
@@ -76,38 +76,47 @@ def _count_sums(backend: Any, times: StepTimes) -> None:
     backend.inference_all_reduce = counted
 
 
-def _build_shared_memory_op(control: Control) -> None:
-    """Compile DeepSpeed's shared-memory all-reduce, once per machine, or do without it.
+def _load_shared_memory_op(control: Control) -> None:
+    """Compile DeepSpeed's shared-memory all-reduce, once per environment, or do without it.
 
-    One rank per host compiles, under a lock.
+    Once compiled it is loaded as it is. DeepSpeed itself would ask ninja at every start, which
+    compiles again, for a minute, whenever anything in the environment looks different to it.
     """
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library
 
-    def build() -> str | None:
-        folder = Path(_get_build_directory(ShareMemCommBuilder.NAME, verbose=False))
+    name = ShareMemCommBuilder.NAME
+
+    def load() -> str | None:
+        folder = Path(_get_build_directory(name, verbose=False))
+        complete = folder / f"complete-{deepspeed.__version__}"
         with hold_build_lock(folder):
-            if not list(folder.glob("*.so")):
-                logger.info("Compiling DeepSpeed's shared-memory all-reduce (once, about a minute)")
             try:
-                ShareMemCommBuilder().load(verbose=False)
+                if complete.exists():
+                    module = _import_module_from_library(name, str(folder), True)
+                    ShareMemCommBuilder._loaded_ops[name] = module
+                else:
+                    logger.info(
+                        "Compiling DeepSpeed's shared-memory all-reduce (once, about a minute)"
+                    )
+                    ShareMemCommBuilder().load(verbose=False)
+                    complete.touch()
             except Exception as error:  # a compiler fails in many ways; Gloo serves without one
                 return f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return None
 
     several_hosts = control.local_size < control.size
-    problem = build() if control.local_rank == 0 and not several_hosts else None
-    if isinstance(control, TorchControl):
-        return
-    problems = [found for found in control.all_gather(problem) if found]
-    if several_hosts or problems:
-        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    if problems and control.rank == 0:
+    problem = None if several_hosts else load()
+    if not isinstance(control, TorchControl):
+        problem = next(filter(None, control.all_gather(problem)), None)
+    if several_hosts or problem:
+        deepspeed.ops.__compatible_ops__[name] = False
+    if problem and control.rank == 0:
         logger.warning(
             "DeepSpeed's shared-memory all-reduce cannot be compiled (%s): using Gloo, about a "
             "hundred times slower per call. Install g++ and ninja.",
-            problems[0],
+            problem,
         )
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def cache_folder() -> Path:
     folder would recompile at every start.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
+    versions = f"{sys.prefix} {sys.version} {metadata.version('torch')}"
+    environment = hashlib.sha256(versions.encode()).hexdigest()[:12]
     return cache / "autotp_serving" / environment
 
 
