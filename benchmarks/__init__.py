@@ -1,1 +1,1 @@
-"""The load client behind benchmark.py. Talks HTTP only and imports nothing of the server."""
+"""Measuring programs: the load client behind benchmark.py, and kernels by themselves."""
