@@ -115,7 +115,8 @@ async def _refuse_stranger(scope: Scope, receive: Receive, send: Send) -> None:
     shows_key = any(name == b"authorization" for name, _ in scope["headers"])
     refusal = error_response(
         401,
-        "this API key is not known here"
+        # Clients tell a refused key by these words of OpenAI's.
+        "Incorrect API key provided: it is not known here"
         if shows_key
         else "this server wants an API key, sent as Authorization: Bearer KEY",
         code="invalid_api_key",

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 class LiveServer:
     """`python -m tests.api.service` with everything it prints."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], python: str = sys.executable) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.api.service", json.dumps(options)],
+            [python, "-m", "tests.api.service", json.dumps(options)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

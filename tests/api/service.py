@@ -51,11 +51,12 @@ def build_service(
     fail_at_step: int | None = None,
     max_model_len: int = MAX_MODEL_LEN,
     config: dict[str, Any] | None = None,
+    book: dict[str, str] | None = None,
 ) -> Service:
     """Wire application, engine and fake runner as serving.py wires the real ones."""
     serving_config = ServingConfig(model_path="fake/letters", **(config or {}))
     runner = FakeRunner(
-        num_blocks, next_token=answers(BOOK), delay=delay, fail_at_step=fail_at_step
+        num_blocks, next_token=answers(BOOK | (book or {})), delay=delay, fail_at_step=fail_at_step
     )
     tokenizer = ByteTokenizer()
     engine = AsyncEngine(
