@@ -118,8 +118,8 @@ def test_a_failure_of_any_rank_fails_all_with_its_message() -> None:
         LocalControl().all_gather(Failure("no card"))
 
 
-def test_a_torchrun_rank_that_fails_before_the_group_exists_says_so_itself() -> None:
-    """No other rank can hear it yet, so a GroupFailure, which only rank 0 prints, would be lost."""
+def test_a_torchrun_rank_that_fails_says_so_itself() -> None:
+    """No other rank may hear it, so a GroupFailure, which only rank 0 prints, would be lost."""
     with pytest.raises(LaunchError, match="no card"):
         TorchControl(1, 2, 1, 2).all_gather(Failure("no card"))
 

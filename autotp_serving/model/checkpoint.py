@@ -98,8 +98,11 @@ class Checkpoint:
         if index_path.exists():
             try:
                 files = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index_path} is no safetensors index: {error}") from error
+                "".join(files)  # all of them are names
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index_path} is no safetensors index ({error!r}): download it again"
+                ) from error
             for name in files:
                 if not (self.folder / name).exists():
                     raise CheckpointError(
