@@ -23,19 +23,15 @@ inline void unroll(const Body& body) {
     unroll(std::make_index_sequence<kCount>{}, body);
 }
 
-// Asks for `kBytes` bytes of weights some tiles ahead of `from`. Where one or two tokens leave the
-// core idle, a few KiB into the nearest cache are best; with more work per byte that cache is
-// better left to the activations, and the loads that miss it have time.
-template <int kBytes, int kTokens>
+// Asks for a tile's codes some tiles ahead. While memory sets the pace the processor's own
+// prefetcher is best left alone; once there is more work per byte it falls behind.
+template <class F, int kTokens>
 inline void prefetch(const uint8_t* from) {
-    constexpr int kAhead = kTokens <= 2 ? 4096 : 6144;
-    constexpr bool kNearest = kTokens <= 2 && kBytes <= 512;
-    for (int i = 0; i < kBytes; i += 64) {
-        const char* line = reinterpret_cast<const char*>(from + kAhead + i);
-        if constexpr (kNearest) {
-            _mm_prefetch(line, _MM_HINT_T0);
-        } else {
-            _mm_prefetch(line, _MM_HINT_T1);
+    constexpr int kAhead = 6144;
+    constexpr int kWork = kTokens * (F::kKind == Kind::kPairs ? 2 : 1) * 1024 / F::kLowBytes;
+    if constexpr (kWork >= 5) {
+        for (int i = 0; i < F::kLowBytes; i += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + i), _MM_HINT_T1);
         }
     }
 }
@@ -58,7 +54,6 @@ inline void decode(const Group& group, int64_t tiles, const Tables& tables, int3
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const uint8_t* low = group.codes + tile * F::kLowBytes;
         const uint8_t* high = group.high + tile * F::kHighBytes;
-        prefetch<F::kLowBytes, 1>(low);
         unroll<kWords>([&](auto word) {
             const Bytes codes = load_codes<F, word>(low, high, tables.bytes);
             if constexpr (F::kKind == Kind::kPairs) {
@@ -116,7 +111,7 @@ inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t 
                      const Tables& tables, Floats* sums) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const ByteBlock& block = x[tile];
-        if constexpr (!kDecoded) prefetch<F::kLowBytes, kTokens>(group.codes + tile * F::kLowBytes);
+        if constexpr (!kDecoded) prefetch<F, kTokens>(group.codes + tile * F::kLowBytes);
         Ints totals[kTokens];
         for (int m = 0; m < kTokens; ++m) {
             totals[m] = same_int(F::kMins ? 0 : block.base[first + m]);
@@ -144,7 +139,7 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
         const uint8_t* low = group.codes + tile * F::kLowBytes;
         const uint8_t* high = group.high + tile * F::kHighBytes;
         const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
-        if constexpr (!kDecoded) prefetch<F::kLowBytes, kTokens>(low);
+        if constexpr (!kDecoded) prefetch<F, kTokens>(low);
         Floats totals[kTokens];
         for (int m = 0; m < kTokens; ++m) {
             totals[m] = F::kScale == Scale::kNone ? sums[m] : same_float(0);
