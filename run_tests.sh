@@ -12,7 +12,8 @@ source "$ROOT/scripts/common.sh"
 cd -- "$ROOT"
 
 setup_venv requirements.txt requirements-dev.txt
-for tool in wrk jq curl; do ensure_apt "$tool" "$tool"; done
+for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
+ensure_apt chromedriver chromium-driver
 check_compiler
 
 # Tests use the embedded model and models that they make: nothing is fetched from a hub.
