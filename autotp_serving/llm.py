@@ -109,7 +109,8 @@ class LLM:
                     self._engine.submit(waiting.pop())
                 self._engine.step()
                 num_done = sum(item.finish_reason is not None for item in completions)
-                bar.update(num_done - bar.n)
+                if num_done > bar.n:
+                    bar.update(num_done - bar.n)
         return completions
 
     def close(self) -> None:
