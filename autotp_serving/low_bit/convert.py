@@ -17,8 +17,12 @@ HEAD_FORMAT = "sym_int8"
 
 # DeepSpeed AutoTP's layers are known by name: importing DeepSpeed takes seconds, and a single
 # rank does without it.
-COLUMN_PARALLEL = ("Linear", "LinearLayer")
+COLUMN_PARALLEL = ("Linear", "LinearLayer", "fused_LinearLayer")
 ROW_PARALLEL = ("LinearAllreduce",)
+
+# A router's few weights decide alone which experts a token sees; transformers 5 has them in no
+# linear layer at all.
+ROUTERS = (".mlp.gate", ".block_sparse_moe.gate")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class LowBitPlan:
         return (
             self.linears is not None
             and type(module).__name__ in (*COLUMN_PARALLEL, *ROW_PARALLEL)
+            and not name.endswith(ROUTERS)
             and not any(part in name for part in self.keep_dense)
         )
 
@@ -85,5 +90,7 @@ def replace_linear(
         module: a linear layer, split by rows or columns or not at all.
         weight: [rows, cols] this rank's slice.
     """
-    reduce = all_reduce if type(module).__name__ in ROW_PARALLEL else None
+    # AutoTP's layers without a group leave their sum to the layer around them.
+    reduces = type(module).__name__ in ROW_PARALLEL and module.mp_group is not None
+    reduce = all_reduce if reduces else None
     return LowBitLinear(weight, module.bias, reduce)

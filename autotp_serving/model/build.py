@@ -11,7 +11,9 @@ from torch import nn
 from autotp_serving.collectives import quiet_deepspeed
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
+from autotp_serving.model.families import check_sharding
 from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.model.split import finish_split, split_layers
 from autotp_serving.ranks import Control
 
 
@@ -38,6 +40,8 @@ def build_sharded_model(
     model = build_on_meta(model_config, dtype, trust_remote_code)
     if control.size > 1:
         _shard_with_autotp(model, control.size, dtype)
+        check_sharding(model)
+    finish_split(model, control.size, all_reduce)
     _install_head(model, control, all_reduce)
     return model
 
@@ -60,7 +64,10 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
 
 
 def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """Build the model with our attention; its parameters have shapes and no memory."""
+    """Build the model with our attention; its parameters have shapes and no memory.
+
+    What AutoTP cannot cut is taken apart already.
+    """
     from transformers import AutoModelForCausalLM
 
     register_paged_attention()
@@ -74,7 +81,9 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"this model cannot be built by transformers: {reason[:300]}") from error
-    return model.to(dtype)
+    model = model.to(dtype)
+    split_layers(model)
+    return model
 
 
 def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> None:
@@ -85,12 +94,18 @@ def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> 
     with quiet_deepspeed():
         import deepspeed
 
-        deepspeed.init_inference(
-            model,
-            tensor_parallel={"tp_size": num_ranks},
-            dtype=dtype,
-            keep_module_on_host=True,
-        )
+        try:
+            deepspeed.init_inference(
+                model,
+                tensor_parallel={"tp_size": num_ranks},
+                dtype=dtype,
+                keep_module_on_host=True,
+            )
+        except AssertionError as error:
+            raise ConfigError(
+                f"DeepSpeed AutoTP cannot split the family '{model.config.model_type}' "
+                f"({error}): start 1 rank"
+            ) from error
     model.to_empty(device="meta")
 
 
@@ -123,6 +138,9 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
     """
     for name, module in model.named_modules():
         if not module._non_persistent_buffers_set:
+            continue
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding takes no config
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
             continue
         try:
             fresh = type(module)(config=getattr(module, "config", model.config))

@@ -49,6 +49,8 @@ class Checkpoint:
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._itemsizes: dict[str, int] = {}
+        self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
+        self._hidden: set[str] = set()
         for path in self._list_files():
             with self._open(path) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
@@ -130,7 +132,7 @@ class Checkpoint:
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._shapes)
+        return set(self._shapes) - self._hidden
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
@@ -144,6 +146,18 @@ class Checkpoint:
         """Format of a weight that is stored converted."""
         return self._formats.get(name)
 
+    def add_view(self, name: str, source: str, start: int, stop: int) -> None:
+        """Let rows [start, stop) of a tensor count as one of their own; `source` is named no more.
+
+        A whole tensor is given another name this way.
+        """
+        self._views[name] = (source, start)
+        self._hidden.add(source)
+        self._shapes[name] = (stop - start, *self._shapes[source][1:])
+        self._itemsizes[name] = self._itemsizes.get(source, 1)
+        if source in self._formats:
+            self._formats[name] = self._formats[source]
+
     def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
         """Copy the rows and columns of a converted weight into host memory.
 
@@ -156,6 +170,8 @@ class Checkpoint:
         if col_start % BLOCK or (col_stop % BLOCK and not whole):
             raise LowBitError(f"columns {col_start} to {col_stop} would cut a block of {BLOCK}")
         first, last = col_start // BLOCK, num_blocks(col_stop)
+        name, first_row = self._views.get(name, (name, 0))
+        row_start, row_stop = row_start + first_row, row_stop + first_row
         planes = {}
         for plane in format.planes:
             cols = (first * plane.entries, last * plane.entries)
@@ -169,6 +185,10 @@ class Checkpoint:
             name: the tensor.
             ranges: (start, stop) of each dimension.
         """
+        name, first_row = self._views.get(name, (name, 0))
+        if first_row:
+            (row_start, row_stop), *others = ranges
+            ranges = ((row_start + first_row, row_stop + first_row), *others)
         with self._open(self._file_of[name]) as tensors:
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.

@@ -11,6 +11,7 @@ from torch import nn
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.families import check_attention
 from autotp_serving.model.kv_cache import KVCacheShape
 from autotp_serving.plan import MAX_SCORED_ROWS, StepPlan
 from autotp_serving.ranks import Control
@@ -72,6 +73,7 @@ def probe_model(
     device.synchronize()
     peak = max(0, device.peak_memory() - before)
     device.reset_peak_memory()
+    check_attention(model, set(probe.head_shapes))
     head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
     return KVCacheShape(head_shapes, config.block_size, model.dtype), peak
 

@@ -29,6 +29,7 @@ from autotp_serving.model.checkpoint import (
     Checkpoint,
 )
 from autotp_serving.model.loader import find_low_bit_plan
+from autotp_serving.model.names import match_names
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class _Converter:
         self._checkpoint = checkpoint
         self._dtype = find_dtype(config)
         model = build_on_meta(model_config, self._dtype, config.trust_remote_code)
+        match_names(model, checkpoint)
         head_name = next(
             name
             for name, module in model.named_modules()
