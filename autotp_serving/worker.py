@@ -16,6 +16,7 @@ from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.model.build import check_heads
+from autotp_serving.model.families import find_length_limit
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
@@ -76,7 +77,7 @@ def find_max_model_len(config: ServingConfig, model_config: object) -> int:
     Raises:
         ConfigError: more is asked than the model was made for.
     """
-    limit = model_config.get_text_config().max_position_embeddings
+    limit = find_length_limit(model_config)
     if config.max_model_len is None:
         return limit
     if config.max_model_len > limit:

@@ -23,7 +23,6 @@ from autotp_serving.low_bit.linear import LowBitLinear
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
-from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
@@ -61,12 +60,8 @@ def load_model(
     control: Control,
     device: torch.device,
     all_reduce: AllReduce,
-    check: Callable[[nn.Module, Any, LowBitPlan], None] = lambda *_: None,
 ) -> nn.Module:
     """Load this rank's shard of the model.
-
-    Args:
-        check: called with the model cut and still empty, the checkpoint and the formats.
 
     Returns:
         The transformers model, in eval mode, whose attention runs over pages and whose linear
@@ -75,26 +70,17 @@ def load_model(
     Raises:
         ConfigError: in one line, with the cure.
     """
-    checkpoint = open_checkpoint(config, model_config)
+    checkpoint = Checkpoint(Path(config.model_path))
     low_bit = find_low_bit_plan(config, checkpoint)
     model = build_sharded_model(
         model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
     )
     match_names(model, checkpoint)
     shards = find_shards(model, checkpoint, control)
-    check(model, checkpoint, low_bit)
     filler = WeightFiller(model, checkpoint, low_bit, find_dtype(config), device, all_reduce)
     filler.fill(shards, show_progress=control.rank == 0)
     rebuild_buffers(model, device)
     return model.eval()
-
-
-def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | DummyCheckpoint:
-    """Where the weights come from."""
-    folder = Path(config.model_path)
-    if config.load_format == "dummy":
-        return DummyCheckpoint(folder, model_config, config.trust_remote_code)
-    return Checkpoint(folder)
 
 
 def find_low_bit_plan(config: ServingConfig, checkpoint: Checkpoint) -> LowBitPlan:
