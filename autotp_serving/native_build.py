@@ -18,10 +18,33 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
 BUILD_TIMEOUT = 600.0
+HEADERS = Path(__file__).parent / "csrc"
+
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"}
+AMX = {"amx_tile", "amx_int8", "amx_bf16"}
+
+
+class Isa(NamedTuple):
+    """Instructions to compile for: which processor flags they need, and what does it."""
+
+    needs: frozenset[str]
+    march: str
+    vectors: str
+    tiles: str
+
+
+# Best first. Nobody needs the emulation but the tests.
+ISAS = {
+    "amx": Isa(frozenset(AVX512 | AMX), "native", "avx512", "amx"),
+    "avx512": Isa(frozenset(AVX512), "native", "avx512", "none"),
+    "avx2": Isa(frozenset({"avx2", "fma", "f16c"}), "haswell", "avx2", "none"),
+    "amx_emulated": Isa(frozenset(AVX512), "native", "avx512", "emulated"),
+}
 
 
 class BuildError(RuntimeError):
@@ -67,14 +90,15 @@ def build_library(name: str, source: Path, flags: Sequence[str]) -> Path:
     if compiler is None:
         raise BuildError(f"no C++ compiler ({os.environ.get('CXX', 'g++')})")
     openmp = _loaded_openmp()
-    command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", *flags, str(source)]
+    command = [compiler, "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", f"-I{HEADERS}"]
+    command += [*flags, str(source)]
     if openmp is not None:
         # Named first, torch's copy is the one that is needed; -fopenmp's own then is not.
         command += ["-Wl,--no-as-needed", str(openmp), "-Wl,--as-needed"]
     digest = hashlib.sha256(repr(command).encode())
     digest.update(str(Path(compiler).stat().st_mtime_ns).encode())
-    digest.update(_processor_flags().encode())
-    for path in sorted(source.parent.iterdir()):
+    digest.update(_processor().encode())
+    for path in (*sorted(HEADERS.iterdir()), *sorted(source.parent.iterdir())):
         if path.is_file():
             digest.update(path.read_bytes())
     folder = cache_folder() / name
@@ -88,6 +112,36 @@ def build_library(name: str, source: Path, flags: Sequence[str]) -> Path:
     except OSError as error:
         raise BuildError(f"cannot write {folder}: {error}") from error
     return library
+
+
+def processor_flags() -> set[str]:
+    """What Linux says this processor has; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def best_isa() -> str:
+    """The name of the best instruction set here; raises BuildError where there is none."""
+    flags = processor_flags()
+    for name, isa in ISAS.items():
+        if isa.needs <= flags:
+            return name
+    raise BuildError("this processor has neither AVX-512 VNNI nor AVX2")
+
+
+def isa_flags(name: str) -> tuple[str, ...]:
+    """How a source that includes ISA_VECTORS and ISA_TILES is compiled for an instruction set."""
+    isa = ISAS[name]
+    return (
+        f"-march={isa.march}",
+        "-fno-math-errno",
+        # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        f'-DISA_VECTORS="vectors_{isa.vectors}.h"',
+        f'-DISA_TILES="tiles_{isa.tiles}.h"',
+    )
 
 
 def _compile(name: str, command: list[str], library: Path) -> None:
@@ -122,7 +176,7 @@ def _loaded_openmp() -> Path | None:
     return None
 
 
-def _processor_flags() -> str:
+def _processor() -> str:
     """What `-march=native` depends on: a home directory may be shared by unlike machines."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = ("model name", "flags")

@@ -20,19 +20,19 @@ from torch import Tensor
 
 from autotp_serving.low_bit.formats import FORMATS, Format, num_blocks
 from autotp_serving.low_bit.kernels import cpu
-from autotp_serving.low_bit.kernels.cpu import ISAS, CpuMatmul, load_library
+from autotp_serving.low_bit.kernels.cpu import CpuMatmul, load_library
 from autotp_serving.low_bit.kernels.tiles import TiledTensor, tile
 from autotp_serving.low_bit.linear import LowBitLinear
 from autotp_serving.low_bit.numerics import largest_weight
 from autotp_serving.low_bit.tensor import LowBitTensor, concat_rows, dequantize, quantize
-from autotp_serving.native_build import BuildError, build_library
+from autotp_serving.native_build import ISAS, BuildError, build_library, processor_flags
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
-    if not ISAS[request.param].needs <= cpu.processor_flags():
+    if not ISAS[request.param].needs <= processor_flags():
         pytest.skip(f"no {request.param} here")
     return request.param
 
@@ -193,7 +193,7 @@ def test_instruction_sets_agree(format: Format) -> None:
     """Bitwise with 8-bit activations; bfloat16 products are summed in another order."""
     torch.manual_seed(0)
     tensor, x = quantize(torch.randn(50, 300), format), torch.randn(20, 300)
-    isas = [name for name, isa in ISAS.items() if isa.needs <= cpu.processor_flags()]
+    isas = [name for name, isa in ISAS.items() if isa.needs <= processor_flags()]
     first, *others = (find_matmul(format, isa)(x, tensor) for isa in isas)
     for other in others:
         if has_pairs(format):

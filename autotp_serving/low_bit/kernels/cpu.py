@@ -12,12 +12,11 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from autotp_serving.native_build import BuildError, build_library
+from autotp_serving.native_build import BuildError, best_isa, build_library, isa_flags
 
 from ..formats import Format, split_code_bits
 from ..numerics import decode
@@ -29,27 +28,6 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "csrc" / "low_bit_linear.cpp"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"}
-AMX = {"amx_tile", "amx_int8", "amx_bf16"}
-
-
-class Isa(NamedTuple):
-    """Instructions to compile for: which processor flags they need, and what does it."""
-
-    needs: frozenset[str]
-    march: str
-    vectors: str
-    tiles: str
-
-
-# Best first. Nobody needs the emulation but the tests.
-ISAS = {
-    "amx": Isa(frozenset(AVX512 | AMX), "native", "avx512", "amx"),
-    "avx512": Isa(frozenset(AVX512), "native", "avx512", "none"),
-    "avx2": Isa(frozenset({"avx2", "fma", "f16c"}), "haswell", "avx2", "none"),
-    "amx_emulated": Isa(frozenset(AVX512), "native", "avx512", "emulated"),
-}
 
 
 class _Weight(ctypes.Structure):
@@ -133,16 +111,7 @@ def load_library(format: Format, isa: str | None = None) -> ctypes.CDLL | None:
     None, and a line in the log, where there are none.
     """
     try:
-        chosen = ISAS[isa or _best_isa()]
-        flags = (
-            f"-march={chosen.march}",
-            "-fno-math-errno",
-            # gcc 12 takes its own AVX-512 header's undefined values for mistakes.
-            "-Wno-maybe-uninitialized",
-            f'-DISA_VECTORS="vectors_{chosen.vectors}.h"',
-            f'-DISA_TILES="tiles_{chosen.tiles}.h"',
-            f"-DFORMAT={_template_arguments(format)}",
-        )
+        flags = (*isa_flags(isa or best_isa()), f"-DFORMAT={_template_arguments(format)}")
         library = ctypes.CDLL(str(build_library("low_bit_linear", SOURCE, flags)))
     except (BuildError, OSError) as error:
         logger.warning(
@@ -155,22 +124,6 @@ def load_library(format: Format, isa: str | None = None) -> ctypes.CDLL | None:
     )
     library.autotp_linear.restype = ctypes.c_int
     return library
-
-
-def processor_flags() -> set[str]:
-    """What Linux says this processor has; nothing elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def _best_isa() -> str:
-    """Raises BuildError where there is none."""
-    flags = processor_flags()
-    for name, isa in ISAS.items():
-        if isa.needs <= flags:
-            return name
-    raise BuildError("this processor has neither AVX-512 VNNI nor AVX2")
 
 
 def _template_arguments(format: Format) -> str:

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
+
 constexpr int kBlock = 64;
 constexpr int kChunk = 16;
 
@@ -24,18 +26,6 @@ struct alignas(64) ByteBlock {
 struct alignas(64) PairBlock {
     uint16_t values[kChunk][kBlock];
 };
-
-inline float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 
 // Reads 64 numbers of one token, with zeros beyond `count`.
 inline void read_block(const float* from, int64_t count, float* to) {
@@ -75,12 +65,6 @@ inline void prepare(ByteBlock& block, int token, const float* values, float unit
     block.scale[token] = scale * unit;
     block.base[token] = -offset * sum;
     block.sum[token] = scale * static_cast<float>(sum);
-}
-
-inline uint16_t round_bfloat16(float value) {
-    const uint32_t bits = as_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline void prepare(PairBlock& block, int token, const float* values, float, int) {

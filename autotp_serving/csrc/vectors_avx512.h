@@ -126,3 +126,61 @@ inline void store_bfloat16(uint16_t* to, Floats a, int count) {
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1),
                              _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
+
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+// Lanes from `from` up to but without `to` as they are, the others minus infinity.
+inline Floats keep_lanes(Floats a, int from, int to) {
+    const auto below = [](int lane) {
+        return lane <= 0 ? 0u : lane >= 16 ? 0xffffu : (1u << lane) - 1;
+    };
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(below(to) & ~below(from)),
+                                _mm512_set1_ps(-__builtin_inff()), a);
+}
+
+inline float largest_lane(Floats a) { return _mm512_reduce_max_ps(a); }
+inline float sum_lanes(Floats a) { return _mm512_reduce_add_ps(a); }
+
+inline Floats round_to_integers(Floats a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a * 2**power.
+inline Floats scale_by_power(Floats a, Floats power) { return _mm512_scalef_ps(a, power); }
+
+// 16 numbers of two rows of bfloat16, side by side: (first[i], second[i]) in lane i.
+inline Bytes interleave(const uint16_t* first, const uint16_t* second) {
+    const __m256i lows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i highs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(lows),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(highs), 16));
+}
+
+// Word j of row i becomes word i of row j; rows of the result are `stride` words apart.
+inline void transpose_words(const uint32_t* const* rows, uint32_t* to, int stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i]);
+    // Words of pairs of rows, then of fours, within lanes of four words; then the lanes.
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * stride, a[i]);
+}

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "activations.h"
+#include "bfloat16.h"
 
 struct Bytes {
     __m256i first, second;
@@ -196,4 +196,74 @@ inline void store_bfloat16(uint16_t* to, Floats a, int count) {
     float values[16];
     store_floats(values, a, 16);
     for (int i = 0; i < count; ++i) to[i] = round_bfloat16(values[i]);
+}
+
+inline Floats subtract(Floats a, Floats b) {
+    return {_mm256_sub_ps(a.first, b.first), _mm256_sub_ps(a.second, b.second)};
+}
+inline Floats divide(Floats a, Floats b) {
+    return {_mm256_div_ps(a.first, b.first), _mm256_div_ps(a.second, b.second)};
+}
+inline Floats larger(Floats a, Floats b) {
+    return {_mm256_max_ps(a.first, b.first), _mm256_max_ps(a.second, b.second)};
+}
+
+// Lanes from `from` up to but without `to` as they are, the others minus infinity.
+inline Floats keep_lanes(Floats a, int from, int to) {
+    const auto keep = [&](__m256 half, int first) {
+        const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                               _mm256_set1_epi32(first));
+        const __m256i inside = _mm256_andnot_si256(
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lanes),
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lanes));
+        return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), half,
+                                _mm256_castsi256_ps(inside));
+    };
+    return {keep(a.first, 0), keep(a.second, 8)};
+}
+
+inline float largest_lane(Floats a) {
+    const __m256 eight = _mm256_max_ps(a.first, a.second);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline float sum_lanes(Floats a) {
+    const __m256 eight = _mm256_add_ps(a.first, a.second);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline Floats round_to_integers(Floats a) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.first, kNearest), _mm256_round_ps(a.second, kNearest)};
+}
+// a * 2**power; 0 where the result would be below the smallest normal number.
+inline Floats scale_by_power(Floats a, Floats power) {
+    const auto scale = [](__m256 half, __m256 by) {
+        const __m256 lowest = _mm256_set1_ps(-127);
+        const __m256i bits = _mm256_cvtps_epi32(_mm256_max_ps(by, lowest));
+        const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(127)), 23);
+        return _mm256_mul_ps(half, _mm256_castsi256_ps(exponent));
+    };
+    return {scale(a.first, power.first), scale(a.second, power.second)};
+}
+
+// 16 numbers of two rows of bfloat16, side by side: (first[i], second[i]) in lane i.
+inline Bytes interleave(const uint16_t* first, const uint16_t* second) {
+    const auto join = [](const uint16_t* low, const uint16_t* high) {
+        const __m128i lows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+        const __m128i highs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+        return _mm256_or_si256(_mm256_cvtepu16_epi32(lows),
+                               _mm256_slli_epi32(_mm256_cvtepu16_epi32(highs), 16));
+    };
+    return {join(first, second), join(first + 8, second + 8)};
+}
+
+// Word j of row i becomes word i of row j; rows of the result are `stride` words apart.
+inline void transpose_words(const uint32_t* const* rows, uint32_t* to, int stride) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) to[j * stride + i] = rows[i][j];
+    }
 }
