@@ -71,6 +71,9 @@ def run_rank(control: Control, argv: list[str] | None) -> int:
         with silence or contextlib.nullcontext():
             config = parse_args(argv)
         configure_logging(config.log_level, config.log_format, control.rank)
+        num_ranks = find_num_ranks(config, control)
+        if config.plan:
+            return plan(config, control, num_ranks)
         if config.save_low_bit is not None:
             return save(config, control)
         if control.rank == 0:
@@ -112,6 +115,38 @@ def lead(config: ServingConfig, control: Control) -> int:
         control.abort()
     worker.lead.stop()
     return exit_code
+
+
+def find_num_ranks(config: ServingConfig, control: Control) -> int:
+    """Number of ranks to serve with, or to plan for.
+
+    Raises:
+        ConfigError: --tensor-parallel-size is not what the launcher started.
+    """
+    asked = config.tensor_parallel_size or control.size
+    if asked == control.size or (config.plan and control.size == 1):
+        return asked
+    raise ConfigError(
+        f"--tensor-parallel-size {asked}, but {control.size} "
+        f"{'ranks were' if control.size > 1 else 'rank was'} started: "
+        f"start with mpirun -np {asked}, or leave the flag out"
+    )
+
+
+def plan(config: ServingConfig, control: Control, num_ranks: int) -> int:
+    """Rank 0: print what the model will take on each rank. The others have nothing to do."""
+    if control.rank == 0:
+        from autotp_serving.model.loader import read_model_config
+        from autotp_serving.model.planner import print_plan
+        from autotp_serving.worker import find_max_model_len
+
+        model_config = read_model_config(config)
+        max_model_len = find_max_model_len(config, model_config)
+        # Without a launcher to say otherwise, all ranks are on one host.
+        local_size = control.local_size if control.size > 1 else num_ranks
+        print_plan(config, model_config, max_model_len, num_ranks, local_size)
+    control.all_gather("planned")
+    return 0
 
 
 def save(config: ServingConfig, control: Control) -> int:

@@ -72,6 +72,12 @@ class ServingConfig:
         parse=str,
         unit="FORMAT",
     )
+    low_bit_provider: str = setting(
+        "auto",
+        "who converts and multiplies low-bit weights; auto: native; ipex-llm: see "
+        "requirements-ipex-llm.txt",
+        choices=("auto", "native", "ipex-llm"),
+    )
     lm_head_low_bit: str = setting(
         "auto",
         "weight format of the output head; auto: sym_int8 if --low-bit converts weights",
@@ -88,6 +94,36 @@ class ServingConfig:
         "folder to write the converted model to, instead of serving it; default: none",
         parse=str,
         unit="FOLDER",
+    )
+    load_format: str = setting(
+        "auto",
+        "where weights come from; auto: the folder's files; dummy: small random numbers in the "
+        "shapes of its config.json, to measure speed and memory without a checkpoint",
+        choices=("auto", "dummy"),
+    )
+    tensor_parallel_size: int | None = setting(
+        None,
+        "number of ranks; default: as many as mpirun started, which is all it may be, but any "
+        "number with --plan",
+        parse=int,
+        unit="RANKS",
+    )
+    plan: bool = setting(
+        False, "print what the model will take on each rank, from its config.json, and leave"
+    )
+    device_memory: int | None = setting(
+        None,
+        "with --plan: memory of the card to plan for, as 16GiB (with --device cpu: of the host); "
+        "default: what the device here has free",
+        parse=parse_bytes,
+        unit="BYTES",
+    )
+    max_host_ram: int | None = setting(
+        None,
+        "most host memory that the ranks on one host may take together, as 24GiB; refused before "
+        "loading if the estimate is above; default: no limit",
+        parse=parse_bytes,
+        unit="BYTES",
     )
     dtype: str = setting(
         "auto",
@@ -206,11 +242,14 @@ class ServingConfig:
         if not self.model_path:
             raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
         at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
-                        "max_body_size", "block_size", "kv_cache_memory")  # fmt: skip
+                        "max_body_size", "block_size", "kv_cache_memory", "device_memory",
+                        "max_host_ram", "tensor_parallel_size")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.device_memory is not None and not self.plan:
+            raise ConfigError("--device-memory is for --plan: leave it out, or add --plan")
         if not 0.0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"--drain-seconds must be 0 or more, not {self.drain_seconds}")
         if self.request_timeout is not None and not 0.0 < self.request_timeout < float("inf"):
@@ -220,6 +259,11 @@ class ServingConfig:
                 raise ConfigError(
                     f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
                 )
+        if self.low_bit_provider == "ipex-llm" and self.save_low_bit is not None:
+            raise ConfigError(
+                "--save-low-bit writes this server's own formats: leave out "
+                "--low-bit-provider ipex-llm"
+            )
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile: name the certificate as well")
         if not 0 <= self.port <= 65535:

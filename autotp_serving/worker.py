@@ -21,6 +21,7 @@ from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
+from autotp_serving.model.start_check import StartCheck
 from autotp_serving.ranks import Control
 from autotp_serving.step_times import StepTimes
 
@@ -61,10 +62,14 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
         torch.set_num_threads(max(1, num_cores // control.local_size))
     times = StepTimes()
     all_reduce = join_collectives(control, device.kind, device.backend, times)
-    model = load_model(config, model_config, control, device.torch_device, all_reduce)
+    checker = StartCheck(config, control, device, max_model_len)
+    model = load_model(
+        config, model_config, control, device.torch_device, all_reduce, checker.check_plan
+    )
     shape, activation_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
+    checker.report_measured(model, num_blocks * shape.bytes_per_block)
     runner = ModelRunner(model, cache, times)
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None

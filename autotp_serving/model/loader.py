@@ -20,9 +20,11 @@ from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
 from autotp_serving.low_bit.convert import LowBitPlan, check_columns, replace_linear
 from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.linear import LowBitLinear
+from autotp_serving.low_bit.provider_ipex_llm import check_ipex_llm, convert_linear
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
@@ -31,6 +33,7 @@ from autotp_serving.ranks import Control
 logger = logging.getLogger(__name__)
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
+Convert = Callable[[nn.Module, torch.Tensor], nn.Module]
 
 
 def read_model_config(config: ServingConfig) -> Any:
@@ -60,8 +63,12 @@ def load_model(
     control: Control,
     device: torch.device,
     all_reduce: AllReduce,
+    check: Callable[[nn.Module, Any, LowBitPlan], None] = lambda *_: None,
 ) -> nn.Module:
     """Load this rank's shard of the model.
+
+    Args:
+        check: called with the model cut and still empty, the checkpoint and the formats.
 
     Returns:
         The transformers model, in eval mode, whose attention runs over pages and whose linear
@@ -70,17 +77,29 @@ def load_model(
     Raises:
         ConfigError: in one line, with the cure.
     """
-    checkpoint = Checkpoint(Path(config.model_path))
+    checkpoint = open_checkpoint(config, model_config)
     low_bit = find_low_bit_plan(config, checkpoint)
+    convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
         model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
     )
     match_names(model, checkpoint)
     shards = find_shards(model, checkpoint, control)
-    filler = WeightFiller(model, checkpoint, low_bit, find_dtype(config), device, all_reduce)
+    check(model, checkpoint, low_bit)
+    filler = WeightFiller(
+        model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
+    )
     filler.fill(shards, show_progress=control.rank == 0)
     rebuild_buffers(model, device)
     return model.eval()
+
+
+def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | DummyCheckpoint:
+    """Where the weights come from."""
+    folder = Path(config.model_path)
+    if config.load_format == "dummy":
+        return DummyCheckpoint(folder, model_config, config.trust_remote_code)
+    return Checkpoint(folder)
 
 
 def find_low_bit_plan(config: ServingConfig, checkpoint: Checkpoint) -> LowBitPlan:
@@ -107,6 +126,35 @@ def find_low_bit_plan(config: ServingConfig, checkpoint: Checkpoint) -> LowBitPl
     return LowBitPlan(linears=None, head=None)
 
 
+def choose_convert(
+    config: ServingConfig,
+    model_config: Any,
+    low_bit: LowBitPlan,
+    device: torch.device,
+    all_reduce: AllReduce,
+) -> Convert:
+    """What makes a low-bit layer of a linear one and its weight: our code or ipex-llm's.
+
+    Raises:
+        ConfigError: ipex-llm cannot do what is asked, or is not there.
+    """
+    if config.low_bit_provider != "ipex-llm":
+        return lambda module, weight: replace_linear(
+            module, quantize(weight, low_bit.linears), all_reduce
+        )
+    name = config.low_bit or DEFAULT_LOW_BIT
+    try:
+        check_ipex_llm(name, device)
+    except LowBitError as error:
+        raise ConfigError(f"--low-bit-provider ipex-llm: {error}") from error
+    if low_bit.linears is None:
+        raise ConfigError(
+            f"--low-bit-provider ipex-llm converts 16-bit checkpoints only, and "
+            f"'{config.model_path}' was saved low-bit: leave the flag out"
+        )
+    return lambda module, weight: convert_linear(module, weight, name, model_config)
+
+
 class WeightFiller:
     """Reads, converts and places one tensor after another."""
 
@@ -115,6 +163,7 @@ class WeightFiller:
         model: nn.Module,
         checkpoint: Checkpoint,
         low_bit: LowBitPlan,
+        convert: Convert,
         dtype: torch.dtype,
         device: torch.device,
         all_reduce: AllReduce,
@@ -122,6 +171,7 @@ class WeightFiller:
         self._model = model
         self._checkpoint = checkpoint
         self._low_bit = low_bit
+        self._convert = convert
         self._dtype = dtype
         self._device = device
         self._all_reduce = all_reduce
@@ -175,9 +225,7 @@ class WeightFiller:
         tensor = tensor.to(self._device).to(self._dtype)
         if attribute == "weight" and self._low_bit.converts(module_name, module):
             check_columns(shard.ranges[1], shard.full_shape[1])
-            weight = quantize(tensor, self._low_bit.linears)
-            linear = replace_linear(module, weight, self._all_reduce)
-            self._model.set_submodule(module_name, linear)
+            self._model.set_submodule(module_name, self._convert(module, tensor))
         elif attribute in module._parameters:
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
         else:

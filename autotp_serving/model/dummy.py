@@ -1,0 +1,74 @@
+"""A checkpoint made of a config.json alone, its weights small random numbers. Every rank.
+
+`--load-format dummy` measures speed and memory with it, and `--plan` learns the names and shapes
+of a model's tensors from it. A number depends on the tensor's name and on its place in the whole
+tensor only, so all numbers of ranks serve the same model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autotp_serving.model.build import build_on_meta
+from autotp_serving.model.checkpoint import Ranges
+
+WEIGHT_STD = 0.02
+ROW_GROUP = 64
+"""Rows drawn from one seed: a rank that keeps some of them draws no more than it must."""
+
+
+class DummyCheckpoint:
+    """Looks like `Checkpoint`; nothing of it is stored anywhere."""
+
+    low_bit = None
+
+    def __init__(self, folder: Path, model_config: Any, trust_remote_code: bool) -> None:
+        self.folder = folder
+        model = build_on_meta(model_config, torch.bfloat16, trust_remote_code)
+        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self._shapes[name]
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of one number."""
+        return torch.bfloat16.itemsize
+
+    def low_bit_format(self, name: str) -> None:
+        """No tensor is stored converted."""
+        return
+
+    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
+        """Draw one block of a tensor: ones for norms, zeros for biases.
+
+        Args:
+            name: the tensor.
+            ranges: (start, stop) of each dimension.
+        """
+        sizes = [stop - start for start, stop in ranges]
+        if "norm" in name and name.endswith("weight"):
+            return torch.ones(sizes, dtype=torch.bfloat16)
+        if len(sizes) < 2 or name.endswith("bias"):
+            return torch.zeros(sizes, dtype=torch.bfloat16)
+        (start, stop), *others = ranges
+        inner = tuple(slice(*bounds) for bounds in others)
+        tensor = torch.empty(sizes, dtype=torch.bfloat16)
+        row_shape = self._shapes[name][1:]
+        num_rows = self._shapes[name][0]
+        for group in range(start // ROW_GROUP, -(-stop // ROW_GROUP)):
+            first, last = group * ROW_GROUP, min((group + 1) * ROW_GROUP, num_rows)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{group}".encode()))
+            rows = torch.randn((last - first, *row_shape), generator=generator) * WEIGHT_STD
+            low, high = max(first, start), min(last, stop)
+            own = rows[(slice(low - first, high - first), *inner)]
+            tensor[low - start : high - start] = own
+        return tensor

@@ -1,0 +1,128 @@
+"""Whether a model fits: device memory, host memory, and how much KV cache is left. Every rank."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.devices.base import Memory
+from autotp_serving.model.footprint import Footprint
+from autotp_serving.ranks import Control
+
+SERVER_BYTES = 64 * 2**20
+"""What a rank's process grows by, apart from the model, once it has been planned: HTTP, tokenizer,
+collectives, compiled kernels."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """One rank's part of a device, and of it what the KV cache may take.
+
+    Attributes:
+        usable: bytes that weights, activations and cache may take together.
+        blocks: KV pages that are left to this rank; negative when the rest does not fit.
+        blocks_per_sequence: pages of a sequence of the full length.
+    """
+
+    usable: int
+    blocks: int
+    blocks_per_sequence: int
+
+
+def find_room(
+    footprint: Footprint,
+    config: ServingConfig,
+    memory: Memory,
+    on_cpu: bool,
+    local_size: int,
+    max_model_len: int,
+) -> Room:
+    """Divide a device's memory by the rules that the server sizes its cache by."""
+    usable = int(memory.free - (1.0 - config.gpu_memory_utilization) * memory.total)
+    if on_cpu:
+        usable //= local_size
+    per_sequence = -(-max_model_len // config.block_size)
+    left = usable - footprint.weight_bytes - footprint.activation_bytes
+    blocks = left // footprint.kv_bytes_per_block
+    if config.kv_cache_memory is not None:
+        blocks = min(blocks, config.kv_cache_memory // footprint.kv_bytes_per_block)
+    elif on_cpu:
+        blocks = min(blocks, config.max_num_seqs * per_sequence)
+    return Room(usable, blocks, per_sequence)
+
+
+def check_room(
+    footprint: Footprint, room: Room, config: ServingConfig, rank: int, max_model_len: int
+) -> None:
+    """Refuse what cannot hold its weights and one sequence.
+
+    Raises:
+        ConfigError: with the numbers and the flags to change.
+    """
+    kv_bytes = room.blocks_per_sequence * footprint.kv_bytes_per_block
+    needed = footprint.weight_bytes + footprint.activation_bytes + kv_bytes
+    if needed <= room.usable:
+        return
+    spare = room.usable - footprint.weight_bytes - footprint.activation_bytes
+    tokens = spare // footprint.kv_bytes_per_block * config.block_size
+    if tokens > 0:
+        cure = f"set --max-model-len to at most {tokens}, or "
+    else:
+        cure = "start more ranks, choose a smaller --low-bit, lower --max-num-batched-tokens, or "
+    raise ConfigError(
+        f"rank {rank} needs {show(needed)} (weights {show(footprint.weight_bytes)}, a step's "
+        f"activations {show(footprint.activation_bytes)}, KV cache of one sequence of "
+        f"{max_model_len} tokens {show(kv_bytes)}) but may use {show(room.usable)} of its device: "
+        f"{cure}raise --gpu-memory-utilization {config.gpu_memory_utilization}"
+    )
+
+
+def find_host_peak(footprint: Footprint, blocks: int, on_cpu: bool) -> int:
+    """Most host memory of this rank, its process as it is now included: loading or serving."""
+    process = own_memory() + SERVER_BYTES
+    if not on_cpu:
+        return process + footprint.load_bytes
+    cache = max(0, blocks) * footprint.kv_bytes_per_block
+    serving = footprint.weight_bytes + footprint.activation_bytes + cache
+    return process + max(footprint.load_bytes, serving)
+
+
+def check_host(host_peak: int, config: ServingConfig, control: Control) -> None:
+    """Refuse ranks that together would take more of this host than --max-host-ram. All ranks.
+
+    Raises:
+        ConfigError: with the numbers and the flags to change.
+    """
+    here = socket.gethostname()
+    peaks = [peak for host, peak in control.all_gather((here, host_peak)) if host == here]
+    check_host_peaks(peaks, config)
+
+
+def check_host_peaks(peaks: list[int], config: ServingConfig) -> None:
+    """The same for ranks whose peaks are known."""
+    limit = config.max_host_ram
+    if limit is not None and sum(peaks) > limit:
+        raise ConfigError(
+            f"this host's {len(peaks)} ranks would take {show(sum(peaks))} of host memory at "
+            f"their peak (the largest {show(max(peaks))}), over --max-host-ram {show(limit)}: "
+            "raise it, choose a smaller --low-bit, or lower --kv-cache-memory or --max-model-len"
+        )
+
+
+def own_memory() -> int:
+    """Resident set of this process now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def show(num_bytes: float) -> str:
+    """A size in the largest unit that leaves it above one."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"

@@ -1,0 +1,81 @@
+"""At start: say what the model will take, refuse what cannot fit, then say what it took. All ranks.
+
+Each rank checks its own shapes before it reads a weight; rank 0 speaks for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from autotp_serving.config import ServingConfig
+from autotp_serving.devices import Device
+from autotp_serving.devices.cpu import CpuDevice
+from autotp_serving.low_bit.convert import LowBitPlan
+from autotp_serving.model.fit import check_host, check_room, find_host_peak, find_room, show
+from autotp_serving.model.footprint import count_loaded, find_footprint
+from autotp_serving.ranks import Control
+
+logger = logging.getLogger(__name__)
+
+
+class StartCheck:
+    """The plan of one start, and the comparison with what came of it."""
+
+    def __init__(
+        self, config: ServingConfig, control: Control, device: Device, max_model_len: int
+    ) -> None:
+        self._config = config
+        self._control = control
+        self._device = device
+        self._max_model_len = max_model_len
+
+    def check_plan(self, model: nn.Module, checkpoint: Any, low_bit: LowBitPlan) -> None:
+        """Log what the ranks will take together.
+
+        Args:
+            model: cut, on the meta device.
+
+        Raises:
+            ConfigError: it cannot fit; with the numbers and the flag to change.
+        """
+        on_cpu = self._device.kind == "cpu"
+        footprint = find_footprint(
+            model, checkpoint, low_bit, self._config, self._control, self._max_model_len, on_cpu
+        )
+        room = find_room(
+            footprint,
+            self._config,
+            self._device.memory(),
+            on_cpu,
+            self._control.local_size,
+            self._max_model_len,
+        )
+        check_room(footprint, room, self._config, self._control.rank, self._max_model_len)
+        blocks = min(self._control.all_gather(room.blocks))
+        host_peak = find_host_peak(footprint, blocks, on_cpu)
+        check_host(host_peak, self._config, self._control)
+        cache = blocks * footprint.kv_bytes_per_block
+        self._log("Planned", footprint.weight_bytes, cache, footprint.activation_bytes, host_peak)
+
+    def report_measured(self, model: nn.Module, cache_bytes: int) -> None:
+        """Log the same sizes as they came out; the host's peak so far, before the first request."""
+        peak = CpuDevice(self._control.local_rank).peak_memory()
+        self._log("Measured", count_loaded(model), cache_bytes, None, peak)
+
+    def _log(self, word: str, weights: int, cache: int, step: int | None, host: int) -> None:
+        ranks = self._control.all_gather((weights, cache, step, host))
+        if self._control.rank != 0:
+            return
+        weights, cache, host = (sum(rank[part] for rank in ranks) for part in (0, 1, 3))
+        activations = "" if step is None else f", a step's activations {show(step)} a rank"
+        logger.info(
+            "%s, all ranks together: weights %s, KV cache %s, host memory at its peak %s%s",
+            word,
+            show(weights),
+            show(cache),
+            show(host),
+            activations,
+        )
