@@ -74,7 +74,8 @@ def check_room(
     raise ConfigError(
         f"rank {rank} needs {show(needed)} (weights {show(footprint.weight_bytes)}, a step's "
         f"activations {show(footprint.activation_bytes)}, KV cache of one sequence of "
-        f"{max_model_len} tokens {show(kv_bytes)}) but may use {show(room.usable)} of its device: "
+        f"{max_model_len} tokens {show(kv_bytes)}) but may use {show(max(0, room.usable))} of its "
+        f"device's memory: "
         f"{cure}raise --gpu-memory-utilization {config.gpu_memory_utilization}"
     )
 
@@ -105,7 +106,7 @@ def check_host_peaks(peaks: list[int], config: ServingConfig) -> None:
     limit = config.max_host_ram
     if limit is not None and sum(peaks) > limit:
         raise ConfigError(
-            f"this host's {len(peaks)} ranks would take {show(sum(peaks))} of host memory at "
+            f"the ranks on this host ({len(peaks)}) would take {show(sum(peaks))} of its memory at "
             f"their peak (the largest {show(max(peaks))}), over --max-host-ram {show(limit)}: "
             "raise it, choose a smaller --low-bit, or lower --kv-cache-memory or --max-model-len"
         )
