@@ -18,7 +18,7 @@ pytestmark = pytest.mark.live
 
 FAULTY = str(Path(__file__).with_name("faulty_serving.py"))
 NUM_STREAMS = 3
-STREAM_LEN = 400
+STREAM_LEN = 250
 
 
 def read_until_cut(server: Launch, prompt: str, n_predict: int) -> float:
