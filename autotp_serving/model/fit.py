@@ -42,7 +42,8 @@ def find_room(
     """Divide a device's memory by the rules that the server sizes its cache by."""
     usable = int(memory.free - (1.0 - config.gpu_memory_utilization) * memory.total)
     if on_cpu:
-        usable //= local_size
+        # A share of host memory is kept free of an automatic cache only, as count_blocks does.
+        usable = (usable if config.kv_cache_memory is None else memory.free) // local_size
     per_sequence = -(-max_model_len // config.block_size)
     left = usable - footprint.weight_bytes - footprint.activation_bytes
     blocks = left // footprint.kv_bytes_per_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,9 @@ def test_room_is_what_weights_and_activations_leave() -> None:
     assert (room.usable, room.blocks, room.blocks_per_sequence) == (14 * GIB, 7 * 1024, 100)
     on_cpu = find_room(FOOTPRINT, config, Memory(32 * GIB, 32 * GIB), True, 2, 1600)
     assert (on_cpu.usable, on_cpu.blocks) == (8 * GIB, 800)
+    sized = replace(config, kv_cache_memory=GIB)
+    on_cpu = find_room(FOOTPRINT, sized, Memory(32 * GIB, 20 * GIB), True, 2, 1600)
+    assert (on_cpu.usable, on_cpu.blocks) == (10 * GIB, 1024)
 
 
 @pytest.mark.parametrize(
