@@ -54,6 +54,8 @@ def convert_linear(module: nn.Module, weight: Tensor, low_bit: str, model_config
     holder = nn.Module()
     holder.linear, holder.config = module, model_config
     optimize_model(holder.eval(), low_bit, optimize_llm=False, torch_dtype=weight.dtype)
+    if holder.linear is module:
+        raise LowBitError(f"ipex-llm does not convert a {type(module).__name__}: use native")
     converted = holder.linear.to(weight.device)
     # Any layer with as many outputs as the vocabulary has words is taken for the head and would
     # compute the last position only, which is wrong in a batch of several sequences.

@@ -81,6 +81,11 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"this model cannot be built by transformers: {reason[:300]}") from error
+    except KeyError as error:  # a table of its own attention classes, as in older transformers
+        raise ConfigError(
+            f"the family '{model_config.model_type}' cannot be served with this version of "
+            f"transformers ({error} is not among its attentions): use another version"
+        ) from error
     model = model.to(dtype)
     split_layers(model)
     return model

@@ -85,6 +85,23 @@ def check_attention(model: nn.Module, layers: set[int]) -> None:
         )
 
 
+def check_config_age(model_config: Any) -> None:
+    """Refuse a config.json whose rotary settings an older transformers would pass over in silence.
+
+    Raises:
+        ConfigError: with both versions.
+    """
+    import transformers
+
+    written = getattr(model_config, "rope_parameters", None)
+    if written is not None and int(transformers.__version__.split(".")[0]) < 5:
+        raise ConfigError(
+            "config.json has its rotary settings under 'rope_parameters', as transformers 5 writes "
+            f"them, and transformers {transformers.__version__} does not read them there: use "
+            "transformers 5, or the checkpoint's original config.json"
+        )
+
+
 def find_length_limit(model_config: Any) -> int:
     """Most tokens that a sequence may have."""
     config = model_config.get_text_config()

@@ -25,6 +25,7 @@ from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
+from autotp_serving.model.families import check_config_age
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
@@ -51,10 +52,12 @@ def read_model_config(config: ServingConfig) -> Any:
             "name a folder that holds a Hugging Face checkpoint"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{folder / 'config.json'} cannot be used: {reason[:300]}") from error
+    check_config_age(found)
+    return found
 
 
 def load_model(
@@ -217,8 +220,11 @@ class WeightFiller:
         if self._checkpoint.low_bit_format(name) is not None:
             check_columns(shard.ranges[1], shard.full_shape[1])
             weight = self._checkpoint.read_low_bit(name, shard.ranges).to(self._device)
-            linear = replace_linear(module, weight, self._all_reduce)
-            self._model.set_submodule(module_name, linear)
+            if isinstance(module, VocabParallelHead):
+                module.set_low_bit(LowBitLinear(weight))
+            else:
+                linear = replace_linear(module, weight, self._all_reduce)
+                self._model.set_submodule(module_name, linear)
             return weight.num_bytes
         tensor = self._checkpoint.read(name, shard.ranges)
         num_bytes = tensor.nbytes
@@ -236,7 +242,9 @@ class WeightFiller:
         """Tie the head where the checkpoint does, and make it low-bit where that is asked."""
         if self._model.config.get_text_config().tie_word_embeddings:
             head.tie_to(self._model.get_input_embeddings().weight)
-        if self._checkpoint.low_bit_format(weight_name) is not None:
+        if head.low_bit is not None:
+            return
+        if self._checkpoint.low_bit_format(weight_name) is not None:  # of a tied head
             rows = (head.start, head.stop)
             cols = (0, self._checkpoint.shape(weight_name)[1])
             weight = self._checkpoint.read_low_bit(weight_name, (rows, cols))

@@ -116,7 +116,9 @@ def generate_with_transformers(
     folder: Path, prompts: list[list[int]], max_tokens: int
 ) -> list[list[int]]:
     """Greedy tokens of transformers' own generate, in float32, one prompt at a time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Eager, because sdpa in older versions leaves Gemma's softcap out.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = model.float()
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in prompts:

@@ -34,7 +34,7 @@ def llm(model_path: Path):
 
 def expected_logprobs(model_path: Path, tokens: list[int]) -> torch.Tensor:
     """[num_tokens, vocab_size], row i for token i + 1."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_path).float()
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
 

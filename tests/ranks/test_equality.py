@@ -32,7 +32,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(model_path: Path) -> list[list[int]]:
     """Greedy tokens of the whole model in float32, by transformers' own generate."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_path).float()
     prompts, lens = make_prompts(256)
     answers = []
     for prompt, length in zip(prompts, lens, strict=True):
