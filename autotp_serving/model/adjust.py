@@ -7,9 +7,11 @@ repetition penalty at prompt and answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from autotp_serving.plan import SampleInput
 
@@ -27,7 +29,7 @@ class LogitAdjuster:
         self._biases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def adjust(self, logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
-        """Adjust logits, [num_rows, vocab_size] in float32, in place where possible."""
+        """Adjust logits, [num_rows, vocab_size] in float32, which are overwritten."""
         guided = [row for row, sample in enumerate(samples) if sample.allowed is not None]
         if guided:
             keep_allowed(logits, guided, [samples[row].allowed for row in guided])
@@ -88,16 +90,24 @@ class LogitAdjuster:
 
 def keep_allowed(logits: torch.Tensor, rows: list[int], masks: list[Any]) -> None:
     """Set the logits of all tokens that a row's mask does not allow to minus infinity."""
-    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.int32)
+    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8)
     packed = packed.view(len(rows), -1).to(logits.device)
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = (packed[:, :, None] >> bits & 1).bool().flatten(1)
-    index = torch.tensor(rows, device=logits.device)
+    forbidden = _bits_not_set(logits.device)[packed.int()].flatten(1)
     # The model's vocabulary may be padded beyond the tokenizer's, which made the mask.
-    width = min(allowed.shape[1], logits.shape[1])
-    kept = torch.full_like(logits[index], NEVER)
-    kept[:, :width] = logits[index, :width].masked_fill(~allowed[:, :width], NEVER)
-    logits[index] = kept
+    width = min(forbidden.shape[1], logits.shape[1])
+    forbidden = nn.functional.pad(forbidden[:, :width], (0, logits.shape[1] - width), value=True)
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, NEVER)
+        return
+    index = torch.tensor(rows, device=logits.device)
+    logits[index] = logits[index].masked_fill_(forbidden, NEVER)
+
+
+@cache
+def _bits_not_set(device: torch.device) -> torch.Tensor:
+    """[256, 8], for each byte which of its bits are 0, the lowest first."""
+    byte = torch.arange(256, device=device)[:, None]
+    return byte >> torch.arange(8, device=device) & 1 == 0
 
 
 def penalize(
@@ -114,15 +124,20 @@ def penalize(
         is_present: [num_rows, vocab_size], True for tokens in prompt or answer.
     """
 
-    def column(name: str) -> torch.Tensor:
+    def column(name: str, off: float) -> torch.Tensor | None:
         values = [getattr(sample.params, name) for sample in samples]
+        if all(value == off for value in values):
+            return None
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    repetition = column("repetition_penalty")
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(is_present, repeated, logits)
-    logits = logits - column("frequency_penalty") * counts
-    return logits - column("presence_penalty") * (counts > 0)
+    if (repetition := column("repetition_penalty", 1.0)) is not None:
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(is_present, repeated, logits)
+    if (frequency := column("frequency_penalty", 0.0)) is not None:
+        logits = logits - frequency * counts
+    if (presence := column("presence_penalty", 0.0)) is not None:
+        logits = logits - presence * (counts > 0)
+    return logits
 
 
 class TokenCounts:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from autotp_serving.model.adjust import LogitAdjuster
+from autotp_serving.model.draw import draw_tokens
 from autotp_serving.model.logprobs import find_logprobs
 from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepResult
-
-MIN_TEMPERATURE = 1e-6
 
 
 class Sampler:
@@ -57,46 +56,11 @@ class Sampler:
     def _choose(self, logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
         """Choose a token for each row that is not plain; `logits` are a copy in float32."""
         logits = self._adjuster.adjust(logits, samples)
-        token_ids = logits.argmax(-1)
         rows = [row for row, sample in enumerate(samples) if not sample.params.is_greedy]
+        if len(rows) == len(samples):
+            return draw_tokens(logits, samples)
+        token_ids = logits.argmax(-1)
         if rows:
             index = torch.tensor(rows, device=logits.device)
             token_ids[index] = draw_tokens(logits[index], [samples[row] for row in rows])
         return token_ids
-
-
-def draw_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
-    """Invert the cumulative distribution of each row at its uniform number.
-
-    Temperature first, then top-k, then top-p over what top-k kept, then min-p, in the order of
-    transformers' processors. Float32 throughout: some Intel GPUs have no float64.
-    """
-    device = logits.device
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    # Lower ones would vanish in float32 and divide zero by zero.
-    temperature = column([max(sample.params.temperature, MIN_TEMPERATURE) for sample in samples])
-    top_p = column([sample.params.top_p for sample in samples])
-    min_p = column([sample.params.min_p for sample in samples])
-    vocab_size = logits.shape[-1]
-    # Clients may send numbers of any size, float32 may not hold them.
-    top_k = column([min(sample.params.top_k or vocab_size, vocab_size) for sample in samples])
-    # The largest logit becomes 0 before the division, which then cannot overflow to +inf - inf.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocab_size, device=device)
-    ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
-    probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    # Rank 0 always stays: rounding must never leave a row without a token.
-    unlikely = (before >= top_p) | (probability < min_p * probability[:, :1])
-    probability = probability.masked_fill(unlikely & (rank > 0), 0.0)
-    cumulative = probability.cumsum(-1)
-    threshold = column([sample.uniform for sample in samples]) * cumulative[:, -1:]
-    choice = (cumulative <= threshold).sum(-1, keepdim=True)
-    # A uniform within rounding of 1 must not step past the last token that has probability.
-    # A row of NaN has no such token; the caller drops what is chosen there.
-    last = (probability > 0).sum(-1, keepdim=True).clamp(min=1) - 1
-    return order.gather(1, torch.minimum(choice, last)).squeeze(1)

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from autotp_serving.model.draw import MANY_CANDIDATES
 from autotp_serving.model.sampler import Sampler
 from autotp_serving.plan import INVALID_TOKEN, SampleInput
 from autotp_serving.request import SamplingParams
@@ -130,8 +131,8 @@ def test_the_ends_of_the_uniform_range_draw_possible_tokens(
     possible = reference_probability(logits, **params) > 0
     token = draw(logits, uniform, **params)
     assert possible[token]
-    if uniform < 0.5:
-        assert token == logits.argmax()
+    if uniform < 0.5 and possible.sum() < VOCAB_SIZE and "min_p" not in params:
+        assert token == logits.argmax()  # rows that are ranked begin with the likeliest
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
@@ -211,3 +212,35 @@ def test_half_precision_logits_are_drawn_from_in_float32() -> None:
         assert draw(logits, uniform, temperature=1.0) == draw(
             logits.float(), uniform, temperature=1.0
         )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0, "top_p": 0.5},
+        {"temperature": 9.0, "top_p": 0.95},
+        {"temperature": 9.0, "top_k": 5, "top_p": 0.95},
+        {"temperature": 9.0, "top_k": 64},
+        {"temperature": 9.0, "top_k": 65, "top_p": 0.8},
+        {"temperature": 9.0, "top_k": 2500},
+        {"temperature": 9.0, "top_k": 2500, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_a_vocabulary_of_more_than_the_candidates(params: dict[str, float]) -> None:
+    """Flat distributions reach past the likeliest tokens, and neighbours do not."""
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1)) * 2
+    assert logits.shape[1] > 2 * MANY_CANDIDATES
+    samples = [
+        SampleInput(SamplingParams(**params), (i + 0.5) / NUM_DRAWS)
+        for i in range(0, NUM_DRAWS, 200)
+    ]
+    samples += [SampleInput(SamplingParams(temperature=1.0, top_k=3), 0.5)] * 3
+    tokens = sample_tokens(logits.expand(len(samples), -1), samples)[:-3]
+    possible = reference_probability(logits, **params)
+    ranks = logits[0].argsort(descending=True, stable=True)
+    edges = possible[ranks].cumsum(0)
+    for token, sample in zip(tokens, samples, strict=False):
+        expected = ranks[torch.searchsorted(edges, sample.uniform, right=True)]
+        assert possible[token] > 0
+        assert (edges[ranks == token] - edges[ranks == expected]).abs() < 1e-3
