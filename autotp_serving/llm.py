@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine
+from autotp_serving.engine.grammar import GrammarCompiler
 from autotp_serving.ranks import join_control
 from autotp_serving.request import (
     FinishReason,
@@ -77,6 +78,7 @@ class LLM:
             worker.lead, self.tokenizer, config, worker.max_model_len, self._collect
         )
         self._completions: dict[str, Completion] = {}
+        self._compiler = GrammarCompiler(self.tokenizer)
 
     def generate(
         self,
@@ -93,13 +95,24 @@ class LLM:
 
         Raises:
             RequestError: a prompt that does not fit.
+            GrammarError: a structure that cannot be compiled.
         """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         waiting = []
         for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
             token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            waiting.append(Request(str(index), tuple(token_ids), prompt_params, time.monotonic()))
+            structure = prompt_params.structure
+            grammar = None if structure is None else self._compiler.submit(structure).result()
+            waiting.append(
+                Request(
+                    str(index),
+                    tuple(token_ids),
+                    prompt_params,
+                    time.monotonic(),
+                    grammar=grammar,
+                )
+            )
         completions = [Completion() for _ in waiting]
         self._completions = {str(index): item for index, item in enumerate(completions)}
         waiting.reverse()

@@ -88,9 +88,11 @@ def logprobs(context: Sequence[int], token: int, num_top: int) -> TokenLogprobs:
 
 
 def obey(token: int, sample: SampleInput) -> int:
-    """The token, or another one where the sample's mask does not allow it, or bans it."""
+    """The token, or another one where a mask or a ban forbids it, or a bias of 100 decides."""
     if token in sample.banned:
         token = ord("z")
+    if 100.0 in sample.params.logit_bias.values():
+        token = next(key for key, bias in sample.params.logit_bias.items() if bias == 100.0)
     if sample.allowed is None or token < 0:
         return token
     bits = int.from_bytes(sample.allowed, "little")
@@ -141,6 +143,7 @@ class FakeRunner:
         self.fail_at_step = fail_at_step
         self.plans: list[StepPlan] = []
         self.rank_times = [RankTimes(), RankTimes()]
+        self.samples: list[SampleInput] = []
         self.kept: set[str] = set()  # requests sampled and not released
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
 
@@ -157,6 +160,7 @@ class FakeRunner:
             time.sleep(self.delay)
         assert StepPlan.from_bytes(plan.to_bytes()) == plan, "the plan does not survive the wire"
         self.plans.append(plan)
+        self.samples.extend(samples)
         times = RankTimes(len(self.plans), 0.5 * len(self.plans), 2 * len(self.plans), 4096, 0.25)
         self.rank_times = [times, times]
         self._check_shape(plan, samples, scores)

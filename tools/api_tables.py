@@ -13,23 +13,30 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from autotp_serving.api.native_schemas import GenerateRequest
 from autotp_serving.api.openai_schemas import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     OpenAIRequest,
-    ResponseFormat,
     StreamOptions,
     TextPart,
 )
-from autotp_serving.api.schemas import GenerateRequest
+from autotp_serving.api.sampling_fields import SamplingFields
+from autotp_serving.api.structures import (
+    JsonSchemaFormat,
+    ResponseFormat,
+    StructuredOutputs,
+    StructureFields,
+)
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from autotp_serving.api.tool_schemas import CalledFunction, FunctionDefinition, Tool, ToolCall
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
-    StreamOptions, ResponseFormat, Tool, FunctionDefinition, ToolCall, CalledFunction,
+    SamplingFields, StructureFields, ResponseFormat, JsonSchemaFormat, StructuredOutputs,
+    StreamOptions, Tool, FunctionDefinition, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

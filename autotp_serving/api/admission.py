@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
-from autotp_serving.request import Request, RequestError, SamplingParams
+from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.request import Request, RequestError, SamplingParams, Structure
 from autotp_serving.tokenizer import Tokenizer
 
 MAX_INLINE_CHARS = 4096
+
+MAX_COMPILE_SECONDS = 10.0
+"""How long a request waits for its structure; llguidance's own limits end sooner."""
 
 
 class Admission:
@@ -22,6 +26,7 @@ class Admission:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.max_num_answers = max_num_answers
+        self._compiler = GrammarCompiler(tokenizer)
 
     async def encode(
         self, prompt: str | list[int], *, add_special_tokens: bool = True
@@ -48,18 +53,43 @@ class Admission:
         size = sum(len(message["content"] or "") for message in messages)
         return await _run(partial(self.tokenizer.apply_chat_template, messages, options), size)
 
-    def check_tokens(self, token_ids: list[int], field_name: str) -> None:
+    async def compile(self, wanted: tuple[str, Structure] | None) -> CompiledGrammar | None:
+        """Make a structure ready for use, in another thread.
+
+        Args:
+            wanted: the field that asks for it, and the structure; None asks for none.
+
+        Raises:
+            RequestError: naming the field, when it is not valid or takes too long.
+        """
+        if wanted is None:
+            return None
+        field_name, structure = wanted
+        future = asyncio.wrap_future(self._compiler.submit(structure))
+        try:
+            # Others may wait for the same one: it must not be cancelled for the first that leaves.
+            return await asyncio.wait_for(asyncio.shield(future), MAX_COMPILE_SECONDS)
+        except GrammarError as error:
+            raise RequestError(field_name, str(error)) from error
+        except asyncio.TimeoutError as error:
+            raise RequestError(
+                field_name, f"could not be compiled within {MAX_COMPILE_SECONDS:g} seconds"
+            ) from error
+
+    def check_tokens(self, token_ids: Iterable[int], field_name: str) -> None:
         """Refuse tokens that the model does not have."""
         for token_id in token_ids:
             if not 0 <= token_id < self.tokenizer.vocab_size:
                 last = self.tokenizer.vocab_size - 1
                 raise RequestError(field_name, f"token {token_id} is not from 0 to {last}")
 
-    def check_num_answers(self, num_prompts: int, num_choices: int) -> None:
+    def check_num_answers(
+        self, num_prompts: int, num_choices: int, choices_field: str = "n"
+    ) -> None:
         """Refuse one call that asks for more answers than the server ever holds at once."""
         if num_prompts * num_choices > self.max_num_answers:
             raise RequestError(
-                "n" if num_choices > 1 else "prompt",
+                choices_field if num_choices > 1 else "prompt",
                 f"{num_prompts} prompts with {num_choices} answers each are more than the "
                 f"{self.max_num_answers} requests that run and wait at most",
             )
@@ -77,6 +107,7 @@ class Admission:
         first_choice: int = 0,
         prompt_field: str = "prompt",
         length_field: str = "max_tokens",
+        grammar: CompiledGrammar | None = None,
     ) -> list[Request]:
         """Make the engine's requests, one for each answer wanted to one prompt.
 
@@ -86,6 +117,7 @@ class Admission:
             first_choice: number of the first answer among all of this HTTP request.
             prompt_field: the client's word for the prompt.
             length_field: the client's word for max_tokens.
+            grammar: the structure that `choices` name, compiled.
 
         Raises:
             ApiError: 400 when prompt and answer together exceed the model's length.
@@ -114,6 +146,7 @@ class Admission:
                 params,
                 record.arrival_time,
                 record.tenant,
+                grammar,
             )
             for number, params in enumerate(choices, first_choice)
         ]

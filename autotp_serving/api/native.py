@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.errors import check_reason
+from autotp_serving.api.native_schemas import GenerateReply, GenerateRequest
 from autotp_serving.api.responses import TokenStreamResponse
-from autotp_serving.api.schemas import GenerateReply, GenerateRequest
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.request import Request as EngineRequest
 from autotp_serving.request import RequestOutput
@@ -28,11 +28,15 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     router = APIRouter(tags=["native"], redirect_slashes=False)
 
     async def admit(body: GenerateRequest, request: Request) -> list[EngineRequest]:
+        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
+        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
+        grammar = await admission.compile(body.structure())
         return admission.admit(
             await admission.encode(body.prompt),
             [body.sampling_params()],
             request.state.record,
             length_field="n_predict",
+            grammar=grammar,
         )
 
     @router.post("/generate", include_in_schema=False)

@@ -94,7 +94,11 @@ def openai_routes(
         record = request.state.record
         head = names.head(body, record.request_id, "cmpl-")
         admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
-        admission.check_num_answers(len(body.prompt), body.num_choices)
+        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
+        admission.check_num_answers(
+            len(body.prompt), body.num_drawn, "best_of" if body.best_of else "n"
+        )
+        grammar = await admission.compile(body.structure())
         requests: list[EngineRequest] = []
         echoes: list[str] = []
         for prompt in body.prompt:
@@ -102,13 +106,23 @@ def openai_routes(
             max_tokens = body.max_new_tokens(admission.room(token_ids))
             requests += admission.admit(
                 token_ids,
-                [body.sampling_params(max_tokens, choice) for choice in range(body.num_choices)],
+                [body.sampling_params(max_tokens, choice) for choice in range(body.num_drawn)],
                 record,
                 first_choice=len(requests),
+                grammar=grammar,
             )
             echo = prompt_text(prompt) if body.echo else ""
-            echoes += [echo] * body.num_choices
-        writer = CompletionWriter(head, requests, record.usage, body.include_usage, echoes=echoes)
+            echoes += [echo] * body.num_drawn
+        writer = CompletionWriter(
+            head,
+            requests,
+            record.usage,
+            body.include_usage,
+            admission.tokenizer,
+            echoes=echoes,
+            has_logprobs=body.logprobs is not None,
+            num_kept=(body.num_choices, body.num_drawn),
+        )
         return await answer(body, request, requests, writer)
 
     def prompt_text(prompt: str | Sequence[int]) -> str:
@@ -120,10 +134,12 @@ def openai_routes(
         record = request.state.record
         head = names.head(body, record.request_id, "chatcmpl-")
         admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
-        admission.check_num_answers(1, body.num_choices)
+        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
+        admission.check_num_answers(1, body.num_drawn)
         tools = {tool.function.name for tool in body.callable_tools}
         if tools:
             parsers.check_tools()
+        grammar = await admission.compile(body.structure())
         token_ids = await admission.encode_chat(
             [message.for_template() for message in body.messages], body.template_options()
         )
@@ -134,6 +150,7 @@ def openai_routes(
             record,
             prompt_field="messages",
             length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
+            grammar=grammar,
         )
         max_calls = 1 if body.parallel_tool_calls is False else None
         writer = ChatWriter(
@@ -141,6 +158,7 @@ def openai_routes(
             requests,
             record.usage,
             body.include_usage,
+            admission.tokenizer,
             parsers=[parsers.make(token_ids, tools, max_calls) for _ in requests],
         )
         return await answer(body, request, requests, writer)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
+from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import (
-    MAX_STOP_STRINGS,
     NonEmptyText,
     Seed,
     Stop,
@@ -21,7 +21,7 @@ from autotp_serving.api.schemas import (
     check_unicode,
 )
 from autotp_serving.api.tool_schemas import Tool, ToolCall
-from autotp_serving.request import RequestError, SamplingParams
+from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
 
 MAX_CHOICES = 128
 LABEL = "for the caller's own books; asks nothing of the answer"
@@ -83,13 +83,7 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: only(False) = None
 
 
-class ResponseFormat(StrictModel):
-    """The form of the answer."""
-
-    type: Literal["text"] = Field(description="what the answer has to be")
-
-
-class OpenAIRequest(StrictModel):
+class OpenAIRequest(SamplingFields):
     """What both OpenAI routes take."""
 
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
@@ -107,9 +101,6 @@ class OpenAIRequest(StrictModel):
     )
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
-    stop_token_ids: list[int] | None = Field(
-        None, max_length=MAX_STOP_STRINGS, description="tokens at which to end"
-    )
     ignore_eos: bool | None = Field(None, description="go on past the model's end token")
     max_tokens: int | None = Field(
         None,
@@ -119,14 +110,7 @@ class OpenAIRequest(StrictModel):
 
     user: Text | None = Field(None, description=LABEL)
 
-    min_p: only(0) = None
-    min_tokens: only(0) = None
-    frequency_penalty: only(0) = None
-    presence_penalty: only(0) = None
-    repetition_penalty: only(1) = None
-    logit_bias: only({}) = None
     use_beam_search: only(False) = None
-    skip_special_tokens: only(True) = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> OpenAIRequest:
@@ -144,9 +128,20 @@ class OpenAIRequest(StrictModel):
         """True when a stream must end with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def num_drawn(self) -> int:
+        """Answers to generate for each prompt, of which the best may be picked."""
+        return self.num_choices
+
+    def logprob_params(self) -> dict[str, int | None]:
+        """Which logprobs are needed, in the words of SamplingParams."""
+        raise NotImplementedError
+
     def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
         """The same in the engine's words, for one of the answers to a prompt."""
         return SamplingParams(
+            **self.shared_params(max_tokens),
+            **self.logprob_params(),
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -154,7 +149,6 @@ class OpenAIRequest(StrictModel):
             # Each answer draws its own numbers, the same ones at each call.
             seed=None if self.seed is None else self.seed + choice,
             stop=as_tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
         )
 
@@ -166,19 +160,51 @@ class CompletionRequest(OpenAIRequest):
         description="text, a list of texts, token ids, or a list of token id lists"
     )
     echo: bool | None = Field(None, description="put the prompt before the answer")
-    best_of: int | None = Field(None, description="only the value of n")
-    logprobs: only() = None
+    max_tokens: int | None = Field(
+        None, ge=0, description="most tokens to generate, 0 only with echo; default 16"
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="generate so many, return the n likeliest per token; default n",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="list so many likeliest tokens beside each; default: no logprobs",
+    )
     suffix: only("") = None
 
     @model_validator(mode="after")
-    def _check_best_of(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.num_choices:
-            raise RequestError("best_of", f"other than n ({self.num_choices}) is not supported yet")
+    def _check_fields_together(self) -> CompletionRequest:
+        if self.num_drawn < self.num_choices:
+            raise RequestError("best_of", f"must be at least n, which is {self.num_choices}")
+        if self.num_drawn > self.num_choices and self.stream:
+            raise RequestError("best_of", "over n cannot be streamed: the best is known at the end")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens", "0 is only allowed with echo")
         return self
+
+    @property
+    def num_drawn(self) -> int:
+        return self.best_of or self.num_choices
+
+    def logprob_params(self) -> dict[str, int | None]:
+        # To score a prompt is all that is left to do when no token is wanted.
+        scored = self.logprobs or 0 if self.max_tokens == 0 else self.logprobs
+        ranked = 0 if self.num_drawn > self.num_choices else None
+        return {
+            "logprobs": ranked if self.logprobs is None else self.logprobs,
+            "prompt_logprobs": scored if self.echo else None,
+        }
 
     def max_new_tokens(self, room: int) -> int:
         """Most tokens to generate; `room` is what the model has left for them."""
-        return self.max_tokens or max(1, min(room, DEFAULT_COMPLETION_TOKENS))
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(1, min(room, DEFAULT_COMPLETION_TOKENS))
 
 
 class TextPart(StrictModel):
@@ -246,7 +272,10 @@ class ChatRequest(OpenAIRequest):
 
     messages: list[ChatMessage] = Field(min_length=1, description="the conversation so far")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
-    response_format: ResponseFormat | None = Field(None, description="form of the answer")
+    logprobs: bool | None = Field(None, description="give the tokens' logprobs; default false")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to list beside each; default 0"
+    )
     add_generation_prompt: bool | None = Field(
         None, description="end the prompt with the answer's head; default true"
     )
@@ -261,8 +290,6 @@ class ChatRequest(OpenAIRequest):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    logprobs: only(False) = None
-    top_logprobs: only(0) = None
     tools: list[Tool] | None = Field(None, max_length=128, description="what may be called")
     tool_choice: only("none", "auto") = Field(
         None, description="whether tools may be called; required and named ones not supported yet"
@@ -292,6 +319,15 @@ class ChatRequest(OpenAIRequest):
         if "tools" in (self.chat_template_kwargs or {}):
             raise RequestError("chat_template_kwargs", "send tools in their own field")
         return self
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs", "is only allowed with logprobs: true")
+        return self
+
+    def logprob_params(self) -> dict[str, int | None]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def max_new_tokens(self, room: int) -> int:
         """Most tokens to generate; `room` is what the model has left for them."""

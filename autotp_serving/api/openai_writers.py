@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from autotp_serving.api.answers import AnswerParser, join
 from autotp_serving.api.errors import ApiError, check_reason, error_body
+from autotp_serving.api.logprobs import ChatLogprobs, CompletionLogprobs
 from autotp_serving.api.streams import Usage
-from autotp_serving.request import Request, RequestOutput
+from autotp_serving.request import Request, RequestOutput, TokenLogprobs
+from autotp_serving.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -32,6 +35,25 @@ def event(data: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
+@dataclass
+class Piece:
+    """Some of an answer: what one output brought, or all of them."""
+
+    text: str = ""
+    reason: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+
+    def add(self, output: RequestOutput) -> Piece:
+        """Append an output; returns itself."""
+        self.text += output.text
+        self.reason = output.finish_reason
+        self.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        return self
+
+
 class ChoiceWriter:
     """Writes the answers of one HTTP request, in the order of `requests`.
 
@@ -39,6 +61,7 @@ class ChoiceWriter:
         head: fields that start the reply and every event: id, created, model, fingerprint.
         usage: of the HTTP request; grows while its outputs come.
         include_usage: end a stream with the usage.
+        tokenizer: knows the tokens that logprobs are about.
     """
 
     object_name = ""
@@ -50,27 +73,27 @@ class ChoiceWriter:
         requests: Sequence[Request],
         usage: Usage,
         include_usage: bool,
+        tokenizer: Tokenizer,
     ) -> None:
         self._head = head
+        self._requests = requests
+        self._tokenizer = tokenizer
         self._choices = {request.request_id: index for index, request in enumerate(requests)}
         self._usage = usage
         self._include_usage = include_usage
-        self._texts: list[list[str]] = [[] for _ in requests]
-        self._reasons: list[str | None] = [None for _ in requests]
+        self._pieces = [Piece() for _ in requests]
 
     def collect(self, outputs: Sequence[RequestOutput]) -> None:
         """Keep outputs for the whole reply. Raises ApiError when one of them has failed."""
         for output in outputs:
             check_reason(output)
-            index = self._choices[output.request_id]
-            self._texts[index].append(output.text)
-            self._reasons[index] = output.finish_reason
+            self._pieces[self._choices[output.request_id]].add(output)
 
     def reply(self) -> dict[str, Any]:
         """The whole reply."""
         choices = [
-            self.choice(index, "".join(texts), reason)
-            for index, (texts, reason) in enumerate(zip(self._texts, self._reasons, strict=True))
+            self.choice(index, self._pieces[index]) | {"index": number}
+            for number, index in enumerate(self.kept())
         ]
         return self._head | {
             "object": self.object_name,
@@ -89,8 +112,7 @@ class ChoiceWriter:
                 continue
             index = self._choices[output.request_id]
             parts.extend(
-                self._chunk([choice])
-                for choice in self.deltas(index, output.text, output.finish_reason)
+                self._chunk([choice]) for choice in self.deltas(index, Piece().add(output))
             )
         return b"".join(parts)
 
@@ -104,30 +126,72 @@ class ChoiceWriter:
         chunk = self._head | {"object": self.chunk_name, "choices": choices}
         return event(chunk | {"usage": usage} if self._include_usage else chunk)
 
-    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def kept(self) -> Iterable[int]:
+        """The answers that the whole reply gives, best first where it picks some."""
+        return range(len(self._pieces))
+
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """One answer of the whole reply."""
         raise NotImplementedError
 
-    def deltas(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
+    def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What one output adds to an answer, an event for each."""
         raise NotImplementedError
 
 
 class CompletionWriter(ChoiceWriter):
-    """/v1/completions. `echoes` holds a text to put before each answer, "" for none."""
+    """/v1/completions.
+
+    Args:
+        echoes: a text to put before each answer, "" for none.
+        has_logprobs: the client wants them.
+        num_kept: of so many answers to each prompt, how many to return and how many there are.
+    """
 
     object_name = chunk_name = "text_completion"
 
-    def __init__(self, *args: Any, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, *args: Any, echoes: Sequence[str], has_logprobs: bool, num_kept: tuple[int, int]
+    ) -> None:
         super().__init__(*args)
         self._echoes = list(echoes)
+        self._num_kept, self._num_drawn = num_kept
+        self._logprobs = [
+            CompletionLogprobs(self._tokenizer, request.params.skip_special_tokens)
+            for request in (self._requests if has_logprobs else ())
+        ]
 
-    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        text = self._echoes[index] + text
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def kept(self) -> Iterable[int]:
+        if self._num_kept == self._num_drawn:
+            return super().kept()
+        kept: list[int] = []
+        for first in range(0, len(self._pieces), self._num_drawn):
+            drawn = range(first, first + self._num_drawn)
+            kept += sorted(drawn, key=self._mean_logprob, reverse=True)[: self._num_kept]
+        return kept
 
-    def deltas(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
-        choice = self.choice(index, text, reason)
+    def _mean_logprob(self, index: int) -> float:
+        """Per token, as OpenAI ranks answers: a sum would prefer the short ones."""
+        logprobs = self._pieces[index].logprobs
+        return sum(item.logprob for item in logprobs) / max(1, len(logprobs))
+
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs:
+            first_token = None
+            if piece.prompt_logprobs is not None:
+                first_token = self._requests[index].prompt_token_ids[0]
+            items = [*(piece.prompt_logprobs or ()), *piece.logprobs]
+            logprobs = self._logprobs[index].write(items, first_token)
+        return {
+            "index": index,
+            "text": self._echoes[index] + piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.reason,
+        }
+
+    def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        choice = self.choice(index, piece)
         self._echoes[index] = ""
         return [choice]
 
@@ -143,32 +207,41 @@ class ChatWriter(ChoiceWriter):
         self._begun: set[int] = set()
         self._parsers = parsers
 
-    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        reason = piece.reason
         if (parser := self._parsers[index]) is not None:
-            message |= join(parser.add(text, is_last=True))
+            message |= join(parser.add(piece.text, is_last=True))
             reason = called(parser, reason)
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        logprobs = self._write_logprobs(index, piece)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def deltas(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
-        deltas: list[tuple[dict[str, Any], str | None]] = []
+    def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
         if index not in self._begun:
             self._begun.add(index)
-            deltas.append(({"role": "assistant", "content": ""}, None))
-        parser = self._parsers[index]
-        parts = [{"content": text}] if text or reason is None else []
-        if parser is not None:
-            is_last = reason is not None
-            # Something for each token, so that clients see that it goes on.
-            parts = parser.add(text, is_last=is_last) or ([] if is_last else [{"content": ""}])
+            deltas.append({"delta": {"role": "assistant", "content": ""}})
+        reason = piece.reason
+        parts = [{"content": piece.text}] if piece.text or reason is None else []
+        if (parser := self._parsers[index]) is not None:
+            parts = parser.add(piece.text, is_last=reason is not None)
             reason = called(parser, reason)
-        deltas += [(part, None) for part in parts]
+        # Something for each token, so that clients see that it goes on.
+        if not parts and (reason is None or piece.logprobs):
+            parts = [{"content": ""}]
+        logprobs = self._write_logprobs(index, piece)
+        for part in parts:
+            deltas.append({"delta": part, "logprobs": logprobs})
+            logprobs = None  # they belong to the tokens, however many parts these make
         if reason is not None:
-            deltas.append(({}, reason))
-        return [
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-            for delta, reason in deltas
-        ]
+            deltas.append({"delta": {}, "finish_reason": reason})
+        empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
+        return [empty | delta for delta in deltas]
+
+    def _write_logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        if self._requests[index].params.logprobs is None:
+            return None
+        return ChatLogprobs(self._tokenizer).write(piece.logprobs)
 
 
 def called(parser: AnswerParser, reason: str | None) -> str | None:

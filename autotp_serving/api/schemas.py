@@ -1,4 +1,4 @@
-"""Request bodies of the native routes, checked at the door. Rank 0 only.
+"""What all bodies are made of, checked at the door. Rank 0 only.
 
 Strict and closed: a wrong type or an unknown field is an error, so a typo never goes unnoticed.
 """
@@ -10,7 +10,6 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from autotp_serving.api.errors import LONE_SURROGATE
-from autotp_serving.request import SamplingParams
 
 MAX_STOP_STRINGS = 64
 
@@ -44,46 +43,6 @@ def as_tuple(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
-
-
-class GenerateRequest(StrictModel):
-    """Body of /generate/ and /generate_stream/. The prompt goes to the model as it is."""
-
-    prompt: NonEmptyText = Field(description="text to continue", examples=["What is AI?"])
-    n_predict: int = Field(32, ge=1, description="most tokens to generate")
-    temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens of this share")
-    top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
-    seed: Seed | None = Field(None, description="same seed and prompt, same text")
-    stop: Stop | None = Field(None, description="text at which to end; not returned")
-    ignore_eos: bool = Field(False, description="go on past the model's end token")
-
-    def sampling_params(self) -> SamplingParams:
-        """The same in the engine's words. Raises RequestError naming a field out of range."""
-        return SamplingParams(
-            max_tokens=self.n_predict,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=as_tuple(self.stop),
-            ignore_eos=self.ignore_eos,
-        )
-
-
-class Message(StrictModel):
-    """One piece of the answer."""
-
-    role: str = "assistant"
-    content: str | None
-
-
-class GenerateReply(StrictModel):
-    """Reply of /generate/, and each line of /generate_stream/."""
-
-    index: int
-    message: Message
-    finish_reason: str | None
 
 
 class ErrorDetail(StrictModel):

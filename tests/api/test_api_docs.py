@@ -8,13 +8,25 @@ import subprocess
 
 import pytest
 
-from autotp_serving.api import openai_schemas, schemas, tokens, tool_schemas
-from autotp_serving.api.schemas import ErrorReply, GenerateReply, Message, StrictModel
+from autotp_serving.api import (
+    native_schemas,
+    openai_schemas,
+    sampling_fields,
+    schemas,
+    structures,
+    tokens,
+    tool_schemas,
+)
+from autotp_serving.api.native_schemas import GenerateReply, Message
+from autotp_serving.api.schemas import ErrorReply, StrictModel
 from tests.api.conftest import LiveServer
 from tests.api.service import build_service
 from tools.api_tables import DOCUMENT, MODELS, fill
 
 TEXT = DOCUMENT.read_text(encoding="utf-8")
+MODULES = (
+    schemas, native_schemas, openai_schemas, sampling_fields, structures, tool_schemas, tokens,
+)  # fmt: skip
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -26,7 +38,7 @@ def test_every_body_has_a_table():
     replies = {ErrorReply, GenerateReply, Message, schemas.ErrorDetail, StrictModel}
     bodies = {
         value
-        for module in (schemas, openai_schemas, tool_schemas, tokens)
+        for module in MODULES
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, StrictModel)
     } - replies

@@ -12,6 +12,7 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest
+from autotp_serving.request import SamplingParams
 from tests.api.service import MAX_MODEL_LEN, client
 
 COMPLETION = {"prompt": "What is AI?", "temperature": 0}
@@ -63,7 +64,7 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
     """What is not honoured is answered 400 by name, unless it asks for nothing."""
     base = ROUTES[path]
     fields = refused_fields(model)
-    assert "presence_penalty" in fields and "temperature" not in fields
+    assert "use_beam_search" in fields and "presence_penalty" not in fields
     refused = [(name, value) for name in fields for value in ("x", 0.5, True, ["x"], {"x": 1})]
     refused = [(name, value) for name, value in refused if value not in fields[name]]
     replies = post_all([(path, base | {name: value}) for name, value in refused])
@@ -77,6 +78,80 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         assert reply.status_code == 200, reply.text
 
 
+# Fields that ask nothing of the answer: a caller's own books, and the default said aloud.
+LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "model"}
+
+# Fields that speak to a chat template, which these tests' tokenizer does not have.
+SHOWN_ELSEWHERE = {"chat_template_kwargs", "tools", "parallel_tool_calls"}
+
+# A value for each field that must show in the reply or in what reaches the sampler.
+TELLING: dict[str, Any] = {
+    "prompt": "emoji",
+    "messages": [{"role": "user", "content": "now"}],
+    "n": 2,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 3,
+    "seed": 7,
+    "stop": ["r"],
+    "stop_token_ids": [ord("n")],
+    "ignore_eos": True,
+    "max_tokens": 3,
+    "max_completion_tokens": 3,
+    "min_p": 0.1,
+    "min_tokens": 2,
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"5": 1.0},
+    "skip_special_tokens": False,
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"choice": ["x", "y"]},
+    "guided_json": {"type": "integer"},
+    "guided_regex": "[0-9]{2}",
+    "guided_choice": ["x", "y"],
+    "guided_grammar": 'start: "x" | "y"',
+    "echo": True,
+    "best_of": 2,
+    "logprobs": 1,
+    "top_logprobs": 2,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+}
+NEEDED = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+    "max_completion_tokens": {"max_tokens": None},
+}
+LOGPROBS_OF_CHAT = ("logprobs", "/v1/chat/completions")
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)],
+)
+def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
+    """Generated from the schema: a new field must be refused, a label, or seen to do something."""
+    honoured = set(model.model_fields) - set(refused_fields(model)) - LABELS - SHOWN_ELSEWHERE
+    assert honoured <= set(TELLING), honoured - set(TELLING)
+
+    async def answer(change: dict[str, Any]) -> tuple[list[SamplingParams], Any]:
+        async with client() as (http, service):
+            reply = await http.post(path, json=ROUTES[path] | {"max_tokens": 8} | change)
+            assert reply.status_code == 200, reply.text
+            params = [sample.params for sample in service.runner.samples]
+            if reply.headers["content-type"].startswith("text/event-stream"):
+                return params, reply.text.count("data: ")
+            return params, (reply.json()["choices"], reply.json()["usage"])
+
+    for name in sorted(honoured):
+        base = NEEDED.get(name, {})
+        change = base | {name: True if (name, path) == LOGPROBS_OF_CHAT else TELLING[name]}
+        assert asyncio.run(answer(change)) != asyncio.run(answer(base)), name
+
+
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize(
     ("change", "param", "words"),
@@ -87,7 +162,6 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         ({"top_p": 0}, "top_p", "greater"),
         ({"n": 0}, "n", "1"),
         ({"n": 1000}, "n", "128"),
-        ({"max_tokens": 0}, "max_tokens", "1"),
         ({"max_tokens": 1.0}, "max_tokens", "integer"),
         ({"max_tokens": MAX_MODEL_LEN}, "max_tokens", str(MAX_MODEL_LEN)),
         ({"stop_token_ids": [257]}, "stop_token_ids", "0 to 256"),
@@ -97,7 +171,37 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not a field"),
         ({"seed": 2**64}, "seed", "less than"),
-        ({"logit_bias": {"5": 10}}, "logit_bias", "not supported"),
+        ({"min_p": 1.1}, "min_p", "less than"),
+        ({"min_tokens": -1}, "min_tokens", "greater"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "over the 8"),
+        ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens", "structure"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "less than"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "greater"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not the number"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "twice"),
+        ({"logit_bias": {"257": 1}}, "logit_bias", "0 to 256"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+            "missing",
+        ),
+        ({"guided_json": {"type": "strang"}}, "guided_json", "strang"),
+        ({"guided_json": "{"}, "guided_json", "EOF while parsing"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_grammar": "start: missing"}, "guided_grammar", "missing"),
+        ({"guided_regex": "a" * 2**17 + "b"}, "guided_regex", "longer than"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs.regex", "regex"),
+        ({"structured_outputs": {"x": 1}}, "structured_outputs.x", "not a field"),
+        (
+            {"guided_regex": "a", "structured_outputs": {"choice": ["a"]}},
+            "structured_outputs.choice",
+            "guided_regex",
+        ),
     ],
 )
 def test_refusals_name_the_field(path: str, change: dict[str, Any], param: str, words: str) -> None:
@@ -183,10 +287,24 @@ def test_length_of_both_names() -> None:
     assert completion["usage"]["completion_tokens"] == 3
 
 
-def test_best_of_is_only_n() -> None:
-    assert post("/v1/completions", COMPLETION | {"n": 2, "best_of": 2}).status_code == 200
-    reply = post("/v1/completions", COMPLETION | {"best_of": 2})
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == "best_of"
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        ("/v1/completions", {"n": 2, "best_of": 1}, "best_of"),
+        ("/v1/completions", {"best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"best_of": 129}, "best_of"),
+        ("/v1/completions", {"logprobs": 21}, "logprobs"),
+        ("/v1/completions", {"logprobs": True}, "logprobs"),
+        ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"logprobs": 1}, "logprobs"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_refusals_of_one_route(path: str, change: dict[str, Any], param: str) -> None:
+    reply = post(path, ROUTES[path] | change)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == param
 
 
 def test_events_to_the_letter() -> None:

@@ -1,0 +1,50 @@
+"""Bodies of the native routes. Rank 0 only."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from autotp_serving.api.sampling_fields import SamplingFields
+from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple
+from autotp_serving.request import SamplingParams
+
+
+class GenerateRequest(SamplingFields):
+    """Body of /generate/ and /generate_stream/. The prompt goes to the model as it is."""
+
+    prompt: NonEmptyText = Field(description="text to continue", examples=["What is AI?"])
+    n_predict: int = Field(32, ge=1, description="most tokens to generate")
+    temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens of this share")
+    top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
+    seed: Seed | None = Field(None, description="same seed and prompt, same text")
+    stop: Stop | None = Field(None, description="text at which to end; not returned")
+    ignore_eos: bool = Field(False, description="go on past the model's end token")
+
+    def sampling_params(self) -> SamplingParams:
+        """The same in the engine's words. Raises RequestError naming a field out of range."""
+        return SamplingParams(
+            **self.shared_params(self.n_predict),
+            max_tokens=self.n_predict,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=as_tuple(self.stop),
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class Message(StrictModel):
+    """One piece of the answer."""
+
+    role: str = "assistant"
+    content: str | None
+
+
+class GenerateReply(StrictModel):
+    """Reply of /generate/, and each line of /generate_stream/."""
+
+    index: int
+    message: Message
+    finish_reason: str | None

@@ -1,0 +1,166 @@
+"""Structured output: grammars compiled once, then followed token by token. Rank 0 only.
+
+The one file that knows llguidance, imported when the first structure is asked for. Of the well-kept
+libraries it alone depends on nothing (xgrammar wants a triton of its own beside torch's), gives up
+the interpreter's lock while it works, and limits what a grammar may cost. Nobody can stop a thread,
+so those limits are what keeps a nasty schema from holding up the server.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from autotp_serving.request import Structure
+from autotp_serving.tokenizer import Tokenizer
+
+MAX_SOURCE_LEN = 2**17
+"""Characters of a schema, expression or grammar."""
+
+MAX_CACHED = 64
+"""Compiled grammars kept; the least recently used one goes."""
+
+NUM_THREADS = 2
+
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+"""Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
+
+TOO_COMPLEX = "the structure became too complex to follow in this answer"
+
+
+class GrammarError(ValueError):
+    """A structure that cannot be compiled; the message says why, in one line."""
+
+
+class GrammarCompiler:
+    """Compiles structures in threads of its own and remembers the results, failures included.
+
+    Args:
+        tokenizer: whose tokens the answers are made of.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._vocabulary_lock = threading.Lock()  # two threads need it at once, it is made once
+        self._cache: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+
+    def submit(self, structure: Structure) -> Future[CompiledGrammar]:
+        """Begin to compile; the future raises GrammarError if that fails. Safe in any thread."""
+        with self._lock:
+            future = self._cache.get(structure)
+            if future is None:
+                future = self._cache[structure] = self._pool.submit(self._compile, structure)
+                if len(self._cache) > MAX_CACHED:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(structure)
+            return future
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """The tokenizer in llguidance's form: about a second for 128 K tokens."""
+        import llguidance
+
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer)),
+            n_vocab=self._tokenizer.vocab_size,
+            eos_token=sorted(self._tokenizer.eos_token_ids),
+        )
+
+    def _compile(self, structure: Structure) -> CompiledGrammar:
+        import llguidance
+
+        if len(structure.source) > MAX_SOURCE_LEN:
+            raise GrammarError(f"is longer than {MAX_SOURCE_LEN} characters")
+        try:
+            text = _to_llguidance(structure)
+        except ValueError as error:
+            raise GrammarError(_first_line(str(error))) from error
+        with self._vocabulary_lock:
+            vocabulary = self._vocabulary
+        matcher = llguidance.LLMatcher(
+            vocabulary, text, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False)
+        )
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first mask is the slowest: not in the engine's thread
+        if matcher.is_error():
+            raise GrammarError(_first_line(matcher.get_error()))
+        return CompiledGrammar(matcher)
+
+
+class CompiledGrammar:
+    """See Grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def start(self) -> MatcherGuide:
+        """See Grammar."""
+        return MatcherGuide(self._matcher.deep_copy())
+
+
+class MatcherGuide:
+    """See Guide."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.error: str | None = None
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """See Guide. A matcher that gave up allows the end tokens, and `accept` tells."""
+        return self._matcher.compute_bitmask()
+
+    def accept(self, token_id: int) -> bool:
+        """See Guide."""
+        if self._matcher.is_error() or not self._matcher.consume_token(token_id):
+            self.error = TOO_COMPLEX
+        return self._matcher.is_stopped()
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = min(tokenizer.eos_token_ids)
+        self.special_token_ids = sorted(tokenizer.special_token_ids)
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _to_llguidance(structure: Structure) -> str:
+    """The structure in llguidance's own form. Raises ValueError."""
+    import llguidance
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    matcher = llguidance.LLMatcher
+    options = {"whitespace_pattern": WHITESPACE}
+    if structure.kind == "json_object":
+        return matcher.grammar_from_json_schema('{"type": "object"}', defaults=options)
+    if structure.kind == "json_schema":
+        return matcher.grammar_from_json_schema(structure.source, defaults=options)
+    if structure.kind == "regex":
+        return matcher.grammar_from_regex(structure.source)
+    if structure.kind == "choice":
+        texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(structure.source)]
+        return matcher.grammar_from_lark("start: " + " | ".join(texts))
+    try:
+        lark = any_to_lark(structure.source)
+    except Exception as error:  # all that its parser of GBNF ever raises
+        raise ValueError(str(error)) from error
+    return matcher.grammar_from_lark(lark)
+
+
+def _first_line(message: str) -> str:
+    """llguidance's error without the state and the grammar that may follow."""
+    lines = message.partition("<state>")[0].strip().splitlines()
+    return " ".join(line.strip() for line in lines if line.strip(" ^|0123456789"))[:300]

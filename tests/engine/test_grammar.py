@@ -1,0 +1,228 @@
+"""Structures: what is compiled, what is refused, what an answer can be."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from autotp_serving.engine import grammar
+from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.request import Request, RequestError, SamplingParams, Structure
+from tests.engine.test_engine import Bench
+from tests.fakes import ByteTokenizer, FakeRunner
+
+EOS = ByteTokenizer.EOS
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ByteTokenizer())
+
+
+def compile_one(compiler: GrammarCompiler, kind: str, source: str = "") -> CompiledGrammar:
+    return compiler.submit(Structure(kind, source)).result(20)
+
+
+def follow(compiled: CompiledGrammar, text: str) -> str:
+    """ "complete", "open" (more must come), or "refused at" the first byte not allowed."""
+    guide = compiled.start()
+    is_complete = False
+    for index, byte in enumerate(text.encode()):
+        assert not is_complete, "it ended before its text did"
+        if not int.from_bytes(guide.allowed(), "little") >> byte & 1:
+            return f"refused at {index}"
+        is_complete = guide.accept(byte)
+        assert guide.error is None
+    if is_complete or int.from_bytes(guide.allowed(), "little") >> EOS & 1:
+        return "complete"
+    return "open"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "text", "expected"),
+    [
+        ("json_object", "", '{"a": [1, null, {}]}', "complete"),
+        ("json_object", "", "[1]", "refused at 0"),
+        ("json_schema", '{"type": "integer"}', "-12", "complete"),
+        ("json_schema", '{"type": "integer"}', "1.5", "refused at 1"),
+        ("json_schema", "{}", '"anything"', "complete"),
+        ("json_schema", '{"enum": ["a", "b"]}', '"c"', "refused at 1"),
+        ("regex", "a(b|c)+", "abcb", "complete"),
+        ("regex", "a(b|c)+", "a", "open"),
+        ("regex", "a(b|c)+", "abx", "refused at 2"),
+        ("choice", '["yes", "no", "no way"]', "no", "complete"),
+        ("choice", '["yes", "no", "no way"]', "no way", "complete"),
+        ("choice", '["yes", "no", "no way"]', "nope", "refused at 2"),
+        ("choice", json.dumps(['a "b"\\c\n', "\N{GRINNING FACE}"]), 'a "b"\\c\n', "complete"),
+        ("choice", json.dumps(['a "b"', "\N{GRINNING FACE}"]), "\N{GRINNING FACE}", "complete"),
+        ("grammar", 'start: "a" start | "b"', "aaab", "complete"),
+        ("grammar", 'root ::= "a" root | "b"', "aac", "refused at 2"),
+    ],
+)
+def test_what_may_be_written(compiler, kind, source, text, expected) -> None:
+    assert follow(compile_one(compiler, kind, source), text) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        ("json_schema", "{", "EOF"),
+        ("json_schema", "[1]", "object"),
+        ("json_schema", '{"type": "strang"}', "strang"),
+        ("json_schema", '{"$ref": "#/missing"}', "missing"),
+        ("json_schema", '{"not": {"type": "string"}}', "Unimplemented keys"),
+        ("json_schema", '{"type": "string", "pattern": "("}', "unclosed group"),
+        ("regex", "[a", "unclosed character class"),
+        ("regex", "(?=a)b", "look-around"),
+        ("grammar", "start: a", "unknown name"),
+        ("grammar", "root ::= a", "Rule 'a' not found"),
+        ("regex", "a" * (grammar.MAX_SOURCE_LEN + 1), "longer than"),
+    ],
+)
+def test_what_is_refused_in_one_line(compiler, kind, source, words) -> None:
+    with pytest.raises(GrammarError, match=words) as refused:
+        compile_one(compiler, kind, source)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) <= 300
+
+
+def nasty() -> dict[str, tuple[str, str]]:
+    """Structures that are meant to take for ever, or all the memory there is."""
+    deep: dict = {"type": "string"}
+    for _ in range(200):
+        deep = {"type": "object", "properties": {"a": deep, "b": deep}}
+        if len(json.dumps(deep)) > grammar.MAX_SOURCE_LEN // 2:
+            break
+    options = [{"properties": {f"k{number}": {"type": "integer"}}} for number in range(5)]
+    node = {"properties": {name: {"$ref": "#/$defs/n"} for name in "abcdefgh"}}
+    return {
+        "deep": ("json_schema", json.dumps(deep)),
+        "product of options": ("json_schema", json.dumps({"allOf": [{"anyOf": options}] * 9})),
+        "recursion": ("json_schema", json.dumps({"$defs": {"n": node}, "$ref": "#/$defs/n"})),
+        "many values": ("json_schema", json.dumps({"enum": [f"v {n}" for n in range(9000)]})),
+        "multiples": ("json_schema", '{"type": "integer", "multipleOf": 99991}'),
+        "long": ("json_schema", '{"type": "string", "minLength": 100000, "maxLength": 1000000}'),
+        "repeats": ("regex", "((a{1,1000}){1,1000}){1,1000}"),
+        "exponential": ("regex", "[ab]*a[ab]{30}c"),
+        "backtracking": ("regex", "(a*)*(a|a)*(.*b.{40}){9}"),
+        "alternatives": ("regex", "|".join(f"(a*{number})*b" for number in range(9000))),
+        "ambiguous": ("grammar", 'start: a\na: a a | a a a | "x" | b a b\nb: a b | "y" |'),
+        "left recursion": ("grammar", "start: start start | start |"),
+    }
+
+
+@pytest.mark.parametrize("name", nasty())
+def test_a_nasty_structure_holds_nobody_up(name: str) -> None:
+    """It compiles or is refused within the time that a request waits, and so does each mask.
+
+    Limits are llguidance's own; the times allowed here leave room for a busy machine."""
+    compiler = GrammarCompiler(ByteTokenizer())
+    compile_one(compiler, "json_object")
+    started = time.monotonic()
+    try:
+        guide = compile_one(compiler, *nasty()[name]).start()
+    except GrammarError:
+        guide = None
+    assert time.monotonic() - started < 5.0
+    for _ in range(50 if guide else 0):
+        started = time.monotonic()
+        allowed = int.from_bytes(guide.allowed(), "little")
+        assert time.monotonic() - started < 1.0
+        if guide.accept(next(token for token in range(257) if allowed >> token & 1)):
+            break
+        if guide.error:
+            break
+
+
+def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_CACHED", 3)
+    compiler = GrammarCompiler(ByteTokenizer())
+    regex = [Structure("regex", f"a{{{number}}}") for number in range(5)]
+    first = compiler.submit(regex[0])
+    assert compiler.submit(Structure("regex", "a{0}")) is first
+    for structure in (*regex[1:3], regex[0], regex[3]):  # regex[1] is now the oldest
+        compiler.submit(structure)
+    assert compiler.submit(regex[0]) is first
+    assert len(compiler._cache) == 3 and regex[1] not in compiler._cache
+    failed = compiler.submit(Structure("regex", "("))
+    assert compiler.submit(Structure("regex", "(")) is failed and failed.exception()
+
+
+def test_compiling_happens_in_threads_of_its_own(monkeypatch) -> None:
+    names: list[str] = []
+
+    def compile_slowly(structure: Structure) -> str:
+        names.append(threading.current_thread().name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(grammar, "_to_llguidance", compile_slowly)
+    with pytest.raises(GrammarError, match="enough"):
+        GrammarCompiler(ByteTokenizer()).submit(Structure("regex", "a")).result(20)
+    assert names[0].startswith("grammar")
+
+
+def submit(bench: Bench, name: str, compiled: CompiledGrammar, **params) -> None:
+    params = SamplingParams(structure=Structure("regex", "-"), **params)
+    bench.engine.submit(Request(name, (1, 2), params, time.monotonic(), grammar=compiled))
+
+
+def test_an_answer_ends_when_it_is_complete_and_its_last_token_shows(compiler) -> None:
+    compiled = compile_one(compiler, "regex", "xy{30}z")
+    bench = Bench(FakeRunner(num_blocks=6), max_num_seqs=3)
+    for number in range(4):  # the same grammar at several places at once, and beside free answers
+        params = {"max_tokens": 40, "ignore_eos": number % 2 == 0, "stop": ("n",)}
+        submit(bench, f"s{number}", compiled, **params)
+        bench.submit(f"f{number}", prompt="x" * 20, max_tokens=40)
+    submit(bench, "cut", compiled, max_tokens=3)
+    bench.run()
+    for number in range(4):
+        assert bench.text(f"s{number}") == "x" + "y" * 30 + "z"
+        assert bench.last(f"s{number}").finish_reason == "stop"
+        assert len(bench.tokens(f"f{number}")) == 40
+    assert (bench.text("cut"), bench.last("cut").finish_reason) == ("xyy", "length")
+    assert bench.engine.stats().num_preemptions
+    bench.assert_clean()
+
+
+def test_an_end_token_ends_where_more_might_come(compiler) -> None:
+    def digits_then_end(context, sample):
+        return ord("7") if len(context) < 5 else EOS
+
+    for ignore_eos in (False, True):
+        bench = Bench(FakeRunner(next_token=digits_then_end))
+        digits = compile_one(compiler, "regex", "[0-9]+")
+        submit(bench, "a", digits, max_tokens=9, ignore_eos=ignore_eos)
+        bench.run()
+        assert (bench.text("a"), bench.last("a").finish_reason) == ("777", "stop")
+
+
+def test_a_structure_that_cannot_be_followed_ends_its_request_alone() -> None:
+    class GivesUp:
+        error = None
+
+        def start(self):
+            return self
+
+        def allowed(self) -> bytes:
+            return b"\xff" * 36
+
+        def accept(self, token_id: int) -> bool:
+            self.error = "too complex"
+            return True
+
+    bench = Bench()
+    submit(bench, "a", GivesUp(), max_tokens=9)
+    bench.submit("b", max_tokens=9)
+    bench.run()
+    last = bench.last("a")
+    assert (last.finish_reason, last.error, last.token_ids) == ("error", "too complex", ())
+    assert len(bench.tokens("b")) == 9
+    bench.assert_clean()
+
+
+def test_min_tokens_and_a_structure_contradict_each_other() -> None:
+    with pytest.raises(RequestError) as refused:
+        SamplingParams(structure=Structure("json_object"), min_tokens=3)
+    assert refused.value.field_name == "min_tokens"
