@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,10 @@ from autotp_serving.ranks import GROUP_TIMEOUT, Control, TorchControl, own_host
 from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_BYTES_PER_RANK = 72 * 2**20
+"""What DeepSpeed's all-reduce takes of it, rounded up."""
 
 
 def join_collectives(
@@ -54,6 +59,8 @@ def join_collectives(
         if device_kind == "cpu":
             _load_shared_memory_op(control)
         deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+    if device_kind == "cpu":
+        _unlink_shared_memory(control)
     _count_sums(deepspeed.comm.comm.cdb, times)
 
     def all_reduce(tensor: Any) -> Any:
@@ -74,6 +81,30 @@ def _count_sums(backend: Any, times: StepTimes) -> None:
         return result
 
     backend.inference_all_reduce = counted
+
+
+def _unlink_shared_memory(control: Control) -> None:
+    """Take the names of DeepSpeed's shared memory away once every rank has mapped it.
+
+    DeepSpeed leaves them, 69 MB of host memory a rank for every start there ever was. Without a
+    name the memory goes with the last process that maps it, however that ends.
+    """
+    control.all_gather("mapped")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{control.rank}"
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def _check_shared_memory(control: Control) -> str | None:
+    """What keeps DeepSpeed's buffers from fitting, if anything: to write past the end is fatal."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    needed = control.local_size * SHARED_BYTES_PER_RANK
+    if free >= needed:
+        return None
+    return (
+        f"{SHARED_MEMORY} has {free >> 20} MiB free, {needed >> 20} MiB are needed: give a "
+        "container --shm-size"
+    )
 
 
 def _load_shared_memory_op(control: Control) -> None:
@@ -107,15 +138,15 @@ def _load_shared_memory_op(control: Control) -> None:
         return None
 
     several_hosts = control.local_size < control.size
-    problem = None if several_hosts else load()
+    problem = None if several_hosts else _check_shared_memory(control) or load()
     if not isinstance(control, TorchControl):
         problem = next(filter(None, control.all_gather(problem)), None)
     if several_hosts or problem:
         deepspeed.ops.__compatible_ops__[name] = False
     if problem and control.rank == 0:
         logger.warning(
-            "DeepSpeed's shared-memory all-reduce cannot be compiled (%s): using Gloo, about a "
-            "hundred times slower per call. Install g++ and ninja.",
+            "DeepSpeed's shared-memory all-reduce cannot be used (%s): using Gloo, about a "
+            "hundred times slower per call. It needs g++, ninja and room in shared memory.",
             problem,
         )
 
