@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "bfloat16.h"
+#include "prefetch.h"
 
 struct Bytes {
     __m256i first, second;
@@ -204,6 +205,7 @@ inline Floats subtract(Floats a, Floats b) {
 inline Floats divide(Floats a, Floats b) {
     return {_mm256_div_ps(a.first, b.first), _mm256_div_ps(a.second, b.second)};
 }
+// `b` where one of them is NaN.
 inline Floats larger(Floats a, Floats b) {
     return {_mm256_max_ps(a.first, b.first), _mm256_max_ps(a.second, b.second)};
 }
@@ -222,6 +224,15 @@ inline Floats keep_lanes(Floats a, int from, int to) {
     return {keep(a.first, 0), keep(a.second, 8)};
 }
 
+inline Floats add(Floats a, Floats b) {
+    return {_mm256_add_ps(a.first, b.first), _mm256_add_ps(a.second, b.second)};
+}
+inline Floats copy_sign(Floats magnitude, Floats sign) {
+    const __m256 mask = _mm256_set1_ps(-0.0f);
+    return {_mm256_or_ps(magnitude.first, _mm256_and_ps(sign.first, mask)),
+            _mm256_or_ps(magnitude.second, _mm256_and_ps(sign.second, mask))};
+}
+inline float first_lane(Floats a) { return _mm256_cvtss_f32(a.first); }
 inline float largest_lane(Floats a) {
     const __m256 eight = _mm256_max_ps(a.first, a.second);
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

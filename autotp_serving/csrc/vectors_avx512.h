@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "prefetch.h"
+
 using Bytes = __m512i;
 using Ints = __m512i;
 using Floats = __m512;
@@ -115,20 +117,26 @@ inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
 #endif
 }
 
-// Rounds to the nearest, halves to even; NaN stays NaN.
+// Rounds to the nearest, halves to even; NaN stays NaN. Numbers below the smallest normal may
+// become 0.
 inline void store_bfloat16(uint16_t* to, Floats a, int count) {
+    const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1);
+#ifdef __AVX512BF16__
+    _mm256_mask_storeu_epi16(to, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+#else
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1),
-                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#endif
 }
 
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+// `b` where one of them is NaN.
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
 // Lanes from `from` up to but without `to` as they are, the others minus infinity.
@@ -140,6 +148,11 @@ inline Floats keep_lanes(Floats a, int from, int to) {
                                 _mm512_set1_ps(-__builtin_inff()), a);
 }
 
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats copy_sign(Floats magnitude, Floats sign) {
+    return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+}
+inline float first_lane(Floats a) { return _mm512_cvtss_f32(a); }
 inline float largest_lane(Floats a) { return _mm512_reduce_max_ps(a); }
 inline float sum_lanes(Floats a) { return _mm512_reduce_add_ps(a); }
 

@@ -31,7 +31,7 @@ inline void prefetch(const uint8_t* from) {
     constexpr int kWork = kTokens * (F::kKind == Kind::kPairs ? 2 : 1) * 1024 / F::kLowBytes;
     if constexpr (kWork >= 5) {
         for (int i = 0; i < F::kLowBytes; i += 64) {
-            _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + i), _MM_HINT_T1);
+            prefetch_far(from + kAhead + i);
         }
     }
 }

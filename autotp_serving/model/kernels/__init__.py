@@ -1,0 +1,1 @@
+"""Kernels of the model's step on one kind of device. Every rank."""

@@ -1,0 +1,393 @@
+// Attention over pages of bfloat16 keys and values, without gathering them: decodes and chunks of
+// prompts alike.
+//
+// Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch.
+// The unit of work is one sequence, one key/value head and some of its query tokens; their query
+// heads that share the key/value head are the rows of a small product. The context is walked in
+// blocks of 64 positions, each turned once into the order that the products take, with a running
+// maximum and sum per row. A row's result depends on its own context only: neither on the threads,
+// nor on the batch, nor on how the prompt was cut into chunks.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include ISA_VECTORS
+
+#include "bfloat16.h"
+
+// One call, as kernels/cpu.py describes it; strides are in numbers.
+struct AutotpAttention {
+    const uint16_t* query;  // [tokens, heads, head_dim]
+    int64_t query_token_stride, query_head_stride;
+    const uint16_t* keys;    // [slots, kv_heads, head_dim]
+    const uint16_t* values;  // [slots, kv_heads, value_dim]
+    uint16_t* out;           // [tokens, heads, value_dim]
+    const int32_t* tables;   // [sequences, table_stride], pages
+    int64_t table_stride;
+    const int32_t* context_lens;  // [sequences]
+    const int32_t* starts;        // [sequences + 1], first query token of each
+    int64_t sequences, heads, kv_heads, head_dim, value_dim, block_size;
+    int64_t window;  // latest positions that are visible, or 0 for all
+    float scaling;
+    float softcap;  // 0 for none
+};
+
+namespace {
+
+constexpr int kPositions = 64;
+constexpr int kLanes = 16;
+constexpr int kVectors = kPositions / kLanes;
+// Rows multiplied at a time: enough sums in flight to hide the products' latency.
+constexpr int kRowsAtOnce = 4;
+// Rows of a unit of work: their sums stay in the L2 cache.
+constexpr int64_t kRowsPerTask = 128;
+constexpr float kLog2e = 1.44269504f;
+// Below any logit, yet finite, so that a row that has seen nothing yet stays a number.
+constexpr float kNothing = -1e30f;
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of this thread, kept between calls; cut into parts by `take`.
+class Scratch {
+  public:
+    void start(size_t bytes) {
+        static thread_local std::unique_ptr<char, Free> memory;
+        static thread_local size_t size = 0;
+        if (bytes > size) {
+            memory.reset();
+            memory.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+            if (!memory) throw std::bad_alloc();
+            size = bytes;
+        }
+        next_ = memory.get();
+    }
+    template <class T>
+    T* take(size_t count) {
+        T* part = reinterpret_cast<T*>(next_);
+        next_ += (count * sizeof(T) + 63) / 64 * 64;
+        return part;
+    }
+
+  private:
+    char* next_ = nullptr;
+};
+
+struct Task {
+    int64_t sequence, kv_head, first_token, stop_token;
+};
+
+// What a thread needs for its task.
+struct Work {
+    uint32_t* keys;    // [head_dim / 2, 64]: pairs of numbers, a position per lane
+    uint32_t* values;  // [32, value_dim]: numbers of two positions, a column per lane
+    float* sums;       // [rows, value_dim]
+    float* peaks;      // [rows], largest logit so far
+    float* totals;     // [rows], sum of weights so far
+    uint16_t* zeros;   // a row of zeros, for positions beyond the context
+};
+
+// 2**x for x up to 0, within 2**-22 of itself; exactly 1 for 0, 0 below -200, NaN for NaN. The polynomial has the least
+// squared relative error on -1/2 to 1/2.
+inline Floats power_of_two(Floats x) {
+    x = larger(same_float(-200), x);
+    const Floats whole = round_to_integers(x);
+    const Floats part = subtract(x, whole);
+    Floats y = same_float(0.00132186722f);
+    constexpr float kCoefficients[] = {0.00967169832f, 0.0555089302f, 0.24022238f, 0.693146884f, 1.0f};
+    for (const float coefficient : kCoefficients) {
+        y = multiply_add(y, part, same_float(coefficient));
+    }
+    return scale_by_power(y, whole);
+}
+
+// softcap * tanh(x / softcap), by way of 2**-|..| so that nothing overflows.
+inline Floats cap(Floats x, float softcap) {
+    const Floats magnitude = larger(x, multiply(x, same_float(-1)));
+    const Floats small =
+        power_of_two(multiply(magnitude, same_float(-2.0f * kLog2e / softcap)));
+    const Floats tanh = divide(subtract(same_float(1), small), add(same_float(1), small));
+    return multiply(copy_sign(tanh, x), same_float(softcap));
+}
+
+// Where the keys and values of a block of positions lie; zeros beyond the context.
+struct Block {
+    const uint16_t* keys[kPositions];
+    const uint16_t* values[kPositions];
+};
+
+inline void find_block(const AutotpAttention& call, const Task& task, int64_t start, int64_t stop,
+                       const uint16_t* zeros, Block& block) {
+    const int32_t* table = call.tables + task.sequence * call.table_stride;
+    int64_t page = start / call.block_size, offset = start % call.block_size;
+    for (int i = 0; i < kPositions; ++i) {
+        block.keys[i] = block.values[i] = zeros;
+        if (start + i >= stop) continue;
+        const int64_t slot = table[page] * call.block_size + offset;
+        const int64_t row = slot * call.kv_heads + task.kv_head;
+        block.keys[i] = call.keys + row * call.head_dim;
+        block.values[i] = call.values + row * call.value_dim;
+        if (++offset == call.block_size) {
+            ++page;
+            offset = 0;
+        }
+    }
+}
+
+// Asks for a block. Rows of one head are too far apart for the processor to foresee.
+inline void prefetch_block(const AutotpAttention& call, const Block& block) {
+    for (int i = 0; i < kPositions; ++i) {
+        for (int64_t col = 0; col < call.head_dim; col += 32) {
+            prefetch_near(block.keys[i] + col);
+        }
+        for (int64_t col = 0; col < call.value_dim; col += 32) {
+            prefetch_near(block.values[i] + col);
+        }
+    }
+}
+
+// Puts a block into the products' order.
+inline void turn_block(const AutotpAttention& call, const Block& block, const Work& work) {
+    for (int vector = 0; vector < kVectors; ++vector) {
+        for (int64_t word = 0; word < call.head_dim / 2; word += kLanes) {
+            const uint32_t* rows[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                rows[i] = reinterpret_cast<const uint32_t*>(block.keys[vector * kLanes + i]) + word;
+            }
+            transpose_words(rows, work.keys + word * kPositions + vector * kLanes, kPositions);
+        }
+    }
+    for (int pair = 0; pair < kPositions / 2; ++pair) {
+        const uint16_t* first = block.values[2 * pair];
+        const uint16_t* second = block.values[2 * pair + 1];
+        for (int64_t col = 0; col < call.value_dim; col += kLanes) {
+            store_bytes(work.values + pair * call.value_dim + col,
+                        interleave(first + col, second + col));
+        }
+    }
+}
+
+// A row of queries of a task.
+struct Row {
+    const uint16_t* query;
+    int64_t position;
+    int64_t index;  // among the task's rows
+};
+
+// Logits of `kCount` rows for a block of positions.
+template <int kCount>
+inline void find_logits(const AutotpAttention& call, const Row* rows, const Work& work,
+                        Floats (*to)[kVectors]) {
+    Floats logits[kCount][kVectors];
+    for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kVectors; ++v) logits[r][v] = same_float(0);
+    }
+    for (int64_t word = 0; word < call.head_dim / 2; ++word) {
+        Bytes keys[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            keys[v] = load_bytes(work.keys + word * kPositions + v * kLanes);
+        }
+        for (int r = 0; r < kCount; ++r) {
+            const int32_t query = load_int32(rows[r].query + 2 * word);
+            for (int v = 0; v < kVectors; ++v) {
+                logits[r][v] = dot_pairs(logits[r][v], keys[v], query);
+            }
+        }
+    }
+    for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kVectors; ++v) to[r][v] = logits[r][v];
+    }
+}
+
+// Turns a row's logits into weights, as bfloat16, and returns by how much earlier sums shrink.
+inline float find_weights(const AutotpAttention& call, const Row& row, int64_t start,
+                          const Work& work, Floats* logits, uint16_t* weights) {
+    const int64_t first = call.window ? row.position - call.window + 1 : 0;
+    const int from = static_cast<int>(std::clamp<int64_t>(first - start, 0, kPositions));
+    const int to =
+        static_cast<int>(std::clamp<int64_t>(row.position + 1 - start, 0, kPositions));
+    Floats peaks = same_float(kNothing);
+    for (int v = 0; v < kVectors; ++v) {
+        if (call.softcap != 0) {
+            logits[v] = cap(multiply(logits[v], same_float(call.scaling)), call.softcap);
+            logits[v] = multiply(logits[v], same_float(kLog2e));
+        } else {
+            logits[v] = multiply(logits[v], same_float(call.scaling * kLog2e));
+        }
+        if (from > 0 || to < kPositions) {
+            logits[v] = keep_lanes(logits[v], from - v * kLanes, to - v * kLanes);
+        }
+        peaks = larger(logits[v], peaks);
+    }
+    const float before = work.peaks[row.index];
+    const float peak = std::max(before, largest_lane(peaks));
+    Floats total = same_float(0);
+    for (int v = 0; v < kVectors; ++v) {
+        const Floats weight = power_of_two(subtract(logits[v], same_float(peak)));
+        total = add(total, weight);
+        store_bfloat16(weights + v * kLanes, weight, kLanes);
+    }
+    const float shrink = first_lane(power_of_two(same_float(before - peak)));
+    work.peaks[row.index] = peak;
+    work.totals[row.index] = work.totals[row.index] * shrink + sum_lanes(total);
+    return shrink;
+}
+
+// sums = sums * shrink + weights times values, for `kCount` rows.
+template <int kCount>
+inline void add_values(const AutotpAttention& call, const Row* rows, const Work& work,
+                       const float* shrinks, const uint16_t (*weights)[kPositions]) {
+    constexpr int kCols = 4;  // vectors of columns at a time
+    for (int64_t col = 0; col < call.value_dim; col += kCols * kLanes) {
+        const int cols = static_cast<int>(
+            std::min<int64_t>(kCols, (call.value_dim - col) / kLanes));
+        Floats sums[kCount][kCols];
+        for (int r = 0; r < kCount; ++r) {
+            const float* from = work.sums + rows[r].index * call.value_dim + col;
+            for (int c = 0; c < kCols; ++c) {
+                sums[r][c] = c < cols ? multiply(load_floats(from + c * kLanes),
+                                                 same_float(shrinks[r]))
+                                      : same_float(0);
+            }
+        }
+        for (int pair = 0; pair < kPositions / 2; ++pair) {
+            const uint32_t* from = work.values + pair * call.value_dim + col;
+            Bytes values[kCols];
+            // Beyond the last column it reads what follows, and drops the result.
+            for (int c = 0; c < kCols; ++c) values[c] = load_bytes(from + c * kLanes);
+            for (int r = 0; r < kCount; ++r) {
+                const int32_t weight = load_int32(weights[r] + 2 * pair);
+                for (int c = 0; c < kCols; ++c) {
+                    sums[r][c] = dot_pairs(sums[r][c], values[c], weight);
+                }
+            }
+        }
+        for (int r = 0; r < kCount; ++r) {
+            float* to = work.sums + rows[r].index * call.value_dim + col;
+            for (int c = 0; c < cols; ++c) store_floats(to + c * kLanes, sums[r][c], kLanes);
+        }
+    }
+}
+
+template <int kCount>
+void attend_block(const AutotpAttention& call, const Row* rows, int64_t start, const Work& work) {
+    Floats logits[kCount][kVectors];
+    find_logits<kCount>(call, rows, work, logits);
+    alignas(64) uint16_t weights[kCount][kPositions];
+    float shrinks[kCount];
+    for (int r = 0; r < kCount; ++r) {
+        shrinks[r] = find_weights(call, rows[r], start, work, logits[r], weights[r]);
+    }
+    add_values<kCount>(call, rows, work, shrinks, weights);
+}
+
+void run_task(const AutotpAttention& call, const Task& task) {
+    const int64_t group = call.heads / call.kv_heads;
+    const int64_t rows = (task.stop_token - task.first_token) * group;
+    const int64_t padding = 4 * kLanes;
+    Scratch scratch;
+    scratch.start(4 * (call.head_dim / 2 * kPositions + kPositions / 2 * call.value_dim + padding +
+                       rows * (call.value_dim + 2) + std::max(call.head_dim, call.value_dim)) +
+                  64 * 8);
+    const Work work{scratch.take<uint32_t>(call.head_dim / 2 * kPositions),
+                    scratch.take<uint32_t>(kPositions / 2 * call.value_dim + padding),
+                    scratch.take<float>(rows * call.value_dim),
+                    scratch.take<float>(rows),
+                    scratch.take<float>(rows),
+                    scratch.take<uint16_t>(std::max(call.head_dim, call.value_dim))};
+    std::fill_n(work.values + kPositions / 2 * call.value_dim, padding, 0);
+    std::fill_n(work.sums, rows * call.value_dim, 0.0f);
+    std::fill_n(work.peaks, rows, kNothing);
+    std::fill_n(work.totals, rows, 0.0f);
+    std::fill_n(work.zeros, std::max(call.head_dim, call.value_dim), uint16_t{0});
+
+    const int64_t stop = call.starts[task.sequence + 1];
+    const int64_t context = call.context_lens[task.sequence];
+    const auto position = [&](int64_t token) { return context - (stop - token); };
+    const auto make_row = [&](int64_t index) {
+        const int64_t token = task.first_token + index / group;
+        const int64_t head = task.kv_head * group + index % group;
+        return Row{call.query + token * call.query_token_stride + head * call.query_head_stride,
+                   position(token), index};
+    };
+    const int64_t last = position(task.stop_token - 1) + 1;
+    int64_t block = 0;
+    if (call.window) {
+        block = std::max<int64_t>(0, position(task.first_token) - call.window + 1);
+        block = block / kPositions * kPositions;
+    }
+    Block here, next;
+    find_block(call, task, block, last, work.zeros, next);
+    for (; block < last; block += kPositions) {
+        std::swap(here, next);
+        if (block + kPositions < last) {
+            find_block(call, task, block + kPositions, last, work.zeros, next);
+            prefetch_block(call, next);
+        }
+        turn_block(call, here, work);
+        // Rows of tokens before the block see nothing of it.
+        const int64_t unseeing = std::max<int64_t>(0, block - position(task.first_token));
+        int64_t index = std::min(rows, unseeing * group);
+        for (; index + kRowsAtOnce <= rows; index += kRowsAtOnce) {
+            Row some[kRowsAtOnce];
+            for (int r = 0; r < kRowsAtOnce; ++r) some[r] = make_row(index + r);
+            attend_block<kRowsAtOnce>(call, some, block, work);
+        }
+        for (; index < rows; ++index) {
+            const Row row = make_row(index);
+            attend_block<1>(call, &row, block, work);
+        }
+    }
+    for (int64_t index = 0; index < rows; ++index) {
+        const int64_t token = task.first_token + index / group;
+        const int64_t head = task.kv_head * group + index % group;
+        uint16_t* to = call.out + (token * call.heads + head) * call.value_dim;
+        const Floats inverse = same_float(1.0f / work.totals[index]);
+        for (int64_t col = 0; col < call.value_dim; col += kLanes) {
+            const Floats sums = load_floats(work.sums + index * call.value_dim + col);
+            store_bfloat16(to + col, multiply(sums, inverse), kLanes);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Returns 0, or 1 when there is no memory.
+int autotp_paged_attention(const AutotpAttention* call, int64_t threads) {
+    const int64_t tokens_per_task =
+        std::max<int64_t>(1, kRowsPerTask / (call->heads / call->kv_heads));
+    int64_t most_tasks = 0;  // of one sequence
+    for (int64_t i = 0; i < call->sequences; ++i) {
+        const int64_t tokens = call->starts[i + 1] - call->starts[i];
+        most_tasks = std::max(most_tasks, (tokens + tokens_per_task - 1) / tokens_per_task);
+    }
+    const int64_t tasks = call->sequences * call->kv_heads * most_tasks;
+    bool failed = false;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < tasks; ++i) {
+        const int64_t sequence = i / most_tasks / call->kv_heads;
+        const int64_t stop = call->starts[sequence + 1];
+        // The last tokens have the longest contexts: they come first.
+        const int64_t part = most_tasks - 1 - i % most_tasks;
+        const int64_t first = call->starts[sequence] + part * tokens_per_task;
+        if (first >= stop) continue;
+        const int64_t kv_head = i / most_tasks % call->kv_heads;
+        try {
+            run_task(*call, {sequence, kv_head, first, std::min(stop, first + tokens_per_task)});
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            failed = true;
+        }
+    }
+    return failed;
+}
+
+}  // extern "C"

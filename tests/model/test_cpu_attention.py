@@ -1,0 +1,243 @@
+"""The CPU's paged attention beside plain attention in float64 and the portable path."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.kernels import cpu
+from autotp_serving.model.kernels.cpu import can_attend, load_library, paged_attention_cpu
+from autotp_serving.model.kv_cache import KVCache, KVCacheShape
+from autotp_serving.native_build import ISAS, BuildError, processor_flags
+from autotp_serving.plan import StepPlan
+
+NUM_PAGES = 200
+MIXED = ((1, 1), (1, 64), (1, 65), (5, 5), (37, 300), (1, 500), (130, 130), (64, 128))
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def isa(request: pytest.FixtureRequest) -> str:
+    if not ISAS[request.param].needs <= processor_flags():
+        pytest.skip(f"no {request.param} here")
+    if load_library(request.param) is None:
+        pytest.skip("no C++ compiler")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Some tests change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pool of keys and values, and sequences that run their last tokens."""
+
+    keys: Tensor
+    values: Tensor
+    query: Tensor
+    spans: tuple[tuple[int, int], ...]
+    tables: list[list[int]]
+    block_size: int
+
+    def attend(self, indices: list[int] | None = None, **options: object) -> list[Tensor]:
+        """Outputs per sequence, of those in `indices` (default: all) as one batch."""
+        indices = list(range(len(self.spans))) if indices is None else indices
+        queries = self.query.split([length for length, _ in self.spans])
+        lens = [self.spans[i][0] for i in indices]
+        tables = torch.zeros(len(indices), max(map(len, self.tables)), dtype=torch.int32)
+        for row, i in enumerate(indices):
+            tables[row, : len(self.tables[i])] = torch.tensor(self.tables[i])
+        starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+        out = paged_attention_cpu(
+            torch.cat([queries[i] for i in indices]),
+            self.keys,
+            self.values,
+            tables,
+            torch.tensor([self.spans[i][1] for i in indices], dtype=torch.int32),
+            starts,
+            self.block_size,
+            self.query.shape[2] ** -0.5,
+            **options,
+        )
+        return list(out.split(lens))
+
+    def slots(self, index: int) -> Tensor:
+        """Of a sequence's context."""
+        pages = torch.tensor(self.tables[index])
+        slots = (pages[:, None] * self.block_size + torch.arange(self.block_size)).flatten()
+        return slots[: self.spans[index][1]]
+
+    def exact(self, index: int, window: int | None, softcap: float | None) -> Tensor:
+        """What a sequence's output should be, in float64."""
+        query = self.query.split([length for length, _ in self.spans])[index].double()
+        group = query.shape[1] // self.keys.shape[1]
+        keys, values = (
+            pool[self.slots(index)].double().repeat_interleave(group, 1)
+            for pool in (self.keys, self.values)
+        )
+        logits = torch.einsum("thd,shd->hts", query, keys) * query.shape[2] ** -0.5
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        length, context = self.spans[index]
+        position = torch.arange(context - length, context)[:, None]
+        visible = torch.arange(context) <= position
+        if window is not None:
+            visible &= torch.arange(context) > position - window
+        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        return torch.einsum("hts,shd->thd", weights, values)
+
+
+def make_case(
+    heads: tuple[int, int] = (8, 2),
+    dims: tuple[int, int] = (64, 64),
+    spans: tuple[tuple[int, int], ...] = MIXED,
+    block_size: int = 16,
+) -> Case:
+    """Pages in random order; what no context covers is NaN and must not be read into it."""
+    torch.manual_seed(0)
+    num_slots = NUM_PAGES * block_size
+    keys = torch.randn(num_slots, heads[1], dims[0]).bfloat16()
+    values = torch.randn(num_slots, heads[1], dims[1]).bfloat16()
+    pages = random.Random(0).sample(range(NUM_PAGES), NUM_PAGES)
+    tables = [[pages.pop() for _ in range(-(-context // block_size))] for _, context in spans]
+    query = torch.randn(sum(length for length, _ in spans), heads[0], dims[0]).bfloat16()
+    case = Case(keys, values, query, spans, tables, block_size)
+    unused = torch.ones(num_slots, dtype=torch.bool)
+    for index in range(len(spans)):
+        unused[case.slots(index)] = False
+    keys[unused] = values[unused] = float("nan")
+    return case
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0, 30.0])
+@pytest.mark.parametrize("window", [None, 1, 17, 64, 200])
+def test_equals_plain_attention(isa: str, window: int | None, softcap: float | None) -> None:
+    case = make_case()
+    outs = case.attend(sliding_window=window, softcap=softcap, isa=isa)
+    for index, out in enumerate(outs):
+        exact = case.exact(index, window, softcap)
+        # Weights and output are rounded to 8 bits; the values' magnitudes are below 5.
+        assert (out.double() - exact).abs().max() < 0.02
+        assert (out.double() - exact).norm() < 0.004 * exact.norm()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (7, 1), (32, 4)])
+@pytest.mark.parametrize("dims", [(32, 16), (64, 64), (96, 80), (128, 128), (256, 256)])
+def test_any_heads_and_sizes(isa: str, heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    case = make_case(heads, dims, ((1, 70), (9, 20), (3, 130)), block_size=4)
+    for index, out in enumerate(case.attend(isa=isa)):
+        exact = case.exact(index, None, None)
+        assert (out.double() - exact).norm() < 0.004 * exact.norm()
+
+
+def test_a_token_is_bitwise_the_same_in_any_company(isa: str) -> None:
+    """With any number of threads, in any batch, at any place in it."""
+    case = make_case()
+    torch.set_num_threads(1)
+    alone = [case.attend([index], isa=isa)[0] for index in range(len(MIXED))]
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        for indices in ([0, 1, 2, 3, 4, 5, 6, 7], [6, 2], [7, 4, 4, 0]):
+            for index, out in zip(indices, case.attend(indices, isa=isa), strict=True):
+                assert torch.equal(out, alone[index])
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_chunks_do_not_show(isa: str, window: int | None) -> None:
+    """A prompt of 300 at once and in pieces, down to single tokens: bitwise the same."""
+    whole = make_case(spans=((300, 300),))
+    expected = whole.attend(sliding_window=window, isa=isa)[0]
+    done = 0
+    for length in (1, 63, 64, 1, 100, 7, 64):
+        rows = slice(done, done + length)
+        done += length
+        part = Case(
+            whole.keys, whole.values, whole.query[rows], ((length, done),), whole.tables, 16
+        )
+        assert torch.equal(part.attend(sliding_window=window, isa=isa)[0], expected[rows])
+
+
+def test_queries_as_they_lie_and_a_given_output(isa: str) -> None:
+    case = make_case(spans=((5, 40),))
+    expected = case.attend(isa=isa)[0]
+    # As transformers hands them over: heads first in shape, tokens first in memory, or both.
+    heads_first = case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    out = torch.empty_like(expected)
+    strided = Case(case.keys, case.values, heads_first, case.spans, case.tables, 16)
+    assert torch.equal(strided.attend(isa=isa, out=out)[0], expected)
+    assert torch.equal(out, expected)
+
+
+def test_extreme_logits(isa: str) -> None:
+    """One position takes it all, or all are equal."""
+    case = make_case(spans=((1, 100), (3, 90)))
+    for factor in (0.0, 1e-3, 1e4):
+        scaled = Case(case.keys, case.values, case.query * factor, case.spans, case.tables, 16)
+        for index, out in enumerate(scaled.attend(isa=isa)):
+            assert (out.double() - scaled.exact(index, None, None)).abs().max() < 0.02
+
+
+def test_nan_shows_in_its_own_sequence_alone(isa: str) -> None:
+    case = make_case(spans=((1, 100), (3, 90), (1, 70)))
+    clean = case.attend(isa=isa)
+    case.keys[case.slots(1)[10]] = float("nan")
+    outs = case.attend(isa=isa)
+    assert outs[1].isnan().all()
+    assert torch.equal(outs[0], clean[0]) and torch.equal(outs[2], clean[2])
+
+
+def test_equals_the_portable_path(isa: str) -> None:
+    """One step's plan through both."""
+    torch.manual_seed(0)
+    cache = KVCache(KVCacheShape(((2, 64, 64),), 16, torch.bfloat16), 40, torch.device("cpu"))
+    lens, contexts, tables = [1, 20, 1], [50, 20, 1], [[3, 9, 4, 30], [7, 8], [11]]
+    positions = [p for n, c in zip(lens, contexts, strict=True) for p in range(c - n, c)]
+    owners = [i for i, n in enumerate(lens) for _ in range(n)]
+    slots = [tables[i][p // 16] * 16 + p % 16 for i, p in zip(owners, positions, strict=True)]
+    plan = StepPlan([0] * 22, positions, slots, lens, contexts, tables, [])
+    query = torch.randn(1, 8, 22, 64).bfloat16()
+    key, value = torch.randn(2, 1, 2, 22, 64).bfloat16()
+    for pool in (*cache.write(0, torch.arange(640), torch.zeros(640, 2, 64).bfloat16(),
+                              torch.zeros(640, 2, 64).bfloat16()),):  # fmt: skip
+        pool.normal_()
+    context = AttentionContext.from_plan(plan, cache)
+    portable, _ = paged_attention(
+        SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context
+    )
+    keys, values = cache.write(0, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    padded = torch.tensor([table + [0] * (4 - len(table)) for table in tables], dtype=torch.int32)
+    lens32, starts = torch.tensor(contexts).int(), torch.tensor([0, 1, 21, 22]).int()
+    ours = paged_attention_cpu(
+        query[0].transpose(0, 1), keys, values, padded, lens32, starts, 16, 0.125, isa=isa
+    )
+    torch.testing.assert_close(ours, portable[0], rtol=0.02, atol=0.02)
+
+
+def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(spans=((1, 5),))
+    if load_library() is not None:
+        assert can_attend(case.query, case.keys, case.values)
+    assert not can_attend(case.query.float(), case.keys.float(), case.values.float())
+    odd = make_case(dims=(24, 64), spans=((1, 5),))
+    assert not can_attend(odd.query, odd.keys, odd.values)
+
+    def fail(*args: object) -> None:
+        raise BuildError("no C++ compiler (g++)")
+
+    monkeypatch.setattr(cpu, "build_library", fail)
+    load_library.cache_clear()
+    try:
+        assert not can_attend(case.query, case.keys, case.values)
+    finally:
+        load_library.cache_clear()
