@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.launch import Launch, mpirun
+from tests.live.launch import CACHE_FLAGS, Launch, mpirun
 from tests.model.checkpoints import save_tiny_llama
 
 
@@ -20,8 +20,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_flags(model_path: Path) -> list[str]:
-    """In float32, rounding is no excuse for different answers."""
-    return ["--model", str(model_path), "--low-bit", "bf16", "--dtype", "float32"]
+    """In float32, rounding is no excuse for different answers.
+
+    With a cache of a given size, a machine whose memory others fill does not refuse to start.
+    """
+    dtypes = ["--low-bit", "bf16", "--dtype", "float32"]
+    return ["--model", str(model_path), *dtypes, *CACHE_FLAGS]
 
 
 @pytest.fixture(scope="session")

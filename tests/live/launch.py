@@ -21,6 +21,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+CACHE_FLAGS = ["--kv-cache-memory", "32MiB"]
 TAG_NAME = "AUTOTP_TEST_TAG"
 START_SECONDS = 240.0  # the first start of a machine compiles for a minute or two
 LAUNCHER_NAMES = re.compile(r"^(PMI|PMIX|HYDI|MPIR|OMPI|TORCHELASTIC|GROUP_|ROLE_)")

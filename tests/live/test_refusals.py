@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import serving
 from autotp_serving.ranks import LocalControl
-from tests.live.launch import Launch, mpirun
+from tests.live.launch import CACHE_FLAGS, Launch, mpirun
 
 pytestmark = pytest.mark.live
 
@@ -87,7 +87,9 @@ def test_a_fault_while_rank_1_loads(start: Callable[..., Launch], model_flags: l
 
 def test_a_truncated_shard_under_mpirun(start: Callable[..., Launch], broken: Path) -> None:
     truncate(shards(broken)[2])
-    check_refusal(start(mpirun(2), "--model", str(broken)), shards(broken)[2].name, "cut short")
+    check_refusal(
+        start(mpirun(2), "--model", str(broken), *CACHE_FLAGS), shards(broken)[2].name, "cut short"
+    )
 
 
 # From here on in this process, one rank.
@@ -107,7 +109,8 @@ def refuse(
     def call(*argv: object, num_ranks: int = 1) -> str:
         control = LocalControl(size=num_ranks, local_size=num_ranks)
         monkeypatch.setattr(serving, "join_control", lambda environ: control)
-        code = serving.main(["--port", "0", "--host", "127.0.0.1", *map(str, argv)])
+        defaults = ["--port", "0", "--host", "127.0.0.1", *CACHE_FLAGS]
+        code = serving.main([*defaults, *map(str, argv)])
         error_output = capfd.readouterr().err
         assert code == 2, f"exit code {code}: {error_output}"
         assert "Traceback" not in error_output
