@@ -1,0 +1,19 @@
+"""Run under mpirun: convert a checkpoint and save it low-bit, as --save-low-bit does.
+
+mpirun -np N python tests/ranks/save_program.py MODEL TARGET FORMAT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from autotp_serving.config import ServingConfig
+from autotp_serving.model.loader import read_model_config
+from autotp_serving.model.save import save_low_bit
+from autotp_serving.ranks import join_control
+
+if __name__ == "__main__":
+    model_path, target, low_bit = sys.argv[1:]
+    config = ServingConfig(model_path=model_path, save_low_bit=target, low_bit=low_bit)
+    save_low_bit(config, read_model_config(config), join_control(os.environ))
