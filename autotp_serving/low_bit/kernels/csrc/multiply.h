@@ -140,10 +140,9 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
         const uint8_t* high = group.high + tile * F::kHighBytes;
         const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
         if constexpr (!kDecoded) prefetch<F, kTokens>(low);
-        Floats totals[kTokens];
-        for (int m = 0; m < kTokens; ++m) {
-            totals[m] = F::kScale == Scale::kNone ? sums[m] : same_float(0);
-        }
+        // Apart, the two sums wait for each other half as long.
+        Floats even[kTokens], odd[kTokens];
+        for (int m = 0; m < kTokens; ++m) even[m] = odd[m] = same_float(0);
         unroll<kWords>([&](auto word) {
             Pairs weights;
             if constexpr (kDecoded) {
@@ -153,15 +152,14 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
             }
             for (int m = 0; m < kTokens; ++m) {
                 const uint16_t* token = values[m] + word * 4;
-                totals[m] = dot_pairs(totals[m], weights.even, load_int32(token));
-                totals[m] = dot_pairs(totals[m], weights.odd, load_int32(token + 2));
+                even[m] = dot_pairs(even[m], weights.even, load_int32(token));
+                odd[m] = dot_pairs(odd[m], weights.odd, load_int32(token + 2));
             }
         });
-        if constexpr (F::kScale == Scale::kNone) {
-            for (int m = 0; m < kTokens; ++m) sums[m] = totals[m];
-        } else {
-            const Floats scales = load_scales<F>(group, tile);
-            for (int m = 0; m < kTokens; ++m) sums[m] = multiply_add(totals[m], scales, sums[m]);
+        Floats scales = same_float(1);
+        if constexpr (F::kScale != Scale::kNone) scales = load_scales<F>(group, tile);
+        for (int m = 0; m < kTokens; ++m) {
+            sums[m] = multiply_add(add(even[m], odd[m]), scales, sums[m]);
         }
     }
 }
