@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "SamplingParams", "Structure"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two public names when they are asked for: rank 0's API needs no torch."""
+    """Import the public names when they are asked for: rank 0's API needs no torch."""
     if name == "LLM":
         from autotp_serving.llm import LLM
 
@@ -18,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from autotp_serving.request import SamplingParams
 
         return SamplingParams
+    if name == "Structure":
+        from autotp_serving.request import Structure
+
+        return Structure
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,15 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from autotp_serving.api.chat_schemas import ChatMessage, ChatRequest, TextPart
 from autotp_serving.api.native_schemas import GenerateRequest
-from autotp_serving.api.openai_schemas import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    OpenAIRequest,
-    StreamOptions,
-    TextPart,
-)
+from autotp_serving.api.openai_schemas import CompletionRequest, OpenAIRequest, StreamOptions
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.structures import (
     JsonSchemaFormat,

@@ -13,8 +13,9 @@ from starlette.responses import JSONResponse, Response
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.answers import AnswerParsers
+from autotp_serving.api.chat_schemas import ChatRequest
 from autotp_serving.api.errors import ApiError
-from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from autotp_serving.api.openai_schemas import CompletionRequest, OpenAIRequest
 from autotp_serving.api.openai_writers import ChatWriter, ChoiceWriter, CompletionWriter
 from autotp_serving.api.responses import TokenStreamResponse
 from autotp_serving.api.streams import AsyncEngine

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from pydantic import Field, model_validator
 
 from autotp_serving.api.admission import Admission
+from autotp_serving.api.chat_schemas import ChatMessage
 from autotp_serving.api.openai_routes import ModelNames
-from autotp_serving.api.openai_schemas import ChatMessage
 from autotp_serving.api.schemas import StrictModel, Text
 from autotp_serving.request import RequestError
 

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from autotp_serving.api import (
+    chat_schemas,
     native_schemas,
     openai_schemas,
     sampling_fields,
@@ -25,7 +26,8 @@ from tools.api_tables import DOCUMENT, MODELS, fill
 
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 MODULES = (
-    schemas, native_schemas, openai_schemas, sampling_fields, structures, tool_schemas, tokens,
+    schemas, native_schemas, openai_schemas, chat_schemas, sampling_fields, structures,
+    tool_schemas, tokens,
 )  # fmt: skip
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 

@@ -11,7 +11,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from autotp_serving.api.openai_schemas import ChatRequest, CompletionRequest
+from autotp_serving.api.chat_schemas import ChatRequest
+from autotp_serving.api.openai_schemas import CompletionRequest
 from autotp_serving.request import SamplingParams
 from tests.api.service import MAX_MODEL_LEN, client
 

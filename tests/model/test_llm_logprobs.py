@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autotp_serving import LLM, SamplingParams
+from autotp_serving import LLM, SamplingParams, Structure
+from autotp_serving.engine.grammar import GrammarError
 from tests.model.checkpoints import save_tiny_llama
 
 PROMPTS = [list(b"What is AI? " * 3), [5], list(range(200)), list(b"What is AI? " * 3 + b"?")]
@@ -81,3 +82,14 @@ def test_penalties_and_seeds_alone_and_in_a_crowd(llm: LLM) -> None:
     assert [one.token_ids for one in (*mixed[:2], *mixed[-2:])] == alone
     adjuster = llm._engine._runner._sampler._adjuster
     assert adjuster._counts.num_requests == len(adjuster._biases) == 0
+
+
+def test_structures_beside_free_answers(llm: LLM) -> None:
+    """The model's vocabulary is larger than the tokenizer's: no mask lets its padding through."""
+    form = SamplingParams(max_tokens=40, temperature=5.0, structure=Structure("regex", "[0-9]{9}a"))
+    free = SamplingParams(max_tokens=40, temperature=5.0, ignore_eos=True)
+    for one in llm.generate([[5]] * 6, [form, free] * 3, show_progress=False)[::2]:
+        assert one.finish_reason == "stop" and len(one.text) == 10
+        assert one.text[:9].isdigit() and one.text[9] == "a"
+    with pytest.raises(GrammarError, match="unclosed group"):
+        llm.generate([[5]], SamplingParams(structure=Structure("regex", "(")), show_progress=False)

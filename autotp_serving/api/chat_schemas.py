@@ -1,0 +1,155 @@
+"""Body of /v1/chat/completions: every field is honoured or refused by name. Rank 0 only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest, only
+from autotp_serving.api.schemas import StrictModel, Text
+from autotp_serving.api.tool_schemas import Tool, ToolCall
+from autotp_serving.request import MAX_LOGPROBS, RequestError
+
+
+class TextPart(StrictModel):
+    """A piece of a message's content; images and audio are refused."""
+
+    type: Literal["text"] = Field(description="what the part is")
+    text: Text = Field(description="the part itself")
+
+
+class ChatMessage(StrictModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="who says it; developer is another word for system"
+    )
+    content: Text | list[TextPart] | None = Field(
+        None, description="what is said, parts joined by lines; may be null beside tool_calls only"
+    )
+    tool_calls: list[ToolCall] | None = Field(None, description="what an earlier answer called")
+    tool_call_id: Text | None = Field(None, description="which call a tool's message answers")
+    name: Text | None = Field(None, description="for templates that tell speakers apart")
+
+    # Clients send an answer back as they got it, with its empty fields.
+    refusal: only() = None
+    annotations: only([]) = None
+    audio: only() = None
+    function_call: only() = None
+    reasoning_content: Text | None = Field(
+        None, description="thoughts of an earlier answer, for templates that read them"
+    )
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise RequestError("content", "is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError("tool_calls", "belongs to messages of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestError(
+                "tool_call_id", "belongs to every message of a tool, and to no other"
+            )
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        # "developer" is OpenAI's newer word for "system"; no template knows it.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
+        if self.name:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, description="the conversation so far")
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
+    logprobs: bool | None = Field(None, description="give the tokens' logprobs; default false")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to list beside each; default 0"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt with the answer's head; default true"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="go on with the last message's text"
+    )
+    chat_template_kwargs: dict[Text, Any] | None = Field(
+        None, description="variables of the model's chat template"
+    )
+
+    metadata: dict[Text, Text] | None = Field(None, description=LABEL)
+    safety_identifier: Text | None = Field(None, description=LABEL)
+    prompt_cache_key: Text | None = Field(None, description=LABEL)
+
+    tools: list[Tool] | None = Field(None, max_length=128, description="what may be called")
+    tool_choice: only("none", "auto") = Field(
+        None, description="whether tools may be called; required and named ones not supported yet"
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="more than one call in an answer; default true"
+    )
+    functions: only([]) = None
+    function_call: only("none", "auto") = None
+    modalities: only(["text"]) = None
+    audio: only() = None
+    prediction: only() = None
+    web_search_options: only() = None
+    moderation: only() = None
+    reasoning_effort: only() = None
+    verbosity: only("medium") = None
+    store: only(False) = None
+    service_tier: only("auto", "default") = None
+    prompt_cache_options: only() = None
+    prompt_cache_retention: only("in_memory") = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> ChatRequest:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestError("max_tokens", "and max_completion_tokens differ: send one")
+        if "tools" in (self.chat_template_kwargs or {}):
+            raise RequestError("chat_template_kwargs", "send tools in their own field")
+        return self
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs", "is only allowed with logprobs: true")
+        return self
+
+    def logprob_params(self) -> dict[str, int | None]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def max_new_tokens(self, room: int) -> int:
+        """Most tokens to generate; `room` is what the model has left for them."""
+        return self.max_completion_tokens or self.max_tokens or max(1, room)
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Tools that the model may call in this answer."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def template_options(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.callable_tools]
+        return {
+            **(self.chat_template_kwargs or {}),
+            **({"tools": tools} if tools else {}),
+            "add_generation_prompt": self.add_generation_prompt is not False
+            and not self.continue_final_message,
+            "continue_final_message": bool(self.continue_final_message),
+        }
