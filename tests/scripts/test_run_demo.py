@@ -26,7 +26,7 @@ def test_starts_two_ranks_on_port_8000_and_passes_flags_through(tree):
     command = " ".join(tree.arguments)
     assert command.startswith("-np 2 --prepend-rank")
     assert command.endswith(
-        "python serving.py --repo-id-or-model-path demo_model --low-bit bf16 --port 8000"
+        "python serving.py --repo-id-or-model-path demo_model --low-bit sym_int8 --port 8000"
         " --max-num-seqs 16 --low-bit fp16"
     )
     assert tree.environment["VIRTUAL_ENV"] == str(tree.venv)
