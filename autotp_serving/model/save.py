@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -137,7 +138,13 @@ class _Converter:
             held = sum(tensor.nbytes for tensor in tensors.values())
             if held >= FILE_BYTES or position == len(mine) - 1:
                 file_name = f"model-{control.rank:02d}-{file_number:05d}.safetensors"
-                save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                try:
+                    save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                except (OSError, SafetensorError) as error:
+                    raise ConfigError(
+                        f"--save-low-bit: {folder / file_name} cannot be written ({error}): "
+                        "is there room on the disk?"
+                    ) from error
                 self.weight_map |= dict.fromkeys(tensors, file_name)
                 tensors = {}
                 file_number += 1
