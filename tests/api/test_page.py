@@ -264,6 +264,8 @@ def test_failures_are_told_kindly_and_can_be_tried_again(
         page.press("enter")
         page.wait(f"{title} === 'The server is busy'")
         assert "There should be room in about" in page.text(".error p")
+    # The server sees a client leave at its next write to it: until then the queue is still full.
+    page.wait("document.querySelector('#figures').innerText.includes('queue empty')")
     page.click(".error button")
     page.wait(f"{last('assistant')} === 'A branch of computer science.' && {IDLE}")
     server.stop()
