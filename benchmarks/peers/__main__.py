@@ -1,0 +1,162 @@
+"""Run a peer beside ours and print one table: `python -m benchmarks.peers llama_cpp`. No rank.
+
+    python -m benchmarks.peers vllm_cpu --formats w8a8 --tasks short long
+    python -m benchmarks.peers --show .venv-peers/results/*.json       # tables of earlier runs
+
+Sets up what is missing (environment, build, checkpoints) under .venv-peers/, then starts our
+servers and the peer's, lets them take turns at each task, and shows medians. A peer's formats come
+one after the other, each beside ours. Run it in the environment of the server, on a machine with
+nothing else to do: rounds in which others used over 5 % of the cores do not count as long as there
+are better ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.checkpoint import SHAPE, make_checkpoint
+from benchmarks.peers.environments import HOME, PeerError, say
+from benchmarks.peers.ours import count_cache_bytes, describe_ours, launch_ours
+from benchmarks.peers.processes import Launch, Server
+from benchmarks.peers.table import describe_machine, format_report
+from benchmarks.peers.work import QUIET, TASKS, medians, take_turns
+
+PEERS = ("llama_cpp", "vllm_cpu", "openvino_genai", "transformers_generate")
+DEFAULT_OURS = ("sym_int4:2x1", "sym_int4:1x2")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("peer", choices=PEERS, nargs="?", help="whom to run beside ours")
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", help="the peer's; default: all")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        default=list(DEFAULT_OURS),
+        metavar="FORMAT[/HEAD]:RANKSxTHREADS",
+        help=f"our rows; the first is set against the peer (default: {' '.join(DEFAULT_OURS)})",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of short and long (3)")
+    parser.add_argument(
+        "--batch_rounds", "--batch-rounds", type=int, default=1, help="of batch (1)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="the peer's (2)")
+    parser.add_argument(
+        "--shape", default=SHAPE, help=f"see tools/make_random_checkpoint.py ({SHAPE})"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the JSON (.venv-peers/results/)"
+    )
+    parser.add_argument("--setup_only", "--setup-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--show", nargs="+", type=Path, metavar="FILE", help="print earlier results"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.show:
+            reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
+            print("\n\n".join(map(format_report, reports)))
+            return 0
+        if args.peer is None:
+            parser.error(f"name a peer: {', '.join(PEERS)}")
+        report = run(
+            args, shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])])
+        )
+        if report is not None:
+            print(format_report(report))
+    except PeerError as error:
+        print(f"benchmarks.peers: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:
+    """Set up, measure, write the JSON. Raises PeerError."""
+    peer = import_module(f"benchmarks.peers.{args.peer}")
+    formats = args.formats or list(peer.DEFAULT_FORMATS)
+    for name in formats:
+        if name not in peer.FORMATS:
+            raise PeerError(f"{args.peer} has no format {name}: one of {', '.join(peer.FORMATS)}")
+    versions = peer.set_up()
+    checkpoint = make_checkpoint(args.shape)
+    peers = [peer.launch(checkpoint, name, args.threads) for name in formats]
+    cache = count_cache_bytes(checkpoint)
+    ours = [launch_ours(checkpoint, spec, cache) for spec in args.ours]
+    if args.setup_only:
+        return None
+    tasks = {
+        name: args.batch_rounds if name == "batch" else args.rounds
+        for name in TASKS
+        if name in args.tasks
+    }
+    report = {
+        "machine": describe_machine(),
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "ours": describe_ours(),
+        "versions": versions,
+        "shape": args.shape,
+        "command": command,
+        "sittings": [run_sitting([*ours, launch], tasks, args.nice) for launch in peers],
+    }
+    path = args.output or HOME / "results" / f"{args.peer}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    say(f"written to {path}")
+    return report
+
+
+def run_sitting(launches: list[Launch], tasks: dict[str, int], nice: int) -> list[dict[str, Any]]:
+    """Some servers side by side: a row each, the peer's last."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for number, launch in enumerate(launches):
+            say(f"starting {launch.name}")
+            server = stack.enter_context(Server(launch, HOME / "logs" / f"{number}.log", nice))
+            server.wait_until_ready()  # one after the other: starting takes all cores
+            servers.append(server)
+        results = take_turns(servers, tasks)
+        rows = []
+        for server in servers:
+            rounds = results[server.launch.name]
+            figures: dict[str, float] = {}
+            for measurements in rounds.values():
+                figures |= medians(measurements)
+            every = [one for measurements in rounds.values() for one in measurements]
+            rows.append(
+                {
+                    "name": server.launch.name,
+                    "figures": figures | {"memory_mib": server.peak_memory / 2**20},
+                    "disturbed": min((one.others for one in every), default=0.0) > QUIET,
+                    "rounds": {
+                        task: [{**one.figures, "others": one.others} for one in measurements]
+                        for task, measurements in rounds.items()
+                    },
+                    "command": list(server.launch.words),
+                }
+            )
+        return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
