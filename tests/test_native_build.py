@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from autotp_serving.native_build import hold_build_lock
 
@@ -49,12 +52,17 @@ def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_builds_of_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+def test_builds_of_one_folder_wait_for_each_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A lock file that is there is in use, and stays, until its holder is done."""
+    caplog.set_level(logging.INFO)
     started = time.monotonic()
     holder = hold_elsewhere(tmp_path / "extension", 1.0)
     with hold_build_lock(tmp_path / "other"):
         assert holder.poll() is None
+    assert caplog.messages == []
     with hold_build_lock(tmp_path / "extension"):
         assert time.monotonic() - started >= 1.0
+    assert caplog.messages == ["Waiting for another process that compiles extension"]
     assert holder.wait(10) == 0
