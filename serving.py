@@ -136,15 +136,11 @@ def find_num_ranks(config: ServingConfig, control: Control) -> int:
 def plan(config: ServingConfig, control: Control, num_ranks: int) -> int:
     """Rank 0: print what the model will take on each rank. The others have nothing to do."""
     if control.rank == 0:
-        from autotp_serving.model.loader import read_model_config
         from autotp_serving.model.planner import print_plan
-        from autotp_serving.worker import find_max_model_len
 
-        model_config = read_model_config(config)
-        max_model_len = find_max_model_len(config, model_config)
         # Without a launcher to say otherwise, all ranks are on one host.
         local_size = control.local_size if control.size > 1 else num_ranks
-        print_plan(config, model_config, max_model_len, num_ranks, local_size)
+        print_plan(config, num_ranks, local_size)
     control.all_gather("planned")
     return 0
 

@@ -15,8 +15,7 @@ from autotp_serving.channel import PlanChannel
 from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
-from autotp_serving.model.build import check_heads
-from autotp_serving.model.families import find_length_limit
+from autotp_serving.model.families import check_heads, find_max_model_len
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
@@ -74,19 +73,3 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     return Worker(runner, lead, channel, max_model_len)
-
-
-def find_max_model_len(config: ServingConfig, model_config: object) -> int:
-    """The asked length, or the model's own limit.
-
-    Raises:
-        ConfigError: more is asked than the model was made for.
-    """
-    limit = find_length_limit(model_config)
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ConfigError(
-            f"--max-model-len {config.max_model_len} is over the model's own limit of {limit}"
-        )
-    return config.max_model_len

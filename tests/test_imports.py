@@ -43,7 +43,7 @@ LAZY_EXCEPTIONS = {"tokenizer.py": {"transformers"}, "native_build.py": {"torch"
 STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "plan.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py"},
-    "deepspeed": {"collectives.py", "model/build.py", "model/planner.py"},
+    "deepspeed": {"collectives.py", "model/build.py", "model/meta_planner.py"},
     "ipex_llm": {"low_bit/provider_ipex_llm.py"},
     "oneccl_bindings_for_pytorch": {"devices/xpu.py"},
     "intel_extension_for_pytorch": set(),

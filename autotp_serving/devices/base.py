@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # --plan asks here before torch could be imported
+    import torch
+
+CARD_FILES = ("nvidia[0-9]*", "dri/renderD*", "dxg")
+"""Below /dev: an NVIDIA card, any graphics card, a card under WSL."""
 
 
 class DeviceError(RuntimeError):
@@ -53,3 +58,25 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
         ...
+
+
+def has_card_files() -> bool:
+    """False where no card can be seen, whatever torch was built for."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in CARD_FILES)
+
+
+def read_host_memory() -> Memory:
+    """Host memory, within the limit of this process's control group if it has one."""
+    fields = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, value = line.split(":")
+        fields[name] = int(value.split()[0]) * 1024
+    total, free = fields["MemTotal"], fields["MemAvailable"]
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    used_file = Path("/sys/fs/cgroup/memory.current")
+    if limit_file.exists() and used_file.exists():
+        limit = limit_file.read_text().strip()
+        if limit != "max":
+            total = min(total, int(limit))
+            free = min(free, max(0, int(limit) - int(used_file.read_text())))
+    return Memory(total=total, free=free)

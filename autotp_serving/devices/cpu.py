@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 
 import torch
 
-from autotp_serving.devices.base import Memory
+from autotp_serving.devices.base import Memory, read_host_memory
 
 
 class CpuDevice:
@@ -25,20 +24,8 @@ class CpuDevice:
         return True
 
     def memory(self) -> Memory:
-        """Host memory, within the limit of this process's control group if it has one."""
-        fields = {}
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, value = line.split(":")
-            fields[name] = int(value.split()[0]) * 1024
-        total, free = fields["MemTotal"], fields["MemAvailable"]
-        limit_file = Path("/sys/fs/cgroup/memory.max")
-        used_file = Path("/sys/fs/cgroup/memory.current")
-        if limit_file.exists() and used_file.exists():
-            limit = limit_file.read_text().strip()
-            if limit != "max":
-                total = min(total, int(limit))
-                free = min(free, max(0, int(limit) - int(used_file.read_text())))
-        return Memory(total=total, free=free)
+        """Host memory; see read_host_memory."""
+        return read_host_memory()
 
     def peak_memory(self) -> int:
         """Peak resident set of this process."""

@@ -11,7 +11,8 @@ from torch import nn
 from autotp_serving.collectives import quiet_deepspeed
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
-from autotp_serving.model.families import check_sharding
+from autotp_serving.model.families import check_heads, check_sharding
+from autotp_serving.model.footprint import find_dtype_name
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.split import finish_split, split_layers
 from autotp_serving.ranks import Control
@@ -19,9 +20,7 @@ from autotp_serving.ranks import Control
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
     """Type of weights that stay dense, and of activations."""
-    if config.dtype == "auto":
-        return torch.float16 if config.low_bit == "fp16" else torch.bfloat16
-    return getattr(torch, config.dtype)
+    return getattr(torch, find_dtype_name(config))
 
 
 def build_sharded_model(
@@ -44,23 +43,6 @@ def build_sharded_model(
     finish_split(model, control.size, all_reduce)
     _install_head(model, control, all_reduce)
     return model
-
-
-def check_heads(model_config: Any, num_ranks: int) -> None:
-    """Refuse more ranks than there are key/value heads to give them.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
-    text_config = model_config.get_text_config()
-    num_kv_heads = (
-        getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    )
-    if num_ranks > num_kv_heads:
-        raise ConfigError(
-            f"{num_ranks} ranks cannot share the {num_kv_heads} key/value heads of this model: "
-            f"start at most {num_kv_heads} ranks"
-        )
 
 
 def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

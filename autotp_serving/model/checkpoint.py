@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from autotp_serving.config import ConfigError
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
+from autotp_serving.low_bit.plan import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MANIFEST_NAME = "autotp_low_bit.json"
 MANIFEST_VERSION = 1
 
 ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}

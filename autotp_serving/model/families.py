@@ -7,11 +7,13 @@ AutoTP has cut exactly the layers whose names say how, and every layer attends t
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from autotp_serving.config import ConfigError, ServingConfig
 
-from autotp_serving.config import ConfigError
+if TYPE_CHECKING:  # --plan asks here before torch could be imported
+    from torch import nn
 
 PROVED = (
     "llama",
@@ -34,6 +36,23 @@ ROW_NAMES = ("o_proj", "down_proj")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
+def check_heads(model_config: Any, num_ranks: int) -> None:
+    """Refuse more ranks than there are key/value heads to give them.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    text_config = model_config.get_text_config()
+    num_kv_heads = (
+        getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    )
+    if num_ranks > num_kv_heads:
+        raise ConfigError(
+            f"{num_ranks} ranks cannot share the {num_kv_heads} key/value heads of this model: "
+            f"start at most {num_kv_heads} ranks"
+        )
+
+
 def check_sharding(model: nn.Module) -> None:
     """Refuse an unproved family in which AutoTP has cut what cannot be checked, or cut it wrongly.
 
@@ -43,6 +62,8 @@ def check_sharding(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the family and the layer.
     """
+    from torch import nn
+
     family = model.config.model_type
     if family in PROVED:
         return
@@ -91,13 +112,12 @@ def check_config_age(model_config: Any) -> None:
     Raises:
         ConfigError: with both versions.
     """
-    import transformers
-
     written = getattr(model_config, "rope_parameters", None)
-    if written is not None and int(transformers.__version__.split(".")[0]) < 5:
+    version = metadata.version("transformers")
+    if written is not None and int(version.split(".")[0]) < 5:
         raise ConfigError(
             "config.json has its rotary settings under 'rope_parameters', as transformers 5 writes "
-            f"them, and transformers {transformers.__version__} does not read them there: use "
+            f"them, and transformers {version} does not read them there: use "
             "transformers 5, or the checkpoint's original config.json"
         )
 
@@ -113,3 +133,19 @@ def find_length_limit(model_config: Any) -> int:
         )
         return min(limit, trained or limit)
     return limit
+
+
+def find_max_model_len(config: ServingConfig, model_config: Any) -> int:
+    """The asked length, or the model's own limit.
+
+    Raises:
+        ConfigError: more is asked than the model was made for.
+    """
+    limit = find_length_limit(model_config)
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is over the model's own limit of {limit}"
+        )
+    return config.max_model_len

@@ -15,6 +15,9 @@ SERVER_BYTES = 64 * 2**20
 """What a rank's process grows by, apart from the model, once it has been planned: HTTP, tokenizer,
 collectives, compiled kernels."""
 
+IMPORTED_BYTES = 380 * 2**20
+"""What a rank's process holds before it loads, measured on CPU: torch, transformers, DeepSpeed."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -81,9 +84,13 @@ def check_room(
     )
 
 
-def find_host_peak(footprint: Footprint, blocks: int, on_cpu: bool) -> int:
-    """Most host memory of this rank, its process as it is now included: loading or serving."""
-    process = own_memory() + SERVER_BYTES
+def find_host_peak(footprint: Footprint, blocks: int, on_cpu: bool, process_bytes: int) -> int:
+    """Most host memory of a rank: loading or serving.
+
+    Args:
+        process_bytes: of the process before it loads anything.
+    """
+    process = process_bytes + SERVER_BYTES
     if not on_cpu:
         return process + footprint.load_bytes
     cache = max(0, blocks) * footprint.kv_bytes_per_block

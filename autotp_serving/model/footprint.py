@@ -1,26 +1,66 @@
 """What one rank's part of a model takes, told from shapes before any weight is read. Every rank.
 
-The shapes are those of the model on the meta device after AutoTP has cut it, so the split is
-AutoTP's own and the formats are those that the loader will use.
+No torch: `--plan` answers before it could be imported. The shapes are those of a model on the meta
+device after AutoTP has cut it (shards.py), or the same ones known beforehand (known_shapes.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import torch
-from torch import nn
-
 from autotp_serving.config import ServingConfig
-from autotp_serving.low_bit.convert import LowBitPlan
 from autotp_serving.low_bit.formats import Format
-from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.low_bit.plan import LowBitPlan
 from autotp_serving.plan import MAX_SCORED_ROWS
 from autotp_serving.ranks import Control
 
 KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
+
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+"""The word for weights left dense, and the bytes of one."""
+
+
+def find_dtype_name(config: ServingConfig) -> str:
+    """Torch's name for the type of weights that stay dense, and of activations."""
+    if config.dtype == "auto":
+        return "float16" if config.low_bit == "fp16" else "bfloat16"
+    return config.dtype
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A parameter or stored buffer of one rank; `is_linear` of a linear layer's weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """One rank's model, cut.
+
+    Attributes:
+        text_config: the model's config, or that of its text part.
+        tensors: in the order in which they are loaded, without the head's weight.
+        embedding_name: which of them is the embedding.
+        head: the output head's weight, which a tied one shares with the embedding.
+        dtype: torch's name for the type of dense weights and of activations.
+    """
+
+    text_config: Any
+    tensors: tuple[TensorShape, ...]
+    embedding_name: str
+    head: TensorShape
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one dense number."""
+        return DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,7 @@ class _Weight:
 
 
 def find_footprint(
-    model: nn.Module,
+    shapes: ModelShapes,
     checkpoint: Any,
     low_bit: LowBitPlan,
     config: ServingConfig,
@@ -69,13 +109,12 @@ def find_footprint(
     """Add up this rank's shapes.
 
     Args:
-        model: this rank's, cut, on the meta device.
-        checkpoint: names tensors that are stored converted.
+        checkpoint: names tensors that are stored converted; None when there are none.
         on_cpu: weights stay in host memory.
     """
     weights: dict[tuple[str, str], int] = {}
     held = load_bytes = 0
-    for weight in _list_weights(model, checkpoint, low_bit):
+    for weight in _list_weights(shapes, checkpoint, low_bit):
         key = weight.kind, weight.format
         weights[key] = weights.get(key, 0) + weight.kept_bytes
         # The mapped file and its copy; then the copy, the planes and the planes in the kernels'
@@ -85,55 +124,44 @@ def find_footprint(
             steps.append(weight.read_bytes + 2 * weight.kept_bytes)
         load_bytes = max(load_bytes, held + max(steps))
         held += weight.kept_bytes if on_cpu else 0
-    kv_shape = _find_kv_numbers(model.config.get_text_config(), control)
+    kv_shape = _find_kv_numbers(shapes.text_config, control)
     return Footprint(
         weights={key: size for key, size in weights.items() if size},
-        kv_bytes_per_block=kv_shape * config.block_size * model.dtype.itemsize,
-        activation_bytes=estimate_activations(model, config, control, max_model_len),
+        kv_bytes_per_block=kv_shape * config.block_size * shapes.itemsize,
+        activation_bytes=estimate_activations(shapes, config, control, max_model_len),
         load_bytes=load_bytes,
     )
 
 
-def _list_weights(model: nn.Module, checkpoint: Any, low_bit: LowBitPlan) -> Iterator[_Weight]:
+def _list_weights(shapes: ModelShapes, checkpoint: Any, low_bit: LowBitPlan) -> Iterator[_Weight]:
     """Every parameter and stored buffer in the loader's order; a converted head comes last."""
-    dense_name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, "fp32")
-    head_name, head = next(
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, VocabParallelHead)
-    )
-    embedding = model.get_input_embeddings().weight
-    persistent = set(model.state_dict(keep_vars=True))
-    buffers = [(name, value) for name, value in model.named_buffers() if name in persistent]
-    for name, value in [*model.named_parameters(), *buffers]:
-        if name == f"{head_name}.weight":
-            continue
-        module_name, _, attribute = name.rpartition(".")
-        kind = "embedding" if value is embedding else _find_kind(name)
-        stored = checkpoint.low_bit_format(name)
-        converts = attribute == "weight" and low_bit.converts(
-            module_name, model.get_submodule(module_name)
+
+    def weigh(kind: str, tensor: TensorShape, stored: Format | None, target: Format | None) -> Any:
+        format = stored or target
+        dense_name, itemsize = DTYPES[shapes.dtype]
+        dense = prod(tensor.shape) * itemsize
+        kept = dense if format is None else format.num_bytes(*tensor.shape)
+        return _Weight(
+            kind=kind,
+            format=dense_name if format is None else format.name,
+            read_bytes=dense if stored is None else kept,
+            kept_bytes=kept,
+            is_converted_here=format is not None,
         )
-        yield _weigh(kind, value, stored, low_bit.linears if converts else None, dense_name)
-    stored = checkpoint.low_bit_format(f"{head_name}.weight")
-    is_tied = model.config.get_text_config().tie_word_embeddings
+
+    def find_stored(name: str) -> Format | None:
+        return None if checkpoint is None else checkpoint.low_bit_format(name)
+
+    for tensor in shapes.tensors:
+        kind = "embedding" if tensor.name == shapes.embedding_name else _find_kind(tensor.name)
+        converts = tensor.is_linear and low_bit.converts_linear(tensor.name.rpartition(".")[0])
+        target = low_bit.linears if converts else None
+        yield weigh(kind, tensor, find_stored(tensor.name), target)
+    stored = find_stored(shapes.head.name)
+    is_tied = shapes.text_config.tie_word_embeddings
     if stored is None and low_bit.head is None and is_tied:
         return
-    yield _weigh("head", head.weight, stored, low_bit.head, dense_name)
-
-
-def _weigh(
-    kind: str, value: torch.Tensor, stored: Format | None, target: Format | None, dense_name: str
-) -> _Weight:
-    format = stored or target
-    kept = value.nbytes if format is None else format.num_bytes(*value.shape)
-    return _Weight(
-        kind=kind,
-        format=dense_name if format is None else format.name,
-        read_bytes=value.nbytes if stored is None else kept,
-        kept_bytes=kept,
-        is_converted_here=format is not None,
-    )
+    yield weigh("head", shapes.head, stored, low_bit.head)
 
 
 def _find_kind(name: str) -> str:
@@ -157,7 +185,7 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def count_loaded(model: nn.Module) -> int:
+def count_loaded(model: Any) -> int:
     """Bytes of the weights of a model that is loaded; a tied head is a view of the embedding."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
@@ -175,7 +203,7 @@ def count_loaded(model: nn.Module) -> int:
 
 
 def estimate_activations(
-    model: nn.Module, config: ServingConfig, control: Control, max_model_len: int
+    shapes: ModelShapes, config: ServingConfig, control: Control, max_model_len: int
 ) -> int:
     """Most bytes that one step holds at once, of the steps that a layer consists of.
 
@@ -185,8 +213,7 @@ def estimate_activations(
     product of the MLP; logits with a float32 copy for sampling. Not counted: the allocator's
     waste, and what kernels use inside.
     """
-    text = model.config.get_text_config()
-    size = model.dtype.itemsize
+    text, size = shapes.text_config, shapes.itemsize
     num_tokens, hidden = config.max_num_batched_tokens, text.hidden_size
     head_dim, num_heads = _head_dim(text), text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
@@ -195,9 +222,9 @@ def estimate_activations(
     keys = own_kv_heads * head_dim
     wide = max(
         (
-            value.shape[0]
-            for name, value in model.named_parameters()
-            if _find_kind(name) == "MLP" and value.dim() == 2
+            tensor.shape[0]
+            for tensor in shapes.tensors
+            if _find_kind(tensor.name) == "MLP" and len(tensor.shape) == 2
         ),
         default=hidden,
     )

@@ -17,9 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
-from autotp_serving.low_bit.convert import LowBitPlan, check_columns, replace_linear
+from autotp_serving.low_bit.convert import check_columns, replace_linear
 from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.linear import LowBitLinear
+from autotp_serving.low_bit.plan import LowBitPlan, find_low_bit_plan
 from autotp_serving.low_bit.provider_ipex_llm import check_ipex_llm, convert_linear
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
@@ -81,7 +82,7 @@ def load_model(
         ConfigError: in one line, with the cure.
     """
     checkpoint = open_checkpoint(config, model_config)
-    low_bit = find_low_bit_plan(config, checkpoint)
+    low_bit = find_low_bit_plan(config, checkpoint.low_bit)
     convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
         model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
@@ -103,30 +104,6 @@ def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | Du
     if config.load_format == "dummy":
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
     return Checkpoint(folder)
-
-
-def find_low_bit_plan(config: ServingConfig, checkpoint: Checkpoint) -> LowBitPlan:
-    """What is to be converted while loading; nothing of a folder that was saved converted.
-
-    Raises:
-        ConfigError: an unknown format, or one that differs from the saved folder's.
-    """
-    try:
-        plan = LowBitPlan.from_names(
-            config.low_bit or checkpoint.low_bit or DEFAULT_LOW_BIT,
-            config.lm_head_low_bit,
-            config.modules_to_not_convert,
-        )
-    except LowBitError as error:
-        raise ConfigError(f"--low-bit: {error}") from error
-    if checkpoint.low_bit is None:
-        return plan
-    if plan.linears is None or plan.linears.name != checkpoint.low_bit:
-        raise ConfigError(
-            f"--low-bit {config.low_bit}: {checkpoint.folder} was saved as {checkpoint.low_bit}; "
-            "leave the flag out, or load the original checkpoint"
-        )
-    return LowBitPlan(linears=None, head=None)
 
 
 def choose_convert(

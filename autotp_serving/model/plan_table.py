@@ -11,7 +11,7 @@ from autotp_serving.model.footprint import KINDS, Footprint
 
 ESTIMATE = (
     "Activations are an estimate: the tensors of transformers' code at its widest step, without "
-    "what\nkernels use inside. Host memory counts this process as it is now, and the model."
+    "what\nkernels use inside. Host memory counts the process of each rank, and the model."
 )
 
 

@@ -19,17 +19,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from autotp_serving.config import ConfigError, ServingConfig
-from autotp_serving.low_bit.convert import LowBitPlan
 from autotp_serving.low_bit.formats import LowBitError
+from autotp_serving.low_bit.plan import MANIFEST_NAME, LowBitPlan, find_low_bit_plan
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import (
     INDEX_NAME,
-    MANIFEST_NAME,
     MANIFEST_VERSION,
     Checkpoint,
 )
-from autotp_serving.model.loader import find_low_bit_plan
 from autotp_serving.model.names import match_names
 from autotp_serving.ranks import Control
 
@@ -58,7 +56,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
         partial.mkdir(parents=True)
     control.all_gather("folder made")
     checkpoint = Checkpoint(Path(config.model_path))
-    plan = find_low_bit_plan(config, checkpoint)
+    plan = find_low_bit_plan(config, checkpoint.low_bit)
     if plan.linears is None:
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
     converter = _Converter(config, model_config, checkpoint, plan)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autotp_serving.low_bit.plan import is_linear
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.footprint import ModelShapes, TensorShape
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.ranks import Control
 
@@ -103,6 +105,34 @@ def _list_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     persistent = set(model.state_dict(keep_vars=True))
     buffers = ((name, value) for name, value in model.named_buffers() if name in persistent)
     return [*model.named_parameters(), *buffers]
+
+
+def describe_shapes(model: nn.Module) -> ModelShapes:
+    """The shapes of this rank's model, for what its memory is planned by.
+
+    Args:
+        model: on the meta device, sharded.
+    """
+    head_name = f"{find_head_name(model)}.weight"
+    embedding = model.get_input_embeddings().weight
+    tensors, embedding_name, head = [], "", None
+    for name, value in _list_tensors(model):
+        module_name, _, attribute = name.rpartition(".")
+        is_weight = attribute == "weight" and is_linear(model.get_submodule(module_name))
+        tensor = TensorShape(name, tuple(value.shape), is_weight)
+        if name == head_name:
+            head = tensor
+            continue
+        tensors.append(tensor)
+        if value is embedding:
+            embedding_name = name
+    return ModelShapes(
+        text_config=model.config.get_text_config(),
+        tensors=tuple(tensors),
+        embedding_name=embedding_name,
+        head=head,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
 
 
 def _report_unused(names: set[str]) -> None:

@@ -13,9 +13,17 @@ from torch import nn
 from autotp_serving.config import ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.devices.cpu import CpuDevice
-from autotp_serving.low_bit.convert import LowBitPlan
-from autotp_serving.model.fit import check_host, check_room, find_host_peak, find_room, show
+from autotp_serving.low_bit.plan import LowBitPlan
+from autotp_serving.model.fit import (
+    check_host,
+    check_room,
+    find_host_peak,
+    find_room,
+    own_memory,
+    show,
+)
 from autotp_serving.model.footprint import count_loaded, find_footprint
+from autotp_serving.model.shards import describe_shapes
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -43,7 +51,13 @@ class StartCheck:
         """
         on_cpu = self._device.kind == "cpu"
         footprint = find_footprint(
-            model, checkpoint, low_bit, self._config, self._control, self._max_model_len, on_cpu
+            describe_shapes(model),
+            checkpoint,
+            low_bit,
+            self._config,
+            self._control,
+            self._max_model_len,
+            on_cpu,
         )
         room = find_room(
             footprint,
@@ -55,7 +69,7 @@ class StartCheck:
         )
         check_room(footprint, room, self._config, self._control.rank, self._max_model_len)
         blocks = min(self._control.all_gather(room.blocks))
-        host_peak = find_host_peak(footprint, blocks, on_cpu)
+        host_peak = find_host_peak(footprint, blocks, on_cpu, own_memory())
         check_host(host_peak, self._config, self._control)
         cache = blocks * footprint.kv_bytes_per_block
         self._log("Planned", footprint.weight_bytes, cache, footprint.activation_bytes, host_peak)

@@ -16,7 +16,8 @@ from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.fit import check_host_peaks, check_room, find_room, show
 from autotp_serving.model.footprint import Footprint, count_loaded
 from autotp_serving.model.loader import load_model, read_model_config
-from autotp_serving.model.planner import find_footprints, find_memory
+from autotp_serving.model.meta_planner import find_footprints
+from autotp_serving.model.planner import find_memory
 from autotp_serving.ranks import LocalControl
 from tests.model.checkpoints import save_tiny_llama
 

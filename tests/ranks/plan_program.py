@@ -16,7 +16,7 @@ from pathlib import Path
 from autotp_serving.config import ServingConfig
 from autotp_serving.model.footprint import count_loaded
 from autotp_serving.model.loader import read_model_config
-from autotp_serving.model.planner import find_footprints
+from autotp_serving.model.meta_planner import find_footprints
 from autotp_serving.ranks import join_control
 from autotp_serving.worker import start_worker
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from autotp_serving.model.known_shapes import DEFAULTS
 from tests.model.checkpoints import save_tiny_llama
+from tests.model.families import COMMON, FAMILIES
 from tests.ranks.launch import ROOT, run_program
 
 pytestmark = pytest.mark.ranks
@@ -55,6 +58,22 @@ def test_planned_ranks_are_those_loaded(
     assert len(planned) == num_ranks
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_config_alone_says_what_the_cut_model_says(num_ranks: int, tmp_path: Path) -> None:
+    """Every family that is planned without torch; 3 ranks share 4 key/value heads unevenly."""
+    for name, (config_class, changes) in FAMILIES.items():
+        heads = {"num_key_value_heads": 4, "intermediate_size": 300} if num_ranks == 3 else {}
+        config = getattr(transformers, config_class)(**(COMMON | heads | changes))
+        if config.model_type in DEFAULTS:
+            config.save_pretrained(tmp_path / name)
+    folders = sorted(map(str, tmp_path.iterdir()))
+    done = run_alone(["tests/ranks/known_plan_program.py", str(num_ranks), *folders])
+    assert done.returncode == 0, done.stderr
+    answers = [line.split() for line in done.stdout.splitlines()]
+    assert len(answers) == num_ranks * len(folders) >= num_ranks * len(DEFAULTS)
+    assert all(answer[1:] == ["equal"] for answer in answers), done.stdout
+
+
 def test_dummy_weights_answer_alike_at_one_and_two_ranks(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model")
     for path in folder.glob("*.safetensors*"):
@@ -79,6 +98,23 @@ def test_plan_prints_a_table_and_refuses_what_cannot_fit(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "rank 0 needs" in done.stderr and "--gpu-memory-utilization" in done.stderr
     assert "weights together" in done.stdout
+
+
+def test_a_plan_imports_no_torch_where_config_json_is_enough(tmp_path: Path) -> None:
+    """It would take seconds; a family that only transformers knows is planned with it."""
+    folder = save_tiny_llama(tmp_path / "llama")
+    code = (
+        "import sys, serving\n"
+        f"arguments = ['--plan', '--model', {str(folder)!r}, '--device-memory', '1GiB']\n"
+        "print(serving.main(arguments), 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = run_alone(["-c", code])
+    assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    done = run_alone(["-c", code])
+    assert done.stdout.splitlines()[-1] == "0 True True", done.stderr
 
 
 def test_a_count_of_ranks_that_was_not_started_is_refused(tmp_path: Path) -> None:
