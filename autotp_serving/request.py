@@ -9,7 +9,9 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+StructureKind = Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
+ToolFormat = Literal["hermes", "llama3"]
+Thoughts = Literal["begun", "possible"]
 
 MAX_LOGPROBS = 20
 """Most alternatives that are listed beside a token."""
@@ -24,17 +26,54 @@ class RequestError(ValueError):
 
 
 @dataclass(frozen=True)
+class CallableTool:
+    """A tool whose calls are held to a form.
+
+    Attributes:
+        name: what it is called by.
+        schema: JSON schema of its arguments, always an object's.
+        is_strict: False lets pass what the schema says and cannot be held to.
+    """
+
+    name: str
+    schema: str
+    is_strict: bool
+
+
+@dataclass(frozen=True)
+class ToolCalls:
+    """Calls of tools, as a model writes them into its answer.
+
+    Attributes:
+        form: how it writes them.
+        tools: what may be called.
+        is_required: the answer is nothing but calls; otherwise it may do without.
+        is_single: one call at most.
+    """
+
+    form: ToolFormat
+    tools: tuple[CallableTool, ...]
+    is_required: bool = False
+    is_single: bool = False
+
+
+@dataclass(frozen=True)
 class Structure:
     """A form that an answer must have.
 
     Attributes:
-        kind: what `source` is written in.
+        kind: what `source` is written in; "text" is free.
         source: a JSON schema, a regular expression, a JSON list of texts, or a grammar (Lark or
-            GBNF); "" for json_object.
+            GBNF); "" for text and json_object.
+        calls: calls of tools that the answer must or may have instead.
+        thoughts: free text up to `</think>` comes first: it has begun already in the prompt, or is
+            possible.
     """
 
     kind: StructureKind
     source: str = ""
+    calls: ToolCalls | None = None
+    thoughts: Thoughts | None = None
 
 
 @dataclass(frozen=True)

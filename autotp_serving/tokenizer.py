@@ -17,6 +17,9 @@ from autotp_serving.config import ConfigError
 from autotp_serving.request import RequestError
 from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
 
+TAGS_OF_TEXT = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
+"""Some models mark these as special; left out of a text, nobody could read the text's parts."""
+
 SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message", "tools"})
 
 
@@ -85,7 +88,11 @@ class HuggingFaceTokenizer:
         self.chat_template = template if isinstance(template, str) else json.dumps(template)
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
         added = self._inner.get_added_tokens_decoder()
-        self.special_token_ids = frozenset(number for number, one in added.items() if one.special)
+        self.special_token_ids = frozenset(
+            number
+            for number, one in added.items()
+            if one.special and one.content not in TAGS_OF_TEXT
+        )
         self._added = {number: one.content.encode() for number, one in added.items()}
         self._is_byte_level = '"ByteLevel"' in json.dumps(
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
@@ -117,7 +124,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
-        return self._inner.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if skip_special_tokens:
+            token_ids = [token for token in token_ids if token not in self.special_token_ids]
+        return self._inner.decode(list(token_ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""

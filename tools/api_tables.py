@@ -24,13 +24,20 @@ from autotp_serving.api.structures import (
     StructureFields,
 )
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
-from autotp_serving.api.tool_schemas import CalledFunction, FunctionDefinition, Tool, ToolCall
+from autotp_serving.api.tool_schemas import (
+    CalledFunction,
+    FunctionDefinition,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
     SamplingFields, StructureFields, ResponseFormat, JsonSchemaFormat, StructuredOutputs,
-    StreamOptions, Tool, FunctionDefinition, ToolCall, CalledFunction,
+    StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

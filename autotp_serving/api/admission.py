@@ -9,6 +9,7 @@ from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
+from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
 from autotp_serving.request import Request, RequestError, SamplingParams, Structure
 from autotp_serving.tokenizer import Tokenizer
@@ -75,6 +76,11 @@ class Admission:
             raise RequestError(
                 field_name, f"could not be compiled within {MAX_COMPILE_SECONDS:g} seconds"
             ) from error
+
+    def check_named_tokens(self, body: SamplingFields) -> None:
+        """Refuse a body whose fields name tokens that the model does not have."""
+        self.check_tokens(body.stop_token_ids or (), "stop_token_ids")
+        self.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
 
     def check_tokens(self, token_ids: Iterable[int], field_name: str) -> None:
         """Refuse tokens that the model does not have."""

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from autotp_serving.api.reasoning import CLOSE, OPEN, ThinkSplitter
-from autotp_serving.api.tool_calls import Delta, ToolCallParser, ToolFormat, find_format
+from autotp_serving.api.tool_calls import Delta, ToolCallParser, find_format
 from autotp_serving.config import ServingConfig
-from autotp_serving.request import RequestError
+from autotp_serving.request import RequestError, Thoughts, ToolFormat
 from autotp_serving.tokenizer import Tokenizer
 
 PROMPT_TAIL_LEN = 8
@@ -20,14 +20,20 @@ PROMPT_TAIL_LEN = 8
 class AnswerParser:
     """One answer's text in pieces in, deltas of its message out."""
 
-    def __init__(self, splitter: ThinkSplitter | None, caller: ToolCallParser | None) -> None:
+    def __init__(
+        self, splitter: ThinkSplitter | None, caller: ToolCallParser | None, *, is_chosen: bool
+    ) -> None:
         self._splitter = splitter
         self._caller = caller
+        self._is_chosen = is_chosen
 
-    @property
-    def has_calls(self) -> bool:
-        """True once a tool was called."""
-        return self._caller is not None and self._caller.num_calls > 0
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The reason in OpenAI's words: an answer that calls a tool ends for that.
+
+        Unless the client chose the tool itself: then the call is what it asked for.
+        """
+        has_calls = self._caller is not None and self._caller.num_calls > 0
+        return "tool_calls" if reason == "stop" and has_calls and not self._is_chosen else reason
 
     def add(self, text: str, *, is_last: bool) -> list[Delta]:
         """Take a piece, return what is certain by now: all of it, after the last piece."""
@@ -53,7 +59,7 @@ class AnswerParsers:
         self._splits = config.reasoning_parser == "think" or (
             config.reasoning_parser == "auto" and OPEN in template and CLOSE in template
         )
-        self._form: ToolFormat | None = {
+        self.form: ToolFormat | None = {
             "auto": find_format(template), "none": None, "hermes": "hermes", "llama3": "llama3",
         }[config.tool_call_parser]  # fmt: skip
 
@@ -63,29 +69,41 @@ class AnswerParsers:
         Raises:
             RequestError: naming the field and the flag.
         """
-        if self._form is None:
+        if self.form is None:
             raise RequestError(
                 "tools", "this model's chat template knows none; if it does, see --tool-call-parser"
             )
 
+    def thoughts(self, prompt_token_ids: Sequence[int]) -> Thoughts | None:
+        """Whether the answer may begin with thoughts, or the prompt ends in the middle of them."""
+        if not self._splits:
+            return None
+        tail = list(prompt_token_ids[-PROMPT_TAIL_LEN:])
+        prompt = self._tokenizer.decode(tail, skip_special_tokens=False)
+        return "begun" if prompt.rstrip().endswith(OPEN) else "possible"
+
     def make(
-        self, prompt_token_ids: Sequence[int], names: Collection[str], max_calls: int | None
+        self,
+        thoughts: Thoughts | None,
+        names: Collection[str],
+        max_calls: int | None,
+        *,
+        is_chosen: bool = False,
     ) -> AnswerParser | None:
         """A parser for one answer; None where there is nothing to part.
 
         Args:
-            prompt_token_ids: tells whether the model begins in the middle of its thoughts.
+            thoughts: whether it may have any.
             names: of the tools that may be called.
             max_calls: further calls are dropped.
+            is_chosen: the client chose the one tool to be called.
         """
         splitter = caller = None
-        if self._splits:
-            tail = list(prompt_token_ids[-PROMPT_TAIL_LEN:])
-            prompt = self._tokenizer.decode(tail, skip_special_tokens=False)
-            splitter = ThinkSplitter(starts_inside=prompt.rstrip().endswith(OPEN))
-        if names and self._form is not None:
-            caller = ToolCallParser(self._form, names, max_calls)
-        return AnswerParser(splitter, caller) if splitter or caller else None
+        if thoughts is not None:
+            splitter = ThinkSplitter(starts_inside=thoughts == "begun")
+        if names and self.form is not None:
+            caller = ToolCallParser(self.form, names, max_calls)
+        return AnswerParser(splitter, caller, is_chosen=is_chosen) if splitter or caller else None
 
 
 def join(deltas: Sequence[Delta]) -> dict[str, Any]:

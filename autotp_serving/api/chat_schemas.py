@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest, only
 from autotp_serving.api.schemas import StrictModel, Text
-from autotp_serving.api.tool_schemas import Tool, ToolCall
-from autotp_serving.request import MAX_LOGPROBS, RequestError
+from autotp_serving.api.tool_schemas import NamedTool, Tool, ToolCall
+from autotp_serving.request import (
+    MAX_LOGPROBS,
+    RequestError,
+    Structure,
+    Thoughts,
+    ToolCalls,
+    ToolFormat,
+)
 
 
 class TextPart(StrictModel):
@@ -96,8 +104,10 @@ class ChatRequest(OpenAIRequest):
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
     tools: list[Tool] | None = Field(None, max_length=128, description="what may be called")
-    tool_choice: only("none", "auto") = Field(
-        None, description="whether tools may be called; required and named ones not supported yet"
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None,
+        description="whether tools are called: not at all, if the model likes, at least one, or "
+        "this one once; default: auto",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="more than one call in an answer; default true"
@@ -126,6 +136,16 @@ class ChatRequest(OpenAIRequest):
         return self
 
     @model_validator(mode="after")
+    def _check_tool_choice(self) -> ChatRequest:
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        if not self.tools:
+            raise RequestError("tool_choice", "asks for a call, and there are no tools")
+        if not self.callable_tools:
+            raise RequestError("tool_choice", f"'{self.chosen_tool}' is not among the tools")
+        return self
+
+    @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", "is only allowed with logprobs: true")
@@ -139,13 +159,55 @@ class ChatRequest(OpenAIRequest):
         return self.max_completion_tokens or self.max_tokens or max(1, room)
 
     @property
+    def chosen_tool(self) -> str | None:
+        """The name of the tool that has to be called, where there is one."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
     def callable_tools(self) -> list[Tool]:
         """Tools that the model may call in this answer."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool for tool in tools if self.chosen_tool in (None, tool.function.name)]
+
+    @property
+    def allows_one_call(self) -> bool:
+        """True when the answer may call one tool at most."""
+        return self.parallel_tool_calls is False or self.chosen_tool is not None
+
+    def answer_structure(
+        self, form: ToolFormat | None, thoughts: Thoughts | None
+    ) -> tuple[str, Structure] | None:
+        """The form of the answer, calls and thoughts included, and the field that asks for it.
+
+        Calls are held to a form where one has to come, where a tool is strict, and where the rest
+        of the answer has a form, which they could not break otherwise.
+
+        Args:
+            form: how the model writes calls; None if it has not learned to.
+            thoughts: whether it may think before it answers.
+
+        Raises:
+            RequestError: naming the tool whose parameters are no object's.
+        """
+        field_name, structure = self.structure() or ("tools", Structure("text"))
+        tools = self.callable_tools
+        is_required = self.tool_choice == "required" or self.chosen_tool is not None
+        is_strict = any(tool.function.strict for tool in tools)
+        calls = None
+        if tools and form and (is_required or is_strict or structure.kind != "text"):
+            named = tuple(tool.function.as_callable() for tool in tools)
+            calls = ToolCalls(form, named, is_required, self.allows_one_call)
+        if calls is None and structure.kind == "text":
+            return None
+        return field_name, replace(structure, calls=calls, thoughts=thoughts)
 
     def template_options(self) -> dict[str, Any]:
         """Variables for the chat template."""
-        tools = [tool.model_dump(exclude_none=True) for tool in self.callable_tools]
+        # What a grammar sees to is none of the model's business.
+        shown = [] if self.tool_choice == "none" else self.tools or []
+        tools = [
+            tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in shown
+        ]
         return {
             **(self.chat_template_kwargs or {}),
             **({"tools": tools} if tools else {}),

@@ -28,12 +28,12 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     router = APIRouter(tags=["native"], redirect_slashes=False)
 
     async def admit(body: GenerateRequest, request: Request) -> list[EngineRequest]:
-        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
-        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
-        grammar = await admission.compile(body.structure())
+        admission.check_named_tokens(body)
+        wanted = body.structure()
+        grammar = await admission.compile(wanted)
         return admission.admit(
             await admission.encode(body.prompt),
-            [body.sampling_params()],
+            [body.sampling_params(wanted and wanted[1])],
             request.state.record,
             length_field="n_predict",
             grammar=grammar,

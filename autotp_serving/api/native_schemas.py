@@ -6,7 +6,7 @@ from pydantic import Field
 
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple
-from autotp_serving.request import SamplingParams
+from autotp_serving.request import SamplingParams, Structure
 
 
 class GenerateRequest(SamplingFields):
@@ -21,10 +21,10 @@ class GenerateRequest(SamplingFields):
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool = Field(False, description="go on past the model's end token")
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, structure: Structure | None) -> SamplingParams:
         """The same in the engine's words. Raises RequestError naming a field out of range."""
         return SamplingParams(
-            **self.shared_params(self.n_predict),
+            **self.shared_params(self.n_predict, structure),
             max_tokens=self.n_predict,
             temperature=self.temperature,
             top_p=self.top_p,

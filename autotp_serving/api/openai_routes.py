@@ -21,6 +21,7 @@ from autotp_serving.api.responses import TokenStreamResponse
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ServingConfig
 from autotp_serving.request import Request as EngineRequest
+from autotp_serving.request import SamplingParams, Structure
 
 EVENT_TYPE = "text/event-stream"
 WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {
@@ -94,12 +95,12 @@ def openai_routes(
         """Continue one or several prompts."""
         record = request.state.record
         head = names.head(body, record.request_id, "cmpl-")
-        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
-        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
+        admission.check_named_tokens(body)
         admission.check_num_answers(
             len(body.prompt), body.num_drawn, "best_of" if body.best_of else "n"
         )
-        grammar = await admission.compile(body.structure())
+        wanted = body.structure()
+        grammar = await admission.compile(wanted)
         requests: list[EngineRequest] = []
         echoes: list[str] = []
         for prompt in body.prompt:
@@ -107,7 +108,7 @@ def openai_routes(
             max_tokens = body.max_new_tokens(admission.room(token_ids))
             requests += admission.admit(
                 token_ids,
-                [body.sampling_params(max_tokens, choice) for choice in range(body.num_drawn)],
+                sampling(body, max_tokens, wanted),
                 record,
                 first_choice=len(requests),
                 grammar=grammar,
@@ -126,6 +127,13 @@ def openai_routes(
         )
         return await answer(body, request, requests, writer)
 
+    def sampling(
+        body: OpenAIRequest, max_tokens: int, wanted: tuple[str, Structure] | None
+    ) -> list[SamplingParams]:
+        structure = wanted and wanted[1]
+        choices = range(body.num_drawn)
+        return [body.sampling_params(max_tokens, choice, structure) for choice in choices]
+
     def prompt_text(prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else admission.tokenizer.decode(prompt)
 
@@ -134,33 +142,38 @@ def openai_routes(
         """Answer the last message of a conversation."""
         record = request.state.record
         head = names.head(body, record.request_id, "chatcmpl-")
-        admission.check_tokens(body.stop_token_ids or [], "stop_token_ids")
-        admission.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
+        admission.check_named_tokens(body)
         admission.check_num_answers(1, body.num_drawn)
-        tools = {tool.function.name for tool in body.callable_tools}
-        if tools:
+        names_called = {tool.function.name for tool in body.callable_tools}
+        if names_called:
             parsers.check_tools()
-        grammar = await admission.compile(body.structure())
         token_ids = await admission.encode_chat(
             [message.for_template() for message in body.messages], body.template_options()
         )
+        thoughts = parsers.thoughts(token_ids)
+        wanted = body.answer_structure(parsers.form, thoughts)
+        grammar = await admission.compile(wanted)
         max_tokens = body.max_new_tokens(admission.room(token_ids))
         requests = admission.admit(
             token_ids,
-            [body.sampling_params(max_tokens, choice) for choice in range(body.num_choices)],
+            sampling(body, max_tokens, wanted),
             record,
             prompt_field="messages",
             length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
             grammar=grammar,
         )
-        max_calls = 1 if body.parallel_tool_calls is False else None
+        max_calls = 1 if body.allows_one_call else None
+        is_chosen = body.chosen_tool is not None
         writer = ChatWriter(
             head,
             requests,
             record.usage,
             body.include_usage,
             admission.tokenizer,
-            parsers=[parsers.make(token_ids, tools, max_calls) for _ in requests],
+            parsers=[
+                parsers.make(thoughts, names_called, max_calls, is_chosen=is_chosen)
+                for _ in requests
+            ],
         )
         return await answer(body, request, requests, writer)
 

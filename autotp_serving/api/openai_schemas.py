@@ -20,7 +20,7 @@ from autotp_serving.api.schemas import (
     as_tuple,
     check_unicode,
 )
-from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
+from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams, Structure
 
 MAX_CHOICES = 128
 LABEL = "for the caller's own books; asks nothing of the answer"
@@ -136,10 +136,12 @@ class OpenAIRequest(SamplingFields):
         """Which logprobs are needed, in the words of SamplingParams."""
         raise NotImplementedError
 
-    def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, choice: int, structure: Structure | None
+    ) -> SamplingParams:
         """The same in the engine's words, for one of the answers to a prompt."""
         return SamplingParams(
-            **self.shared_params(max_tokens),
+            **self.shared_params(max_tokens, structure),
             **self.logprob_params(),
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -212,7 +212,7 @@ class ChatWriter(ChoiceWriter):
         reason = piece.reason
         if (parser := self._parsers[index]) is not None:
             message |= join(parser.add(piece.text, is_last=True))
-            reason = called(parser, reason)
+            reason = parser.finish_reason(reason)
         logprobs = self._write_logprobs(index, piece)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -225,7 +225,7 @@ class ChatWriter(ChoiceWriter):
         parts = [{"content": piece.text}] if piece.text or reason is None else []
         if (parser := self._parsers[index]) is not None:
             parts = parser.add(piece.text, is_last=reason is not None)
-            reason = called(parser, reason)
+            reason = parser.finish_reason(reason)
         # Something for each token, so that clients see that it goes on.
         if not parts and (reason is None or piece.logprobs):
             parts = [{"content": ""}]
@@ -242,8 +242,3 @@ class ChatWriter(ChoiceWriter):
         if self._requests[index].params.logprobs is None:
             return None
         return ChatLogprobs(self._tokenizer).write(piece.logprobs)
-
-
-def called(parser: AnswerParser, reason: str | None) -> str | None:
-    """The reason as clients of tools want it: an answer that calls one ends for that."""
-    return "tool_calls" if reason == "stop" and parser.has_calls else reason

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from autotp_serving.api.schemas import MAX_STOP_STRINGS
 from autotp_serving.api.structures import StructureFields
-from autotp_serving.request import RequestError
+from autotp_serving.request import RequestError, Structure
 
 MAX_BIASED_TOKENS = 1024
 
@@ -68,9 +68,13 @@ class SamplingFields(StructureFields):
         None, description="leave special tokens out of the text; default true"
     )
 
-    def shared_params(self, max_tokens: int) -> dict[str, Any]:
-        """These fields in the words of SamplingParams. Raises RequestError naming one of them."""
-        structure = self.structure()
+    def shared_params(self, max_tokens: int, structure: Structure | None) -> dict[str, Any]:
+        """These fields in the words of SamplingParams. Raises RequestError naming one of them.
+
+        Args:
+            max_tokens: most tokens to generate.
+            structure: the form of the answer.
+        """
         if self.min_tokens and self.min_tokens > max_tokens:
             raise RequestError("min_tokens", f"is over the {max_tokens} tokens to generate at most")
         given = {
@@ -82,6 +86,6 @@ class SamplingFields(StructureFields):
             "logit_bias": self.logit_bias and {int(k): v for k, v in self.logit_bias.items()},
             "stop_token_ids": self.stop_token_ids and tuple(self.stop_token_ids),
             "skip_special_tokens": self.skip_special_tokens,
-            "structure": structure and structure[1],
+            "structure": structure,
         }
         return {name: value for name, value in given.items() if value is not None}

@@ -11,12 +11,12 @@ import json
 import re
 import uuid
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 from autotp_serving.api.reasoning import split_certain
+from autotp_serving.request import ToolFormat
 
 Delta = dict[str, Any]
-ToolFormat = Literal["hermes", "llama3"]
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
@@ -166,7 +166,11 @@ class ToolCallParser:
         deltas: list[Delta] = []
         if self._reader is not None and not self._reader.is_call:
             deltas = content_delta((OPEN if self._is_hermes else "") + self._reader.raw)
-        deltas += content_delta(self._held if not self.num_calls else self._held.rstrip())
+        held = self._held
+        if self.num_calls:  # a tag that was cut short is no text either
+            held = held.rstrip()
+            held = "" if OPEN.startswith(held) or CLOSE.startswith(held) else held
+        deltas += content_delta(held)
         self._reader, self._held = None, ""
         return deltas
 

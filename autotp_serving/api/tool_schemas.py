@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from autotp_serving.api.schemas import StrictModel, Text
+from autotp_serving.request import CallableTool, RequestError
 
 
 def _parse_arguments(text: str) -> str:
@@ -29,9 +30,20 @@ class FunctionDefinition(StrictModel):
     name: ToolName = Field(description="what the model calls it by")
     description: Text | None = Field(None, description="tells the model when to call it")
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments")
-    strict: Literal[False] | None = Field(
-        None, description="holding the arguments to their schema is not supported yet"
+    strict: bool | None = Field(
+        None, description="hold the arguments of every call to their schema; default false"
     )
+
+    def as_callable(self) -> CallableTool:
+        """The function as a grammar needs it. Raises RequestError naming the tool."""
+        # OpenAI's rule: a function without parameters takes none.
+        schema = {"properties": {}, "additionalProperties": False}
+        if self.parameters is not None:
+            schema = self.parameters
+        if schema.get("type", "object") != "object":
+            raise RequestError("tools", f"the parameters of {self.name} must be of type object")
+        schema = {"type": "object"} | schema
+        return CallableTool(self.name, json.dumps(schema), bool(self.strict))
 
 
 class Tool(StrictModel):
@@ -39,6 +51,19 @@ class Tool(StrictModel):
 
     type: Literal["function"] = Field(description="the only kind of tool")
     function: FunctionDefinition = Field(description="the function")
+
+
+class NamedFunction(StrictModel):
+    """One of the functions in `tools`."""
+
+    name: ToolName = Field(description="its name")
+
+
+class NamedTool(StrictModel):
+    """The tool that has to be called."""
+
+    type: Literal["function"] = Field(description="the only kind of tool")
+    function: NamedFunction = Field(description="which one")
 
 
 class CalledFunction(StrictModel):

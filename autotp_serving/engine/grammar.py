@@ -15,11 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
 from autotp_serving.request import Structure
 from autotp_serving.tokenizer import Tokenizer
 
 MAX_SOURCE_LEN = 2**17
-"""Characters of a schema, expression or grammar."""
+"""Characters of a schema, expression or grammar, those of tools included."""
 
 MAX_CACHED = 64
 """Compiled grammars kept; the least recently used one goes."""
@@ -28,6 +29,14 @@ NUM_THREADS = 2
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
+
+JSON_OPTIONS = {"whitespace_pattern": WHITESPACE}
+
+THOUGHTS = {
+    "begun": r"start: thoughts /[ \n]{0,4}/ @answer",
+    "possible": r'start: ("<think>" thoughts /[ \n]{0,4}/)? @answer',
+}
+END_OF_THOUGHTS = r'thoughts[lazy]: /(.|\n)*/ "</think>"'
 
 TOO_COMPLEX = "the structure became too complex to follow in this answer"
 
@@ -48,6 +57,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()  # two threads need it at once, it is made once
         self._cache: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
+        special = map(tokenizer.token_bytes, tokenizer.special_token_ids)
+        self._has_llama_tag = LLAMA_TAG.encode() in special
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
@@ -75,10 +86,11 @@ class GrammarCompiler:
     def _compile(self, structure: Structure) -> CompiledGrammar:
         import llguidance
 
-        if len(structure.source) > MAX_SOURCE_LEN:
+        tools = structure.calls.tools if structure.calls else ()
+        if len(structure.source) + sum(len(tool.schema) for tool in tools) > MAX_SOURCE_LEN:
             raise GrammarError(f"is longer than {MAX_SOURCE_LEN} characters")
         try:
-            text = _to_llguidance(structure)
+            text = _to_llguidance(structure, self._has_llama_tag)
         except ValueError as error:
             raise GrammarError(_first_line(str(error))) from error
         with self._vocabulary_lock:
@@ -137,27 +149,50 @@ class _Vocabulary:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
-def _to_llguidance(structure: Structure) -> str:
-    """The structure in llguidance's own form. Raises ValueError."""
-    import llguidance
+def _to_llguidance(structure: Structure, has_llama_tag: bool) -> str:
+    """The structure in llguidance's own form: grammars that refer to each other by name.
+
+    Raises ValueError.
+    """
+    calls = structure.calls
+    grammars: list[dict[str, Any]] = []
+    if structure.kind != "text" and not (calls and calls.is_required):
+        grammars.append(_content(structure) | {"name": "content" if calls else "answer"})
+    if calls is not None:
+        lark = write_calls(calls, has_content=bool(grammars), has_llama_tag=has_llama_tag)
+        grammars.insert(0, {"name": "answer", "lark_grammar": lark})
+        for number, tool in enumerate(calls.tools):
+            schema = arguments_schema(tool)
+            grammars.append({"name": f"arguments_{number}", "json_schema": schema})
+    if structure.thoughts is not None:
+        lark = f"{THOUGHTS[structure.thoughts]}\n{END_OF_THOUGHTS}"
+        grammars.insert(0, {"name": "thoughts", "lark_grammar": lark})
+    return json.dumps({"grammars": grammars})
+
+
+def _content(structure: Structure) -> dict[str, Any]:
+    """One grammar in llguidance's own form. Raises ValueError."""
+    from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
-    matcher = llguidance.LLMatcher
-    options = {"whitespace_pattern": WHITESPACE}
-    if structure.kind == "json_object":
-        return matcher.grammar_from_json_schema('{"type": "object"}', defaults=options)
-    if structure.kind == "json_schema":
-        return matcher.grammar_from_json_schema(structure.source, defaults=options)
+    if structure.kind in ("json_object", "json_schema"):
+        source = structure.source or '{"type": "object"}'
+        return _only(LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS))
     if structure.kind == "regex":
-        return matcher.grammar_from_regex(structure.source)
+        return _only(LLMatcher.grammar_from_regex(structure.source))
     if structure.kind == "choice":
         texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(structure.source)]
-        return matcher.grammar_from_lark("start: " + " | ".join(texts))
+        return {"lark_grammar": "start: " + " | ".join(texts)}
     try:
-        lark = any_to_lark(structure.source)
+        return {"lark_grammar": any_to_lark(structure.source)}
     except Exception as error:  # all that its parser of GBNF ever raises
         raise ValueError(str(error)) from error
-    return matcher.grammar_from_lark(lark)
+
+
+def _only(grammars: str) -> dict[str, Any]:
+    """The one grammar in a list that llguidance wrote."""
+    (grammar,) = json.loads(grammars)["grammars"]
+    return grammar
 
 
 def _first_line(message: str) -> str:

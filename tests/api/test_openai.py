@@ -83,7 +83,7 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
 LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "model"}
 
 # Fields that speak to a chat template, which these tests' tokenizer does not have.
-SHOWN_ELSEWHERE = {"chat_template_kwargs", "tools", "parallel_tool_calls"}
+SHOWN_ELSEWHERE = {"chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"}
 
 # A value for each field that must show in the reply or in what reaches the sampler.
 TELLING: dict[str, Any] = {

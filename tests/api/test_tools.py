@@ -56,9 +56,9 @@ def choice(body: dict[str, Any], **config: Any) -> dict[str, Any]:
     return reply.json()["choices"][0]
 
 
-def stream(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def stream(body: dict[str, Any], **config: Any) -> tuple[dict[str, Any], str]:
     """A stream's message, put together as a client does, and its finish reason."""
-    text = post({"temperature": 0, "stream": True} | body).text
+    text = post({"temperature": 0, "stream": True} | body, **config).text
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
     for part in text.split("\n\n")[:-2]:
         (one,) = json.loads(part.removeprefix("data: "))["choices"]
@@ -147,7 +147,15 @@ def test_calls_and_results_of_earlier_turns_reach_the_template(monkeypatch: pyte
     [
         ({"tools": [{"type": "web"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+         "tool_choice"),
+        ({"tools": [{"type": "function", "function": {
+            "name": "f", "strict": True, "parameters": {"type": "array"}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {
+            "name": "f", "strict": True, "parameters": {"not": {"required": ["a"]}}}}]}, "tools"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, {"role": "tool"}]},
          "messages.1.content"),
@@ -174,11 +182,13 @@ def test_parsers_follow_the_chat_template():
     config = ServingConfig(model_path="fake")
     parsers = AnswerParsers(tokenizer, config)
     parsers.check_tools()
-    assert parsers.make([], {"f"}, None) is not None
-    begun = parsers.make(tokenizer.encode("assistant\n<think>\n"), set(), None)
+    assert parsers.thoughts([]) == "possible"
+    assert parsers.make("possible", {"f"}, None) is not None
+    begun = parsers.make(parsers.thoughts(tokenizer.encode("a\n<think>\n")), set(), None)
     assert begun.add("a</think>b", is_last=True) == [{"reasoning_content": "a"}, {"content": "b"}]
     tokenizer.chat_template = "plain"
     plain = AnswerParsers(tokenizer, config)
-    assert plain.make([], {"f"}, None) is None
+    assert plain.thoughts([]) is None
+    assert plain.make(None, {"f"}, None) is None
     with pytest.raises(RequestError):
         plain.check_tools()

@@ -153,7 +153,7 @@ def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) 
 def test_compiling_happens_in_threads_of_its_own(monkeypatch) -> None:
     names: list[str] = []
 
-    def compile_slowly(structure: Structure) -> str:
+    def compile_slowly(structure: Structure, has_llama_tag: bool) -> str:
         names.append(threading.current_thread().name)
         raise ValueError("enough")
 
