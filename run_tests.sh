@@ -14,6 +14,11 @@ cd -- "$ROOT"
 setup_venv requirements.txt requirements-dev.txt
 for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
 ensure_apt chromedriver chromium-driver
+# The test of two hosts needs an ssh server; where systemd runs, installing one would also start it.
+if [[ ! -d /run/systemd/system ]]; then
+    ensure_apt ip iproute2
+    ensure_apt sshd openssh-server
+fi
 check_compiler
 
 # Tests use the embedded model and models that they make: nothing is fetched from a hub.

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from autotp_serving.command_line import parse_args
@@ -24,6 +25,7 @@ from autotp_serving.ranks import (
     LaunchError,
     is_first_rank,
     join_control,
+    leave_group,
 )
 
 EXIT_CANNOT_START = 2
@@ -107,6 +109,7 @@ def lead(config: ServingConfig, control: Control) -> int:
     )
     spare_collector()
     control.all_gather("ready")
+    worker.channel.watch(engine.engine.fail)
     engine.engine.start()
     app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys)
     exit_code = serve(app, engine, config, sock)
@@ -162,6 +165,7 @@ def follow(config: ServingConfig, control: Control) -> int:
     ignore_signals()
     spare_collector()
     control.all_gather("ready")
+    worker.channel.watch(partial(leave_group, control.rank))
     worker.runner.follow(worker.channel)
     return 0
 

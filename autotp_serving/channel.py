@@ -1,8 +1,9 @@
 """Step plans from rank 0 to the others, their figures back: one TCP connection per follower.
 
 Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling it with sleeps
-costs several percent of one, and a connection also tells at once that its peer has died. They work
-alike under every launcher. Messages are a 4-byte length and that many bytes.
+costs several percent of one, and a connection also tells that its peer has died or its host is
+lost (`watch.py`). They work alike under every launcher. Messages are a 4-byte length and that many
+bytes.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import select
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from autotp_serving.ranks import Control, LaunchError, own_host
+from autotp_serving.watch import PeerWatch, describe_loss, probe_peer
 
 LENGTH = struct.Struct("!I")
 SECRET_LEN = 16
@@ -22,6 +26,8 @@ CONNECT_SECONDS = 60.0
 GREETING_SECONDS = 5.0
 SPIN_SECONDS = 0.01
 MAX_REPORT_BYTES = 2**16
+STOP_PATIENCE = 2.0
+LOSS_SECONDS = 1.0
 
 
 class PlanChannel:
@@ -36,18 +42,26 @@ class PlanChannel:
         self._followers: dict[int, socket.socket] = {}
         self._lead: socket.socket | None = None
         self._reports: dict[int, bytearray] = {}  # of each follower, the beginning of its next
+        self._names = ["rank 0"]
+        self._watch: PeerWatch | None = None
         if control.size == 1:
             return
         listener = self._listen() if control.rank == 0 else None
         secret = secrets.token_bytes(SECRET_LEN)
         address = listener.getsockname() if listener is not None else None
-        (address, secret), *_ = control.all_gather((address, secret))
+        gathered = control.all_gather((address, secret, socket.gethostname()))
+        address, secret, _ = gathered[0]
+        on_hosts = [f" on host {host}" for *_, host in gathered]
+        if control.local_size == control.size:
+            on_hosts = [""] * control.size
+        self._names = [f"rank {rank}{on_host}" for rank, on_host in enumerate(on_hosts)]
         if listener is not None:
             with listener:
                 self._accept_followers(listener, secret)
         else:
             self._lead = self._connect(address)
             self._lead.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            probe_peer(self._lead)
             self._lead.sendall(secret + LENGTH.pack(control.rank))
             self._lead.settimeout(None)
 
@@ -86,7 +100,37 @@ class PlanChannel:
                 continue
             peer.settimeout(None)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            probe_peer(peer)
             self._followers[LENGTH.unpack(greeting[SECRET_LEN:])[0]] = peer
+
+    def watch(self, on_loss: Callable[[str], None]) -> None:
+        """Have `on_loss` called, in a thread of its own, should one of the peers be gone.
+
+        Rank 0 watches all others, and each of these watches rank 0. On them `on_loss` comes late
+        enough for a rank that is not stuck to have read why rank 0 left.
+        """
+        if self._lead is not None:
+            self._watch = PeerWatch({self._names[0]: self._lead}, on_loss, STOP_PATIENCE)
+        elif self._followers:
+            followers = {self._names[rank]: peer for rank, peer in self._followers.items()}
+            self._watch = PeerWatch(followers, on_loss)
+
+    def stop_watching(self) -> None:
+        """Peers leave from now on, and may."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    def find_loss(self) -> str | None:
+        """On rank 0, where a sum has failed: which rank is gone, if one is."""
+        ends = select.poll()
+        ranks = {follower.fileno(): rank for rank, follower in self._followers.items()}
+        for number in ranks:
+            ends.register(number, select.POLLRDHUP)
+        for number, _ in ends.poll(LOSS_SECONDS * 1000) if ranks else ():
+            rank = ranks[number]
+            code = self._followers[rank].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return describe_loss(self._names[rank], code)
+        return None
 
     def send(self, message: bytes) -> None:
         """On rank 0: hand a message to every other rank.
@@ -99,7 +143,7 @@ class PlanChannel:
             try:
                 follower.sendall(framed)
             except OSError as error:
-                raise ConnectionError(f"rank {rank} has died ({error.strerror})") from error
+                raise self._loss(rank, error) from error
 
     def report(self, message: bytes) -> None:
         """On the other ranks: tell rank 0 something, always of the same length."""
@@ -107,7 +151,7 @@ class PlanChannel:
         try:
             self._lead.sendall(message)
         except OSError as error:
-            raise ConnectionError("rank 0 has died") from error
+            raise self._loss(0, error) from error
 
     def take_reports(self, length: int) -> dict[int, bytes]:
         """On rank 0, without waiting: the latest report of each rank that has made one since.
@@ -123,9 +167,9 @@ class PlanChannel:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise ConnectionError(f"rank {rank} has died ({error.strerror})") from error
+                raise self._loss(rank, error) from error
             if not data:
-                raise ConnectionError(f"rank {rank} has died")
+                raise self._loss(rank)
             unread += data
             end = len(unread) - len(unread) % length
             if end:
@@ -143,20 +187,30 @@ class PlanChannel:
             ConnectionError: rank 0 is gone.
         """
         assert self._lead is not None, "rank 0 does not receive"
+        try:
+            return self._receive(self._lead)
+        except OSError as error:
+            raise self._loss(0, error) from error
+
+    def _receive(self, lead: socket.socket) -> bytes:
         header = b""
-        self._lead.setblocking(False)
+        lead.setblocking(False)
         deadline = time.monotonic() + SPIN_SECONDS
         while not header and time.monotonic() < deadline:
             try:
-                header = self._lead.recv(LENGTH.size)
+                header = lead.recv(LENGTH.size)
             except BlockingIOError:
                 os.sched_yield()
             else:
                 if not header:
-                    raise ConnectionError("rank 0 has died")
-        self._lead.setblocking(True)
-        header += _read(self._lead, LENGTH.size - len(header))
-        return _read(self._lead, LENGTH.unpack(header)[0])
+                    raise ConnectionError("closed")
+        lead.setblocking(True)
+        header += _read(lead, LENGTH.size - len(header))
+        return _read(lead, LENGTH.unpack(header)[0])
+
+    def _loss(self, rank: int, error: OSError | None = None) -> ConnectionError:
+        """What to raise when the connection to a rank has ended."""
+        return ConnectionError(describe_loss(self._names[rank], error.errno if error else None))
 
 
 def _read(connection: socket.socket, num_bytes: int) -> bytes:
@@ -169,6 +223,6 @@ def _read(connection: socket.socket, num_bytes: int) -> bytes:
     while len(parts) < num_bytes:
         part = connection.recv(num_bytes - len(parts))
         if not part:
-            raise ConnectionError("the other rank has died")
+            raise ConnectionError("closed")
         parts += part
     return bytes(parts)

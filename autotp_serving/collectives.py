@@ -143,6 +143,8 @@ def _load_shared_memory_op(control: Control) -> None:
         problem = next(filter(None, control.all_gather(problem)), None)
     if several_hosts or problem:
         deepspeed.ops.__compatible_ops__[name] = False
+    if several_hosts and control.rank == 0:
+        logger.info("Ranks on several hosts: sums go through Gloo, over the network")
     if problem and control.rank == 0:
         logger.warning(
             "DeepSpeed's shared-memory all-reduce cannot be used (%s): using Gloo, about a "

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine
 from autotp_serving.engine.grammar import GrammarCompiler
-from autotp_serving.ranks import join_control
+from autotp_serving.ranks import join_control, leave_group
 from autotp_serving.request import (
     FinishReason,
     Request,
@@ -65,6 +66,7 @@ class LLM:
         config = ServingConfig(model_path=model_path, **settings)
         control = join_control(os.environ)
         worker = start_worker(config, control)
+        worker.channel.watch(partial(leave_group, control.rank))
         if worker.lead is None:
             worker.runner.follow(worker.channel)
             sys.exit(0)

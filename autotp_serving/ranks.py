@@ -6,16 +6,21 @@ process is a group of one and takes the same path.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.002
 FAILURE_SECONDS = 5.0
+ABORT_SECONDS = 3.0
 GROUP_TIMEOUT = timedelta(days=3650)  # an idle server waits inside a receive; idle is no fault
 
 
@@ -118,8 +123,10 @@ class MpiControl:
         return raise_failure(self._world.allgather(value))
 
     def abort(self, exit_code: int = 1) -> None:
-        """Have mpirun end the whole job."""
+        """Have mpirun end the whole job, and leave, though MPI may not hear us or not let us go."""
+        threading.Thread(target=_exit_late, args=(exit_code,), daemon=True).start()
         self._world.Abort(exit_code)
+        os._exit(exit_code)
 
 
 class TorchControl:
@@ -212,3 +219,18 @@ def own_host(control: Control) -> str:
             "hosts cannot reach: mend /etc/hosts"
         )
     return host
+
+
+def leave_group(rank: int, message: str) -> None:
+    """End this rank, from any thread, since it cannot go on; does not return.
+
+    The launcher sees it end and ends the others that it can still reach.
+    """
+    logger.error("rank %d ends: %s", rank, message)
+    os._exit(1)
+
+
+def _exit_late(exit_code: int) -> None:
+    """MPI's own exit waits for threads that are stuck in a sum with a rank that is gone."""
+    time.sleep(ABORT_SECONDS)
+    os._exit(exit_code)

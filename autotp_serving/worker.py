@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autotp_serving.agreement import check_agreement
 from autotp_serving.channel import PlanChannel
 from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
@@ -61,6 +62,7 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
         torch.set_num_threads(max(1, num_cores // control.local_size))
     times = StepTimes()
     all_reduce = join_collectives(control, device.kind, device.backend, times)
+    check_agreement(config, control)
     checker = StartCheck(config, control, device, max_model_len)
     model = load_model(
         config, model_config, control, device.torch_device, all_reduce, checker.check_plan

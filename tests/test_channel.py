@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
@@ -91,6 +92,58 @@ def test_a_group_of_one_sends_to_nobody() -> None:
     alone = PlanChannel(LocalControl())
     alone.send(b"plan")
     assert alone.take_reports(4) == {}
+
+
+def test_peers_on_other_hosts_are_named_with_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts lost while nothing is sent are told of too, and once."""
+    monkeypatch.setattr(channel, "own_host", lambda control: "127.0.0.1")
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{threading.get_ident()}")
+    group = ThreadRanks(2)
+    with ThreadPoolExecutor(2) as pool:
+        spread = [ThreadControl(group, rank) for rank in range(2)]
+        for control in spread:
+            control.local_size = 1
+        lead, follower = pool.map(PlanChannel, spread)
+    told: list[str] = []
+    heard = threading.Event()
+    lead.watch(lambda message: (told.append(message), heard.set()))
+    follower._lead.close()
+    assert heard.wait(10.0)
+    assert lead.find_loss() == told[0]
+    assert re.fullmatch(r"rank 1 on host host\d+ has died", told[0])
+
+
+def test_a_group_that_is_whole_has_lost_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "LOSS_SECONDS", 0.1)
+    lead, _follower = open_channels(ThreadRanks(2))
+    assert lead.find_loss() is None
+    assert PlanChannel(LocalControl()).find_loss() is None
+
+
+def test_who_was_told_to_stop_does_not_take_the_lead_for_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "STOP_PATIENCE", 0.5)
+    lead, follower = open_channels(ThreadRanks(2))
+    told: list[str] = []
+    follower.watch(told.append)
+    lead.send(b"stop")
+    lead._followers[1].close()
+    assert follower.receive() == b"stop"
+    follower.stop_watching()
+    time.sleep(1.0)
+    assert told == []
+
+
+def test_who_is_stuck_is_told_that_the_lead_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "STOP_PATIENCE", 0.1)
+    lead, follower = open_channels(ThreadRanks(2))
+    told: list[str] = []
+    heard = threading.Event()
+    follower.watch(lambda message: (told.append(message), heard.set()))
+    lead._followers[1].close()
+    assert heard.wait(10.0)
+    assert told == ["rank 0 has died"]
 
 
 def take_reports_until(lead: PlanChannel, rank: int, last: bytes) -> dict[int, list[bytes]]:
@@ -189,7 +242,7 @@ def test_a_dead_follower_is_named_by_its_rank() -> None:
 def test_a_follower_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "CONNECT_SECONDS", 0.2)
     group = ThreadRanks(2)
-    absent = threading.Thread(target=ThreadControl(group, 1).all_gather, args=(None,))
+    absent = threading.Thread(target=ThreadControl(group, 1).all_gather, args=((None, b"", ""),))
     absent.start()
     with pytest.raises(LaunchError, match=r"ranks \[1\] did not connect"):
         PlanChannel(ThreadControl(group, 0))
@@ -201,7 +254,7 @@ def test_a_lead_that_cannot_be_reached_is_named() -> None:
         probe.bind(("127.0.0.1", 0))
         address = probe.getsockname()
     group = ThreadRanks(2)
-    lead = threading.Thread(target=ThreadControl(group, 0).all_gather, args=((address, b""),))
+    lead = threading.Thread(target=ThreadControl(group, 0).all_gather, args=((address, b"", ""),))
     lead.start()
     with pytest.raises(LaunchError, match="rank 1 cannot reach rank 0"):
         PlanChannel(ThreadControl(group, 1))

@@ -21,6 +21,8 @@ PACKAGE = "autotp_serving"
 TOP_ROOMS = {
     "ranks": "ranks",
     "channel": "ranks",
+    "watch": "ranks",
+    "agreement": "ranks",
     "collectives": "ranks",
     "worker": "wiring",
     "llm": "wiring",

@@ -1,7 +1,8 @@
 """The engine: one thread on rank 0 that turns requests into outputs, one step after another.
 
-Any thread may call `submit`, `abort`, `stats` and `shutdown`; they leave a note in the inbox. All
-else happens in the engine's own thread, or in the caller's where `step` is called by hand.
+Any thread may call `submit`, `abort`, `stats`, `shutdown` and `fail`; all but the last leave a note
+in the inbox. All else happens in the engine's own thread, or in the caller's where `step` is called
+by hand.
 """
 
 from __future__ import annotations
@@ -182,6 +183,15 @@ class Engine:
             self._run()
         return not self._thread.is_alive()
 
+    def fail(self, message: str) -> None:
+        """Take no more requests: a rank is gone, and the step under way may never end.
+
+        For any thread. The requests get no last outputs; whoever sees `failure` ends them.
+        """
+        with self._lock:
+            if self.failure is None:
+                self.failure = f"the engine failed: {message}"
+
     def step(self, *, wait: bool = False) -> None:
         """Take in what is in the inbox, run one step, hand out its outputs.
 
@@ -290,7 +300,7 @@ class Engine:
         detail = str(error).strip().partition("\n")[0]
         failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")
         with self._lock:
-            self.failure = failure
+            failure = self.failure = self.failure or failure
         try:
             for request in tuple(self._alive.values()):
                 self._end(request, "error", failure)

@@ -52,6 +52,7 @@ class ModelRunner:
         while (message := channel.receive()) != STOP_MESSAGE:
             self.run(StepPlan.from_bytes(message))
             channel.report(self.times.snapshot().to_bytes())
+        channel.stop_watching()
 
 
 class LeadRunner:
@@ -73,9 +74,19 @@ class LeadRunner:
         samples: Sequence[SampleInput],
         scores: Sequence[ScoreInput] = (),
     ) -> StepResult:
-        """See Runner: one step on all ranks, then choose and score on this one."""
+        """See Runner: one step on all ranks, then choose and score on this one.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
         self._channel.send(plan.to_bytes())
-        logits = self._runner.run(plan)
+        try:
+            logits = self._runner.run(plan)
+        except RuntimeError as error:  # a sum that lacks a rank names its socket at best
+            loss = self._channel.find_loss()
+            if loss is None:
+                raise
+            raise ConnectionError(loss) from error
         result = self._sampler.sample(logits[: len(samples)], samples)
         if scores:
             result = replace(result, scores=score_prompts(logits[len(samples) :], scores))
@@ -90,4 +101,5 @@ class LeadRunner:
 
     def stop(self) -> None:
         """Let the other ranks go."""
+        self._channel.stop_watching()
         self._channel.send(STOP_MESSAGE)

@@ -17,6 +17,18 @@ from tests.fakes import ByteTokenizer, FakeRunner, answers, generate, letters
 EOS = ByteTokenizer.EOS
 
 
+class StuckRunner(FakeRunner):
+    """Its steps last until the test lets them go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def execute(self, *arguments):
+        self.released.wait(20)
+        raise RuntimeError("the sum was interrupted")
+
+
 class Bench:
     """An engine with a fake runner, and all outputs it gave, by request."""
 
@@ -457,3 +469,18 @@ def test_fake_model_depends_on_all_tokens_and_the_draw():
     assert len({letters(context, SampleInput(greedy)) for context in contexts}) > 2
     draws = [letters([1], SampleInput(random_, n / 9)) for n in range(9)]
     assert len(set(draws)) > 4
+
+
+def test_a_failure_from_outside_counts_though_a_step_never_ends(threaded) -> None:
+    """A host that was lost while the engine waited for it inside a sum left it failing never."""
+    runner = StuckRunner()
+    bench = threaded(runner=runner)
+    bench.submit("caught")
+    bench.engine.fail("rank 1 on host beta is lost")
+    sentence = "the engine failed: rank 1 on host beta is lost"
+    assert bench.engine.failure == sentence
+    with pytest.raises(EngineError, match="host beta is lost"):
+        bench.submit("late")
+    runner.released.set()  # and what the step then says comes second
+    bench.engine._thread.join(10.0)
+    assert bench.engine.failure == sentence

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.live.launch import Launch, cpu_seconds, mpirun
+from tests.live.launch import Launch, cpu_seconds, mpirun, torchrun
 
 pytestmark = pytest.mark.live
 
 FAULTY = str(Path(__file__).with_name("faulty_serving.py"))
-NUM_STREAMS = 3
+NUM_STREAMS = 20
 STREAM_LEN = 250
 
 
@@ -39,7 +39,8 @@ def test_streams_finish_before_the_server_ends(
     way: str, start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
     """A signal reaches every rank at once; the second one must live until the first has drained."""
-    server = start(mpirun(2), *model_flags, "--drain-seconds", "120").wait_ready()
+    flags = ["--drain-seconds", "120", "--max-num-seqs", str(NUM_STREAMS)]
+    server = start(mpirun(2), *model_flags, *flags).wait_ready()
 
     def read_all(index: int) -> dict:
         with server.stream(f"stream {index}", STREAM_LEN) as lines:
@@ -49,6 +50,7 @@ def test_streams_finish_before_the_server_ends(
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         answers = [pool.submit(read_all, index) for index in range(NUM_STREAMS)]
         server.wait_for(lambda: server.health()["num_generated_tokens"] > 3 * NUM_STREAMS)
+        assert server.health()["num_running"] == NUM_STREAMS
         if way == "Ctrl+C":
             server.interrupt()
         else:
@@ -92,6 +94,24 @@ def test_a_killed_rank_ends_streams_and_group(
         os.kill(server.rank_pids()[rank], signal.SIGKILL)
         assert cut.result(30.0) - killed < 5.0
     assert server.wait(10.0) != 0
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_torchrun_need_not_tell_that_a_rank_was_killed(
+    rank: int, start: Callable[..., Launch], model_flags: list[str]
+) -> None:
+    """It ends the others 30 s later, and as long did clients wait; the ranks see it at once."""
+    server = start(torchrun(2), *model_flags).wait_ready()
+    with ThreadPoolExecutor(1) as pool:
+        cut = pool.submit(read_until_cut, server, "stream", 1900)
+        server.wait_for(lambda: server.health()["num_generated_tokens"] > 3)
+        killed = time.monotonic()
+        os.kill(server.rank_pids()[rank], signal.SIGKILL)
+        assert cut.result(40.0) - killed < 5.0
+    server.wait_for(lambda: not server.rank_pids(), 10.0)
+    if rank == 1:
+        assert "rank 1 has died" in server.log
+    assert server.wait(60.0) != 0
 
 
 def test_a_fault_in_a_step_of_the_second_rank_ends_streams_and_group(

@@ -1,0 +1,94 @@
+"""A thread that sleeps until a peer is gone, on pairs of sockets."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from autotp_serving.watch import PeerWatch, describe_loss, probe_peer
+
+Pairs = dict[str, tuple[socket.socket, socket.socket]]
+
+
+@pytest.fixture
+def pairs() -> Iterator[Pairs]:
+    """Connections to two ranks, and the ranks' own ends."""
+    made = {}
+    for name in ("rank 1", "rank 2"):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname())
+            made[name] = near, listener.accept()[0]
+    yield made
+    for pair in made.values():
+        for end in pair:
+            end.close()
+
+
+class Notes:
+    """What a watch said."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.heard = threading.Event()
+
+    def take(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+        self.heard.set()
+
+
+def near_ends(pairs: Pairs) -> dict[str, socket.socket]:
+    return {name: near for name, (near, _) in pairs.items()}
+
+
+def test_the_rank_that_goes_is_named_once(pairs: Pairs) -> None:
+    notes = Notes()
+    PeerWatch(near_ends(pairs), notes.take)
+    pairs["rank 2"][1].sendall(b"a report is no loss")
+    assert not notes.heard.wait(0.2)
+    pairs["rank 2"][1].close()
+    assert notes.heard.wait(10.0)
+    pairs["rank 1"][1].close()
+    time.sleep(0.2)
+    assert notes.sentences == ["rank 2 has died"]
+
+
+def test_a_connection_that_ends_after_a_stop_is_no_loss(pairs: Pairs) -> None:
+    notes = Notes()
+    watch = PeerWatch(near_ends(pairs), notes.take)
+    watch.stop()
+    watch.stop()
+    pairs["rank 1"][1].close()
+    assert not notes.heard.wait(0.3)
+
+
+def test_a_watch_costs_no_time_while_nothing_happens(pairs: Pairs) -> None:
+    watch = PeerWatch(near_ends(pairs), lambda sentence: None)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+    watch.stop()
+
+
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH])
+def test_a_silent_host_is_told_from_a_dead_process(code: int) -> None:
+    assert describe_loss("rank 3 on host beta", code) == (
+        "rank 3 on host beta is lost: its host has not answered for 15 s"
+    )
+    for other in (None, 0, errno.ECONNRESET, errno.EPIPE):
+        assert describe_loss("rank 3", other) == "rank 3 has died"
+
+
+def test_the_kernel_is_asked_to_probe(pairs: Pairs) -> None:
+    connection = pairs["rank 1"][0]
+    probe_peer(connection)
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    idle = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+    interval = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+    count = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+    assert idle + interval * count == 15
+    assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
