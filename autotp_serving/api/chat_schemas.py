@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest, only
-from autotp_serving.api.schemas import StrictModel, Text
+from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest
+from autotp_serving.api.schemas import StrictModel, Text, only
 from autotp_serving.api.tool_schemas import NamedTool, Tool, ToolCall
 from autotp_serving.request import (
     MAX_LOGPROBS,

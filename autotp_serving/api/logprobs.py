@@ -1,4 +1,4 @@
-"""Logprobs in the shapes of OpenAI's two routes. Rank 0 only."""
+"""Logprobs in the shapes of OpenAI's two routes and of the native ones. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
-class ChatLogprobs:
-    """The shape of /v1/chat/completions."""
+class ListedLogprobs:
+    """One object a token: the shape of /v1/chat/completions and of the native routes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def write(self, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The object beside a message or a delta."""
+    def write(self, items: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        """One object for each token."""
         content = []
         for item in items:
             top = [self._entry(token, logprob) for token, logprob in item.top]
             content.append(self._entry(item.token_id, item.logprob) | {"top_logprobs": top})
-        return {"content": content, "refusal": None}
+        return content
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def write_first(self, token_id: int) -> dict[str, Any]:
+        """The object of a prompt's first token, which nothing comes before."""
+        return self._entry(token_id, None) | {"top_logprobs": []}
+
+    def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         return {
             "token": token_text(self._tokenizer, token_id),
-            "logprob": max(logprob, LEAST),
+            "logprob": logprob if logprob is None else max(logprob, LEAST),
             "bytes": list(self._tokenizer.token_bytes(token_id)),
         }
 

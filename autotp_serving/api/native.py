@@ -11,11 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.errors import check_reason
+from autotp_serving.api.logprobs import ListedLogprobs
 from autotp_serving.api.native_schemas import GenerateReply, GenerateRequest
 from autotp_serving.api.responses import TokenStreamResponse
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.request import Request as EngineRequest
 from autotp_serving.request import RequestOutput
+from autotp_serving.tokenizer import Tokenizer
 
 LINE_TYPE = "application/x-ndjson"
 LINES: dict[int | str, dict[str, Any]] = {
@@ -43,25 +45,27 @@ def native_routes(engine: AsyncEngine, admission: Admission) -> APIRouter:
     @router.post("/generate/", response_model=GenerateReply)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and answer once, when the text is complete."""
-        text = []
-        usage = request.state.record.usage
-        with engine.open(await admit(body, request), usage) as stream:
+        requests = await admit(body, request)
+        writer = LineWriter(body, requests[0], admission.tokenizer)
+        text: list[str] = []
+        logprobs: list[dict[str, Any]] = []
+        with engine.open(requests, request.state.record.usage) as stream:
             async for outputs in stream:
-                text.extend(output.text for output in outputs)
+                for output in outputs:
+                    text.append(writer.text(output))
+                    logprobs += writer.logprobs(output)
                 last = outputs[-1]
         check_reason(last)
-        return JSONResponse(reply(0, "".join(text), last.finish_reason))
+        whole = reply(0, "".join(text), last.finish_reason)
+        return JSONResponse(whole if body.logprobs is None else whole | {"logprobs": logprobs})
 
     @router.post("/generate_stream", include_in_schema=False)
     @router.post("/generate_stream/", response_class=Response, responses=LINES)
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and answer in lines: a JSON object per token, then a last one."""
-        return TokenStreamResponse(
-            engine,
-            await admit(body, request),
-            LineWriter(),
-            media_type=LINE_TYPE,
-        )
+        requests = await admit(body, request)
+        writer = LineWriter(body, requests[0], admission.tokenizer)
+        return TokenStreamResponse(engine, requests, writer, media_type=LINE_TYPE)
 
     return router
 
@@ -76,21 +80,48 @@ def reply(index: int, content: str | None, finish_reason: str | None) -> dict[st
 
 
 class LineWriter:
-    """Renders outputs as lines: one per token, counted from 0, then one with the reason."""
+    """Renders outputs as lines: one per token, counted from 0, then one with the reason.
 
-    def __init__(self) -> None:
+    Args:
+        body: asks for logprobs and for the prompt, or does not.
+        request: made of the body.
+        tokenizer: knows the tokens that logprobs are about.
+    """
+
+    def __init__(self, body: GenerateRequest, request: EngineRequest, tokenizer: Tokenizer) -> None:
         self.num_tokens = 0
+        self._body = body
+        self._echo = body.prompt if body.echo else ""
+        self._first_token = request.prompt_token_ids[0]
+        self._listed = ListedLogprobs(tokenizer)
+
+    def text(self, output: RequestOutput) -> str:
+        """What an output adds to the text; the first one brings the prompt, if that is wanted."""
+        echo, self._echo = self._echo, ""
+        return echo + output.text
+
+    def logprobs(self, output: RequestOutput) -> list[dict[str, Any]]:
+        """The logprobs that an output brings, those of the prompt before the first token's."""
+        if output.prompt_logprobs is None:
+            return self._listed.write(output.logprobs)
+        prompt = [self._listed.write_first(self._first_token)]
+        return prompt + self._listed.write([*output.prompt_logprobs, *output.logprobs])
 
     def __call__(self, outputs: Sequence[RequestOutput]) -> bytes:
         lines = []
         for output in outputs:
-            # Text of a step that made several tokens goes with the last of them.
-            texts = [""] * (len(output.token_ids) - 1)
-            if output.token_ids or output.text:
-                texts.append(output.text)
-            for text in texts:
-                lines.append(reply(self.num_tokens, text, None))
-                self.num_tokens += 1
+            # Text of a step that made several tokens goes with the last of them, and so do its
+            # logprobs.
+            pieces = [reply(self.num_tokens + n, "", None) for n in range(len(output.token_ids))]
+            text = self.text(output)
+            if text and not pieces:
+                pieces.append(reply(self.num_tokens, "", None))
+            if pieces:
+                pieces[-1]["message"]["content"] = text
+                if self._body.logprobs is not None:
+                    pieces[-1]["logprobs"] = self.logprobs(output)
+            self.num_tokens += len(pieces)
+            lines += pieces
             if output.finish_reason is not None:
                 last = reply(self.num_tokens, None, output.finish_reason)
                 lines.append(last | {"error": output.error} if output.error else last)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from autotp_serving.api.sampling_fields import SamplingFields
-from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple
-from autotp_serving.request import SamplingParams, Structure
+from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple, only
+from autotp_serving.request import MAX_LOGPROBS, SamplingParams, Structure
 
 
 class GenerateRequest(SamplingFields):
@@ -20,6 +20,17 @@ class GenerateRequest(SamplingFields):
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool = Field(False, description="go on past the model's end token")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="give each token's logprob and list so many likeliest tokens beside it; "
+        "default: no logprobs",
+    )
+    echo: bool = Field(False, description="put the prompt before the answer, and its logprobs")
+    n: only(1) = Field(None, description="a reply holds one answer: use /v1/completions")
+    best_of: only(1) = Field(None, description="a reply holds one answer: use /v1/completions")
+    use_beam_search: only(False) = None
 
     def sampling_params(self, structure: Structure | None) -> SamplingParams:
         """The same in the engine's words. Raises RequestError naming a field out of range."""
@@ -32,6 +43,8 @@ class GenerateRequest(SamplingFields):
             seed=self.seed,
             stop=as_tuple(self.stop),
             ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
         )
 
 
@@ -42,9 +55,24 @@ class Message(StrictModel):
     content: str | None
 
 
+class Logprob(StrictModel):
+    """How likely a token was; its logprob is null where nothing comes before it."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int]
+
+
+class TokenLogprob(Logprob):
+    """The same, and the likeliest tokens in its place."""
+
+    top_logprobs: list[Logprob]
+
+
 class GenerateReply(StrictModel):
     """Reply of /generate/, and each line of /generate_stream/."""
 
     index: int
     message: Message
     finish_reason: str | None
+    logprobs: list[TokenLogprob] | None = Field(None, description="only where asked for")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import (
@@ -19,26 +19,13 @@ from autotp_serving.api.schemas import (
     Text,
     as_tuple,
     check_unicode,
+    only,
 )
 from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams, Structure
 
 MAX_CHOICES = 128
 LABEL = "for the caller's own books; asks nothing of the answer"
 DEFAULT_COMPLETION_TOKENS = 16
-
-
-def only(*values: Any) -> Any:
-    """The type of a field that is not supported yet: null or one of `values`."""
-    allowed = (None, *values)
-
-    def check(value: Any) -> Any:
-        for one in allowed:
-            # Booleans equal numbers in Python, not in JSON.
-            if isinstance(value, bool) == isinstance(one, bool) and value == one:
-                return value
-        raise ValueError("is not supported yet: leave it out")
-
-    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from autotp_serving.api.answers import AnswerParser, join
 from autotp_serving.api.errors import ApiError, check_reason, error_body
-from autotp_serving.api.logprobs import ChatLogprobs, CompletionLogprobs
+from autotp_serving.api.logprobs import CompletionLogprobs, ListedLogprobs
 from autotp_serving.api.streams import Usage
 from autotp_serving.request import Request, RequestOutput, TokenLogprobs
 from autotp_serving.tokenizer import Tokenizer
@@ -241,4 +241,5 @@ class ChatWriter(ChoiceWriter):
     def _write_logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if self._requests[index].params.logprobs is None:
             return None
-        return ChatLogprobs(self._tokenizer).write(piece.logprobs)
+        listed = ListedLogprobs(self._tokenizer).write(piece.logprobs)
+        return {"content": listed, "refusal": None}

@@ -5,9 +5,9 @@ Strict and closed: a wrong type or an unknown field is an error, so a typo never
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from autotp_serving.api.errors import LONE_SURROGATE
 
@@ -36,6 +36,20 @@ class StrictModel(BaseModel):
     """A body that refuses unknown fields and converts no types."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def only(*values: Any) -> Any:
+    """The type of a field that is not supported yet: null or one of `values`."""
+    allowed = (None, *values)
+
+    def check(value: Any) -> Any:
+        for one in allowed:
+            # Booleans equal numbers in Python, not in JSON.
+            if isinstance(value, bool) == isinstance(one, bool) and value == one:
+                return value
+        raise ValueError("is not supported yet: leave it out")
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
 
 
 def as_tuple(stop: str | list[str] | None) -> tuple[str, ...]:

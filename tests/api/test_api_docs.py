@@ -18,7 +18,7 @@ from autotp_serving.api import (
     tokens,
     tool_schemas,
 )
-from autotp_serving.api.native_schemas import GenerateReply, Message
+from autotp_serving.api.native_schemas import GenerateReply, Logprob, Message, TokenLogprob
 from autotp_serving.api.schemas import ErrorReply, StrictModel
 from tests.api.conftest import LiveServer
 from tests.api.service import build_service
@@ -37,7 +37,8 @@ def test_tables_are_those_of_the_schemas():
 
 
 def test_every_body_has_a_table():
-    replies = {ErrorReply, GenerateReply, Message, schemas.ErrorDetail, StrictModel}
+    replies = {ErrorReply, GenerateReply, Message, Logprob, TokenLogprob}
+    replies |= {schemas.ErrorDetail, StrictModel}
     bodies = {
         value
         for module in MODULES

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from autotp_serving.api.native_schemas import GenerateReply
 from autotp_serving.plan import SampleInput
 from autotp_serving.request import SamplingParams
 from tests.api.service import MAX_MODEL_LEN, Service, client
-from tests.fakes import ByteTokenizer, generate
+from tests.fakes import ByteTokenizer, generate, logprob, logprobs
 
 PATHS = ("/generate", "/generate/", "/generate_stream", "/generate_stream/")
 
@@ -331,3 +332,78 @@ def test_health_and_version() -> None:
     health, version, _ = asyncio.run(go())
     assert health.status_code == 200 and health.json()["status"] == "ok"
     assert version.json()["version"]
+
+
+def test_logprobs_come_where_asked_for_and_nowhere_else() -> None:
+    """One object a token, as in chat completions; a stream brings each with its token."""
+    body = {"prompt": "What is AI?", "n_predict": 8}
+    asked = post("/generate", body | {"logprobs": 2}).json()
+    plain = post("/generate", body).json()
+    assert plain == {name: value for name, value in asked.items() if name != "logprobs"}
+    tokens = list(b"a branch")
+    context = list(b"What is AI?")
+    assert len(asked["logprobs"]) == len(tokens)
+    for token, found in zip(tokens, asked["logprobs"], strict=True):
+        top = logprobs(context, token, 2).top
+        assert found == {
+            "token": chr(token),
+            "logprob": logprob(context, token),
+            "bytes": [token],
+            "top_logprobs": [
+                {"token": chr(one), "logprob": value, "bytes": [one]} for one, value in top
+            ],
+        }
+        context.append(token)
+    *lines, last = lines_of(post("/generate_stream", body | {"logprobs": 2}))
+    assert [line["logprobs"] for line in lines] == [[one] for one in asked["logprobs"]]
+    assert "logprobs" not in last
+    GenerateReply.model_validate(asked)
+
+
+def test_echo_brings_the_prompt_and_its_logprobs() -> None:
+    body = {"prompt": "What is AI?", "n_predict": 2, "echo": True, "logprobs": 0}
+    whole = post("/generate", body).json()
+    assert whole["message"]["content"] == "What is AI?a "
+    assert "".join(one["token"] for one in whole["logprobs"]) == "What is AI?a "
+    values = [one["logprob"] for one in whole["logprobs"]]
+    tokens = list(b"What is AI?a ")
+    assert values == [None, *(logprob(tokens[:n], tokens[n]) for n in range(1, len(tokens)))]
+    *lines, _ = lines_of(post("/generate_stream", body))
+    assert [line["message"]["content"] for line in lines] == ["What is AI?a", " "]
+    assert [one for line in lines for one in line["logprobs"]] == whole["logprobs"]
+    GenerateReply.model_validate(whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("best_of", 2), ("use_beam_search", True), ("top_logprobs", 1), ("max_tokens", 9),
+     ("max_completion_tokens", 9), ("logprobs", 21), ("logprobs", True)],
+)  # fmt: skip
+def test_what_a_native_reply_cannot_hold_is_refused_by_name(field: str, value: Any) -> None:
+    for path in ("/generate/", "/generate_stream/"):
+        reply = post(path, {"prompt": "x", field: value})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == field
+
+
+def test_every_sampling_field_reaches_the_sampler() -> None:
+    """Item by item, each with a value of its own."""
+    given = {
+        "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "frequency_penalty": 0.5,
+        "presence_penalty": 0.25, "repetition_penalty": 1.5, "seed": 7, "stop": ["q"],
+        "stop_token_ids": [5], "logprobs": 1, "logit_bias": {"6": 1.0}, "min_tokens": 2,
+        "ignore_eos": True, "skip_special_tokens": False,
+    }  # fmt: skip
+    neutral = {"n": 1, "best_of": 1, "use_beam_search": False, "echo": False}
+
+    async def go(path: str) -> SamplingParams:
+        async with client() as (http, service):
+            body = {"prompt": "x", "n_predict": 3} | given | neutral
+            reply = await http.post(path, json=body)
+            assert reply.status_code == 200, reply.text
+            return service.runner.samples[0].params
+
+    for path in ("/generate/", "/generate_stream/"):
+        params = asyncio.run(go(path))
+        told = given | {"stop": ("q",), "stop_token_ids": (5,), "logit_bias": {6: 1.0}}
+        assert {name: getattr(params, name) for name in told} == told
