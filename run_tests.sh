@@ -3,14 +3,17 @@
 #
 #     bash run_tests.sh                           # all tests
 #     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
+#     bash run_tests.sh --clients                 # lm-eval, litellm, langchain, schemathesis, from an
+#                                                 # environment of their own
 #
-# Environment: VENV (.venv), PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
+# Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 source "$ROOT/scripts/common.sh"
 cd -- "$ROOT"
 
+job="tests"
 setup_venv requirements.txt requirements-dev.txt
 for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
 ensure_apt chromedriver chromium-driver
@@ -20,6 +23,14 @@ if [[ ! -d /run/systemd/system ]]; then
     ensure_apt sshd openssh-server
 fi
 check_compiler
+if [[ ${1:-} == --clients ]]; then
+    shift
+    job="tests of clients"
+    export SERVER_PYTHON=$VENV/bin/python
+    VENV=${CLIENTS_VENV:-$ROOT/.venv-clients}
+    setup_venv requirements-clients.txt
+    set -- tests/clients "$@"
+fi
 
 # Tests use the embedded model and models that they make: nothing is fetched from a hub.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
@@ -38,5 +49,4 @@ run_job() {
     say "$name: passed in $((SECONDS - start)) s"
 }
 
-# Each job that needs an environment of its own gets a line here, behind a flag of its own.
-run_job "tests" python -m pytest --timeout="${TEST_TIMEOUT:-600}" --durations=10 "$@"
+run_job "$job" python -m pytest --timeout="${TEST_TIMEOUT:-600}" --durations=10 "$@"

@@ -1,0 +1,103 @@
+"""lm-eval's `local-completions` against two ranks: its loglikelihoods are those of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.live.launch import CACHE_FLAGS, ROOT, Launch
+
+pytest.importorskip("lm_eval", reason="no lm-eval here")
+
+DEMO = ROOT / "demo_model"
+NUM_ITEMS = 6
+SERVER_PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
+
+TASK = """\
+task: dictionary
+dataset_path: json
+dataset_kwargs: {data_files: {test: ITEMS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+
+# Largest difference allowed: of a whole loglikelihood in float32; of the mean over its tokens in
+# bfloat16, where logits near 20 lie 0.125 apart and two ranks add up in another order.
+FLOAT32_NOISE = 0.0005
+BFLOAT16_NOISE = 0.05
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions with their answer among three others."""
+    folder = tmp_path_factory.mktemp("task")
+    draw = random.Random(1)
+    sample = json.loads((DEMO / "recall_sample.json").read_text())["random"][:NUM_ITEMS]
+    lines = []
+    for entry in sample:
+        others = draw.sample([one for one in sample if one is not entry], 3)
+        choices = [f" {one['answer']}" for one in (entry, *others)]
+        right = choices[0]
+        draw.shuffle(choices)
+        lines.append({"question": entry["question"], "choices": choices,
+                      "gold": choices.index(right)})  # fmt: skip
+    path = folder / "items.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "task.yaml").write_text(TASK.replace("ITEMS", str(path)))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loglikelihoods_equal_those_of_transformers(
+    items: Path, dtype: str, tmp_path: Path
+) -> None:
+    folder = items.parent
+    mpirun = [str(Path(SERVER_PYTHON).parent / "mpirun"), "-np", "2", "--prepend-rank"]
+    flags = ["--model", str(DEMO), "--low-bit", "bf16", "--dtype", dtype, *CACHE_FLAGS]
+    server = Launch([*mpirun, SERVER_PYTHON], tmp_path / "log", *flags)
+    model = f"model=demo_model,base_url={server.url}/v1/completions,tokenizer={DEMO}"
+    home = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
+    try:
+        server.wait_ready()
+        run = subprocess.run(
+            [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
+             "--model_args", f"{model},add_bos_token=True,num_concurrent=4,max_retries=1",
+             "--include_path", str(folder), "--tasks", "dictionary", "--log_samples",
+             "--output_path", str(tmp_path / "out")],
+            env=os.environ | home | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    finally:
+        server.clean_up()
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    told = {one["doc_id"]: one["resps"] for one in map(json.loads, samples.open())}
+    reference = subprocess.run(
+        [SERVER_PYTHON, "-m", "tests.clients.loglikelihoods", str(DEMO), dtype, str(items)],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    expected = json.loads(reference.stdout)
+    assert len(told) == len(expected) == NUM_ITEMS
+    for number, choices in enumerate(expected):
+        for ((value, is_greedy),), (loglikelihood, same, num_tokens) in zip(
+            told[number], choices, strict=True
+        ):
+            assert is_greedy == str(same)
+            difference = abs(float(value) - loglikelihood)
+            if dtype == "float32":
+                assert difference < FLOAT32_NOISE
+            else:
+                assert difference / num_tokens < BFLOAT16_NOISE
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["dictionary"]["acc,none"] == 1.0
