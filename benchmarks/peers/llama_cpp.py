@@ -11,7 +11,7 @@ from benchmarks.peers.processes import Launch
 VERSION = "0.3.36"
 FORMATS = ("q4_0", "q8_0", "bf16")
 DEFAULT_FORMATS = ("q4_0", "q8_0")
-SERVER_TARGETS = ("llama-server", "llama-bench")
+TARGETS = ("llama-server",)
 # The machine's own instructions; nothing of its web page, tests or TLS.
 CMAKE_SETTINGS = (
     "CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF",
@@ -47,7 +47,7 @@ def build() -> None:
     ninja = f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"
     configure = (tools / "cmake", "-S", sources, "-B", BUILD, "-G", "Ninja", ninja, *settings)
     run_logged(configure, ENVIRONMENT.log)
-    run_logged((tools / "cmake", "--build", BUILD, "--target", *SERVER_TARGETS), ENVIRONMENT.log)
+    run_logged((tools / "cmake", "--build", BUILD, "--target", *TARGETS), ENVIRONMENT.log)
 
 
 def launch(checkpoint: Path, name: str, threads: int) -> Launch:

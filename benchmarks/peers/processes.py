@@ -66,6 +66,7 @@ class Server:
                 cwd=ROOT,
                 start_new_session=True,
             )
+        self._nice = nice
 
     def __enter__(self) -> Server:
         return self
@@ -94,6 +95,8 @@ class Server:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
                     if response.status == 200:
+                        for process in self.processes() if self._nice else ():
+                            set_session_nice(process, self._nice)
                         return
             except OSError:  # not listening yet, or 503 while it loads
                 pass
@@ -113,6 +116,13 @@ class Server:
     def cpu_seconds(self) -> float:
         """Processor time of all its living processes so far."""
         return sum(read_cpu_seconds(process) for process in self.processes())
+
+
+def set_session_nice(process: int, nice: int) -> None:
+    """Where Linux shares the cores among sessions first, niceness counts within a session only."""
+    autogroup = Path(f"/proc/{process}/autogroup")
+    if autogroup.exists():
+        autogroup.write_text(str(nice))
 
 
 def list_session(leader: int) -> list[int]:
