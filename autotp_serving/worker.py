@@ -17,6 +17,8 @@ from autotp_serving.collectives import join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.model.families import check_heads, find_max_model_len
+from autotp_serving.model.forward import PlainForward
+from autotp_serving.model.fused import fuse
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
@@ -71,7 +73,7 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
-    runner = ModelRunner(model, cache, times)
+    runner = ModelRunner(fuse(model, cache) or PlainForward(model, cache), times)
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     return Worker(runner, lead, channel, max_model_len)

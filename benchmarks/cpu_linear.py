@@ -25,7 +25,8 @@ from torch import Tensor
 
 from autotp_serving.low_bit.formats import FORMATS, Format
 from autotp_serving.low_bit.kernels import huge_pages
-from autotp_serving.low_bit.linear import LowBitLinear, portable_matmul
+from autotp_serving.low_bit.kernels.cpu import CpuMatmul
+from autotp_serving.low_bit.linear import LowBitLinear
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.native_build import build_library
 
@@ -158,7 +159,7 @@ def measure(
         "of_bound": bound / ours,
         "bf16_us": theirs * 1e6,
         "speed_up_over_bf16": theirs / ours,
-        "portable": layers[0].matmul is portable_matmul,
+        "portable": not isinstance(layers[0].matmul, CpuMatmul),
     }
 
 

@@ -121,6 +121,13 @@ inline Floats load_halves(const uint16_t* from) {
     };
     return {load(from), load(from + 8)};
 }
+inline Floats load_bfloat16(const uint16_t* from) {
+    const auto load = [](const uint16_t* eight) {
+        const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
+    };
+    return {load(from), load(from + 8)};
+}
 inline Floats to_floats(Ints a) {
     return {_mm256_cvtepi32_ps(a.first), _mm256_cvtepi32_ps(a.second)};
 }

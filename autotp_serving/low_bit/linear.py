@@ -6,6 +6,7 @@ Takes the place of DeepSpeed AutoTP's `LinearLayer` (split by rows, no reduction
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .formats import Format
 from .kernels.cpu import CpuMatmul, load_library
 from .kernels.tiles import tile as tile_weight
 from .tensor import LowBitTensor, dequantize
 
-# Multiplies `x` [tokens, cols] by the transposed weight [rows, cols] into [tokens, rows].
-Matmul = Callable[[Tensor, LowBitTensor], Tensor]
+# Multiplies `x` [tokens, cols] by transposed weights [rows, cols] into [tokens, rows of all].
+Matmul = Callable[[Tensor], Tensor]
 
 # Weights dequantized at once. On CPU a tile of 16-bit numbers then fits in half an L2 cache of
 # 1 MiB; on an accelerator it is 32 MiB, enough rows to keep a matrix multiplication busy.
@@ -50,16 +50,16 @@ class LowBitLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.reduce = reduce
         self.weight = weight
-        self.matmul = select_matmul(weight.format, weight.device)
+        self.matmul = make_matmul(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        out = self.matmul(x.reshape(-1, self.in_features), self.weight)
+        out = self.matmul(x if x.dim() == 2 else x.reshape(-1, self.in_features))
         if self.reduce is not None:
             out = self.reduce(out)
         if self.bias is not None:
             out = out + self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
@@ -75,7 +75,7 @@ class LowBitLinear(nn.Module):
         device = self.codes.device
         if device != self.weight.device:
             self.weight = arrange(self.weight.to(device))
-            self.matmul = select_matmul(self.weight.format, device)
+            self.matmul = make_matmul(self.weight)
         for name, plane in self.weight.planes.items():
             setattr(self, name, plane)
         return self
@@ -89,14 +89,18 @@ class LowBitLinear(nn.Module):
             destination[prefix + name] = plane
 
 
-def select_matmul(format: Format, device: torch.device) -> Matmul:
-    """The fastest way to multiply by a weight of `format` on `device`."""
-    library = load_library(format) if device.type == "cpu" else None
-    return portable_matmul if library is None else CpuMatmul(library)
+def make_matmul(*weights: LowBitTensor) -> Matmul:
+    """The fastest way to multiply by weights of one format and as many columns, where they are."""
+    library = load_library(weights[0].format) if weights[0].device.type == "cpu" else None
+    if library is not None:
+        return CpuMatmul(library, *weights)
+    if len(weights) == 1:
+        return functools.partial(portable_matmul, weight=weights[0])
+    return lambda x: torch.cat([portable_matmul(x, weight) for weight in weights], 1)
 
 
 def arrange(weight: LowBitTensor) -> LowBitTensor:
-    """A weight with its bytes in the order that `select_matmul`'s choice reads; a copy if any."""
+    """A weight with its bytes in the order that `make_matmul`'s choice reads; a copy if any."""
     tiled = weight.device.type == "cpu" and load_library(weight.format) is not None
     return tile_weight(weight) if tiled else weight
 

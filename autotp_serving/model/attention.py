@@ -2,7 +2,7 @@
 
 The model runs with `input_ids` of shape [1, num_tokens] and no cache of its own; its attention
 layers call `paged_attention`, which writes the new keys and values into the pages and lets each
-sequence attend to its own. Portable torch: what is here is the reference for faster kernels.
+sequence attend to its own: by kernels/ where that takes the cache, else by the portable torch here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from autotp_serving.config import ConfigError
+from autotp_serving.model.kernels.cpu_attention import CpuAttention
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.plan import StepPlan
 
 ATTENTION_NAME = "autotp_paged"
+
+HARMLESS_TENSORS = ("cache_position", "position_ids", "s_aux")
+"""Arguments that tell attention nothing it does not know; `s_aux` has a refusal of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,16 @@ class Decodes:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention must know of one step; made once, used by every layer."""
+    """What attention must know of one step; made once, used by every layer.
+
+    Attributes:
+        slots: [num_tokens] int64, where the tokens' keys and values go.
+        kernel: attends for all of them, or None: then `prefills` and `decodes` say what to do.
+    """
 
     cache: KVCache
     slots: torch.Tensor
+    kernel: CpuAttention | None
     prefills: tuple[Prefill, ...]
     decodes: Decodes | None
 
@@ -64,6 +74,10 @@ class AttentionContext:
     def from_plan(plan: StepPlan, cache: KVCache) -> AttentionContext:
         """Turn a plan's lists into index tensors on the cache's device."""
         device, block_size = cache.device, cache.block_size
+        new_slots = torch.tensor(plan.slots, dtype=torch.int64, device=device)
+        if cache.has_kernel:
+            kernel = CpuAttention(plan.block_tables, plan.context_lens, plan.query_lens, block_size)
+            return AttentionContext(cache, new_slots, kernel, (), None)
         offsets = torch.arange(block_size)
 
         def find_slots(table: list[int]) -> torch.Tensor:
@@ -101,8 +115,7 @@ class AttentionContext:
                 slots.to(device),
                 torch.tensor(decode_lens, device=device),
             )
-        slots = torch.tensor(plan.slots, dtype=torch.int64, device=device)
-        return AttentionContext(cache, slots, tuple(prefills), decodes)
+        return AttentionContext(cache, new_slots, None, tuple(prefills), decodes)
 
 
 def register_paged_attention() -> None:
@@ -151,10 +164,14 @@ def paged_attention(
         raise ConfigError(
             f"{type(module).__name__} has attention sinks: this architecture cannot be served yet"
         )
+    _refuse_unknown(module, attention_mask, kwargs)
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = context.cache.write(module.layer_idx, context.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if context.kernel is not None:
+        output = context.kernel(query, keys, values, scaling, sliding_window, softcap)
+        return output[None], None
     output = torch.empty(
         (query.shape[0], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
     )
@@ -174,6 +191,18 @@ def paged_attention(
             query, keys, values, context.decodes, scaling, sliding_window, softcap
         )
     return output[None], None
+
+
+def _refuse_unknown(module: nn.Module, mask: object, arguments: dict[str, Any]) -> None:
+    """Refuse tensors that would change what attention computes, had we heeded them."""
+    tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    unknown = ["attention_mask"] if mask is not None else []
+    unknown += [name for name in tensors if name not in HARMLESS_TENSORS]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is not "
+            "supported: this architecture cannot be served"
+        )
 
 
 def _attend_prefill(

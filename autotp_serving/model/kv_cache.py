@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from autotp_serving.low_bit.kernels import huge_pages
+from autotp_serving.model.kernels.cpu_attention import can_attend
+
 
 @dataclass(frozen=True)
 class KVCacheShape:
@@ -33,17 +36,21 @@ class KVCache:
         self.block_size = shape.block_size
         self.num_blocks = num_blocks
         self.device = device
+        # Whether attention by kernels/ reads it; else portable torch does.
+        self.has_kernel = all(
+            can_attend(shape.dtype, device, key, value) for _, key, value in shape.head_shapes
+        )
         num_slots = num_blocks * shape.block_size
-        # Zeros, not empty: padded rows read slots that nobody wrote, and a stray NaN there would
-        # survive a masked softmax. On CPU untouched zero pages cost no memory.
-        self._keys = [
-            torch.zeros((num_slots, heads, key), dtype=shape.dtype, device=device)
-            for heads, key, _ in shape.head_shapes
-        ]
-        self._values = [
-            torch.zeros((num_slots, heads, value), dtype=shape.dtype, device=device)
-            for heads, _, value in shape.head_shapes
-        ]
+
+        def allocate(heads: int, size: int) -> torch.Tensor:
+            # Zeros, not empty: padded rows read slots that nobody wrote, and a stray NaN there
+            # would survive a masked softmax. On CPU untouched pages cost no memory.
+            if device.type != "cpu":
+                return torch.zeros((num_slots, heads, size), dtype=shape.dtype, device=device)
+            return huge_pages.zeros((num_slots, heads, size), shape.dtype)
+
+        self._keys = [allocate(heads, key) for heads, key, _ in shape.head_shapes]
+        self._values = [allocate(heads, value) for heads, _, value in shape.head_shapes]
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -57,6 +64,11 @@ class KVCache:
         Returns:
             Keys and values, each [num_slots, num_kv_heads, head_dim].
         """
-        self._keys[layer].index_copy_(0, slots, key)
-        self._values[layer].index_copy_(0, slots, value)
+        keys, values = self.layer(layer)
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+        return keys, values
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's whole pool: keys and values, each [num_slots, num_kv_heads, head_dim]."""
         return self._keys[layer], self._values[layer]

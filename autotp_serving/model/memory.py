@@ -28,6 +28,7 @@ class CacheProbe:
     device: torch.device
     block_size: int
     head_shapes: dict[int, tuple[int, int, int]]
+    has_kernel: bool = False
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor

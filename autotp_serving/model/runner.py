@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from autotp_serving.channel import PlanChannel
-from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.logprobs import score_prompts
 from autotp_serving.model.sampler import Sampler
@@ -21,12 +19,11 @@ STOP_MESSAGE = b""
 
 
 class ModelRunner:
-    """This rank's model and cache; what its steps cost is in `times`."""
+    """This rank's forward pass; what its steps cost is in `times`."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, times: StepTimes) -> None:
+    def __init__(self, forward: Callable[[StepPlan], torch.Tensor], times: StepTimes) -> None:
         self.times = times
-        self._model = model
-        self._cache = cache
+        self._forward = forward
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
@@ -36,14 +33,7 @@ class ModelRunner:
             Logits [num_logit_rows, vocab_size], in the model's type.
         """
         started = time.perf_counter()
-        device = self._cache.device
-        logits = self._model(
-            input_ids=torch.tensor([plan.token_ids], device=device),
-            position_ids=torch.tensor([plan.positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(plan.logit_rows, dtype=torch.int64, device=device),
-            attention_context=AttentionContext.from_plan(plan, self._cache),
-        ).logits[0]
+        logits = self._forward(plan)
         self.times.add_step(time.perf_counter() - started)
         return logits
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from autotp_serving.low_bit.formats import FORMATS, Format, num_blocks
+from autotp_serving.low_bit.formats import FORMATS, Format, LowBitError, num_blocks
 from autotp_serving.low_bit.kernels import cpu
 from autotp_serving.low_bit.kernels.cpu import CpuMatmul, load_library
 from autotp_serving.low_bit.kernels.tiles import TiledTensor, tile
-from autotp_serving.low_bit.linear import LowBitLinear
+from autotp_serving.low_bit.linear import LowBitLinear, make_matmul
 from autotp_serving.low_bit.numerics import largest_weight
 from autotp_serving.low_bit.tensor import LowBitTensor, concat_rows, dequantize, quantize
 from autotp_serving.native_build import ISAS, BuildError, build_library, processor_flags
@@ -45,11 +45,11 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def find_matmul(format: Format, isa: str) -> CpuMatmul:
+def find_matmul(format: Format, isa: str) -> Callable[[Tensor, LowBitTensor], Tensor]:
     library = load_library(format, isa)
     if library is None:
         pytest.skip("no C++ compiler")
-    return CpuMatmul(library)
+    return lambda x, tensor: CpuMatmul(library, tensor)(x)
 
 
 def has_pairs(format: Format) -> bool:
@@ -76,7 +76,9 @@ def find_bound(x: Tensor, tensor: LowBitTensor) -> Tensor:
     return error + (x * weight).sum((2, 3)) * 2.0**-18 + 1e-37
 
 
-def check(x: Tensor, tensor: LowBitTensor, matmul: CpuMatmul) -> Tensor:
+def check(
+    x: Tensor, tensor: LowBitTensor, matmul: Callable[[Tensor, LowBitTensor], Tensor]
+) -> Tensor:
     out = matmul(x, tensor)
     assert out.shape == (x.shape[0], tensor.shape[0]) and out.dtype == x.dtype
     exact = x.double() @ dequantize(tensor).double().T
@@ -245,15 +247,27 @@ def test_layer_keeps_one_copy_and_saves_the_formats_order() -> None:
     assert layer(x).shape == (2, 3, 40)
 
 
-def test_bound_to_the_last_weight_seen() -> None:
-    tensors = [quantize(torch.randn(16, 64), FORMATS["sym_int8"]) for _ in range(2)]
-    if load_library(FORMATS["sym_int8"]) is None:
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int5", "nf4", "fp8_e4m3"])
+def test_several_weights_together_are_each_alone(
+    name: str, num_tokens: int, num_threads: int
+) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(num_threads)
+    tensors = [quantize(torch.randn(rows, 192), FORMATS[name]) for rows in (48, 7, 16, 33)]
+    x = torch.randn(num_tokens, 192).bfloat16()
+    together = make_matmul(*tensors)(x)
+    assert torch.equal(together, torch.cat([make_matmul(tensor)(x) for tensor in tensors], 1))
+
+
+def test_weights_that_differ_are_not_multiplied_together() -> None:
+    library = load_library(FORMATS["sym_int4"])
+    if library is None:
         pytest.skip("no C++ compiler")
-    layer, x = LowBitLinear(tensors[0]), torch.randn(1, 64)
-    first = layer(x)
-    second = layer.matmul(x, tensors[1])
-    assert torch.equal(second, LowBitLinear(tensors[1])(x))
-    assert torch.equal(first, layer(x))
+    narrow, wide = (quantize(torch.randn(16, n), FORMATS["sym_int4"]) for n in (64, 128))
+    with pytest.raises(LowBitError, match="alike"):
+        CpuMatmul(library, narrow, wide)
 
 
 def test_no_compiler_means_portable_torch(

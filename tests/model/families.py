@@ -93,10 +93,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_family(name: str, folder: Path) -> Path:
+def save_family(name: str, folder: Path, **changes: Any) -> Path:
     """Save a random checkpoint of a family, in float32, as transformers itself writes it."""
-    config_class, changes = FAMILIES[name]
-    config = getattr(transformers, config_class)(**(COMMON | changes))
+    config_class, settings = FAMILIES[name]
+    config = getattr(transformers, config_class)(**(COMMON | settings | changes))
     torch.manual_seed(sum(name.encode()))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from autotp_serving.model.attention import AttentionContext, paged_attention
-from autotp_serving.model.kernels import cpu
-from autotp_serving.model.kernels.cpu import can_attend, load_library, paged_attention_cpu
+from autotp_serving.model.kernels import cpu_attention
+from autotp_serving.model.kernels.cpu_attention import CpuAttention, can_attend, load_library
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
 from autotp_serving.plan import StepPlan
@@ -50,23 +50,24 @@ class Case:
     tables: list[list[int]]
     block_size: int
 
-    def attend(self, indices: list[int] | None = None, **options: object) -> list[Tensor]:
+    def attend(
+        self, indices: list[int] | None = None, isa: str | None = None, **options: object
+    ) -> list[Tensor]:
         """Outputs per sequence, of those in `indices` (default: all) as one batch."""
         indices = list(range(len(self.spans))) if indices is None else indices
         queries = self.query.split([length for length, _ in self.spans])
         lens = [self.spans[i][0] for i in indices]
-        tables = torch.zeros(len(indices), max(map(len, self.tables)), dtype=torch.int32)
-        for row, i in enumerate(indices):
-            tables[row, : len(self.tables[i])] = torch.tensor(self.tables[i])
-        starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
-        out = paged_attention_cpu(
+        attend = CpuAttention(
+            [self.tables[i] for i in indices],
+            [self.spans[i][1] for i in indices],
+            lens,
+            self.block_size,
+            isa=isa,
+        )
+        out = attend(
             torch.cat([queries[i] for i in indices]),
             self.keys,
             self.values,
-            tables,
-            torch.tensor([self.spans[i][1] for i in indices], dtype=torch.int32),
-            starts,
-            self.block_size,
             self.query.shape[2] ** -0.5,
             **options,
         )
@@ -168,15 +169,13 @@ def test_chunks_do_not_show(isa: str, window: int | None) -> None:
         assert torch.equal(part.attend(sliding_window=window, isa=isa)[0], expected[rows])
 
 
-def test_queries_as_they_lie_and_a_given_output(isa: str) -> None:
+def test_queries_as_they_lie(isa: str) -> None:
     case = make_case(spans=((5, 40),))
     expected = case.attend(isa=isa)[0]
     # As transformers hands them over: heads first in shape, tokens first in memory, or both.
     heads_first = case.query.transpose(0, 1).contiguous().transpose(0, 1)
-    out = torch.empty_like(expected)
     strided = Case(case.keys, case.values, heads_first, case.spans, case.tables, 16)
-    assert torch.equal(strided.attend(isa=isa, out=out)[0], expected)
-    assert torch.equal(out, expected)
+    assert torch.equal(strided.attend(isa=isa)[0], expected)
 
 
 def test_extreme_logits(isa: str) -> None:
@@ -197,7 +196,8 @@ def test_nan_shows_in_its_own_sequence_alone(isa: str) -> None:
     assert torch.equal(outs[0], clean[0]) and torch.equal(outs[2], clean[2])
 
 
-def test_equals_the_portable_path(isa: str) -> None:
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+def test_equals_the_portable_path() -> None:
     """One step's plan through both."""
     torch.manual_seed(0)
     cache = KVCache(KVCacheShape(((2, 64, 64),), 16, torch.bfloat16), 40, torch.device("cpu"))
@@ -208,36 +208,34 @@ def test_equals_the_portable_path(isa: str) -> None:
     plan = StepPlan([0] * 22, positions, slots, lens, contexts, tables, [])
     query = torch.randn(1, 8, 22, 64).bfloat16()
     key, value = torch.randn(2, 1, 2, 22, 64).bfloat16()
-    for pool in (*cache.write(0, torch.arange(640), torch.zeros(640, 2, 64).bfloat16(),
-                              torch.zeros(640, 2, 64).bfloat16()),):  # fmt: skip
+    for pool in cache.layer(0):
         pool.normal_()
-    context = AttentionContext.from_plan(plan, cache)
-    portable, _ = paged_attention(
-        SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context
-    )
-    keys, values = cache.write(0, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    padded = torch.tensor([table + [0] * (4 - len(table)) for table in tables], dtype=torch.int32)
-    lens32, starts = torch.tensor(contexts).int(), torch.tensor([0, 1, 21, 22]).int()
-    ours = paged_attention_cpu(
-        query[0].transpose(0, 1), keys, values, padded, lens32, starts, 16, 0.125, isa=isa
-    )
-    torch.testing.assert_close(ours, portable[0], rtol=0.02, atol=0.02)
+    outputs = []
+    for has_kernel in (True, False):
+        cache.has_kernel = has_kernel
+        context = AttentionContext.from_plan(plan, cache)
+        assert (context.kernel is not None) == has_kernel
+        output, _ = paged_attention(
+            SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context
+        )
+        outputs.append(output)
+    torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
 
 
 def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(spans=((1, 5),))
+    cpu = torch.device("cpu")
     if load_library() is not None:
-        assert can_attend(case.query, case.keys, case.values)
-    assert not can_attend(case.query.float(), case.keys.float(), case.values.float())
-    odd = make_case(dims=(24, 64), spans=((1, 5),))
-    assert not can_attend(odd.query, odd.keys, odd.values)
+        assert can_attend(torch.bfloat16, cpu, 64, 64)
+    assert not can_attend(torch.float32, cpu, 64, 64)
+    assert not can_attend(torch.bfloat16, cpu, 24, 64)
+    assert not can_attend(torch.bfloat16, torch.device("meta"), 64, 64)
 
     def fail(*args: object) -> None:
         raise BuildError("no C++ compiler (g++)")
 
-    monkeypatch.setattr(cpu, "build_library", fail)
+    monkeypatch.setattr(cpu_attention, "build_library", fail)
     load_library.cache_clear()
     try:
-        assert not can_attend(case.query, case.keys, case.values)
+        assert not can_attend(torch.bfloat16, cpu, 64, 64)
     finally:
         load_library.cache_clear()

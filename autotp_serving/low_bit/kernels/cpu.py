@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autotp_serving.native_build import BuildError, best_isa, build_library, isa_flags
 
-from ..formats import Format, split_code_bits
+from ..formats import Format, LowBitError, split_code_bits
 from ..numerics import decode
 from ..tensor import LowBitTensor
 from .tiles import TiledTensor, last_group, tile
@@ -51,27 +51,38 @@ class _Weight(ctypes.Structure):
 
 
 class CpuMatmul:
-    """Multiplies `x` [tokens, cols] by a weight [rows, cols] transposed: [tokens, rows].
+    """Multiplies `x` [tokens, cols] by weights [rows, cols] transposed: [tokens, rows of all].
 
-    One per layer: it keeps what C++ must know of the weight it saw last.
+    Several weights have one format and as many columns; `x` is then made ready once for all.
+
+    Raises:
+        LowBitError: weights that differ in format or columns.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, *weights: LowBitTensor) -> None:
+        if len({(weight.format, weight.shape[1]) for weight in weights}) != 1:
+            raise LowBitError("weights multiplied together must be alike in format and columns")
         self._multiply = library.autotp_linear
-        self._weight: LowBitTensor | None = None
+        self._count = len(weights)
+        self._rows = sum(weight.shape[0] for weight in weights)
+        described = [_describe(weight) for weight in weights]
+        self._memory = described
+        self._addresses = (ctypes.c_void_p * len(weights))(
+            *(ctypes.addressof(structure) for structure, _ in described)
+        )
 
-    def __call__(self, x: Tensor, weight: LowBitTensor) -> Tensor:
-        if weight is not self._weight:
-            self._bind(weight)
+    def __call__(self, x: Tensor) -> Tensor:
+        """See the class; in the dtype of `x`."""
         dtype = DTYPES.get(x.dtype)
         if dtype is None:
-            return self(x.float(), weight).to(x.dtype)
+            return self(x.float()).to(x.dtype)
         if x.stride(1) != 1:
             x = x.contiguous()
         tokens = x.shape[0]
-        out = x.new_empty(tokens, weight.shape[0])
+        out = x.new_empty(tokens, self._rows)
         failed = self._multiply(
-            self._address,
+            self._addresses,
+            self._count,
             x.data_ptr(),
             x.stride(0),
             out.data_ptr(),
@@ -83,25 +94,20 @@ class CpuMatmul:
             raise MemoryError(f"no memory to multiply {tokens} tokens")
         return out
 
-    def _bind(self, weight: LowBitTensor) -> None:
-        tiled = weight if isinstance(weight, TiledTensor) else tile(weight)
-        planes = {name: plane.contiguous() for name, plane in tiled.planes.items()}
-        last = last_group(tiled)
-        table, unit, offset = _levels(weight.format)
-        addresses = {name: plane.data_ptr() for name, plane in planes.items()}
-        addresses |= {f"last_{name}": plane.data_ptr() for name, plane in last.items()}
-        rows, cols = weight.shape
-        self._struct = _Weight(
-            rows=rows,
-            cols=cols,
-            table=table.data_ptr(),
-            unit=unit,
-            offset=offset,
-            **addresses,
-        )
-        self._address = ctypes.addressof(self._struct)
-        self._memory = (planes, last, table)
-        self._weight = weight
+
+def _describe(weight: LowBitTensor) -> tuple[_Weight, object]:
+    """What C++ must know of a weight, and the memory that it points to."""
+    tiled = weight if isinstance(weight, TiledTensor) else tile(weight)
+    planes = {name: plane.contiguous() for name, plane in tiled.planes.items()}
+    last = last_group(tiled)
+    table, unit, offset = _levels(weight.format)
+    addresses = {name: plane.data_ptr() for name, plane in planes.items()}
+    addresses |= {f"last_{name}": plane.data_ptr() for name, plane in last.items()}
+    rows, cols = weight.shape
+    structure = _Weight(
+        rows=rows, cols=cols, table=table.data_ptr(), unit=unit, offset=offset, **addresses
+    )
+    return structure, (planes, last, table)
 
 
 @functools.cache
@@ -119,7 +125,7 @@ def load_library(format: Format, isa: str | None = None) -> ctypes.CDLL | None:
         )
         return None
     library.autotp_linear.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
     )
     library.autotp_linear.restype = ctypes.c_int

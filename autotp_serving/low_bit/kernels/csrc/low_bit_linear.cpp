@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "activations.h"
 #include "codes.h"
@@ -74,13 +75,16 @@ void* scratch(size_t bytes) {
     return memory.get();
 }
 
+// One product of a call; those of several weights have the same columns and the same `x`.
 struct Call {
     const AutotpWeight& weight;
     const void* x;
     int64_t x_stride;
     void* out;
+    int64_t out_stride, first_col;
     int64_t dtype;
     int threads;
+    int64_t groups() const { return (weight.rows + kRows - 1) / kRows; }
     int64_t tiles() const { return (weight.cols + kBlock - 1) / kBlock; }
 };
 
@@ -113,7 +117,7 @@ void prepare_token(const Call& call, int64_t token, int64_t place, Block* x) {
 }
 
 void store(const Call& call, int64_t token, int64_t row, Floats sums) {
-    const int64_t to = token * call.weight.rows + row;
+    const int64_t to = token * call.out_stride + call.first_col + row;
     const int count = static_cast<int>(std::min<int64_t>(kRows, call.weight.rows - row));
     if (call.dtype == kFloat32) {
         store_floats(static_cast<float*>(call.out) + to, sums, count);
@@ -174,9 +178,11 @@ void multiply_rows(const Call& call, int64_t index, const Block* x, int64_t star
     }
 }
 
-void run(const Call& call, int64_t tokens) {
+void run(const Call* calls, int64_t count_calls, int64_t tokens) {
+    const Call& call = calls[0];
     const AutotpWeight& weight = call.weight;
-    const int64_t groups = (weight.rows + kRows - 1) / kRows;
+    int64_t groups = 0;
+    for (int64_t i = 0; i < count_calls; ++i) groups += calls[i].groups();
     const int64_t chunks = (std::min(tokens, kTokensAtOnce) + kChunk - 1) / kChunk;
     Block* x = static_cast<Block*>(scratch<Block>(chunks * call.tiles() * sizeof(Block)));
     const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
@@ -199,7 +205,10 @@ void run(const Call& call, int64_t tokens) {
             if (by_tiles) start_tiles();
 #pragma omp for schedule(dynamic, share)
             for (int64_t index = 0; index < groups; ++index) {
-                multiply_rows(call, index, x, start, count, tables, by_tiles);
+                const Call* part = calls;
+                int64_t group = index;
+                for (; group >= part->groups(); ++part) group -= part->groups();
+                multiply_rows(*part, group, x, start, count, tables, by_tiles);
             }
             if (by_tiles) stop_tiles();
         }
@@ -210,12 +219,21 @@ void run(const Call& call, int64_t tokens) {
 
 extern "C" {
 
-// Multiplies `tokens` rows of `x`, each `x_stride` numbers after the one before, into `out`
-// [tokens, rows]; both have the type `dtype`. Returns 0, or 1 when there is no memory.
-int autotp_linear(const AutotpWeight* weight, const void* x, int64_t x_stride, void* out,
-                  int64_t tokens, int64_t dtype, int64_t threads) {
+// Multiplies `tokens` rows of `x`, each `x_stride` numbers after the one before, by `count` weights
+// of as many columns, into `out` [tokens, rows of all weights]; both have the type `dtype`. Returns
+// 0, or 1 when there is no memory.
+int autotp_linear(const AutotpWeight* const* weights, int64_t count, const void* x,
+                  int64_t x_stride, void* out, int64_t tokens, int64_t dtype, int64_t threads) {
     try {
-        run({*weight, x, x_stride, out, dtype, static_cast<int>(threads)}, tokens);
+        int64_t out_stride = 0, first_col = 0;
+        for (int64_t i = 0; i < count; ++i) out_stride += weights[i]->rows;
+        std::vector<Call> calls;
+        for (int64_t i = 0; i < count; ++i) {
+            calls.push_back({*weights[i], x, x_stride, out, out_stride, first_col, dtype,
+                             static_cast<int>(threads)});
+            first_col += weights[i]->rows;
+        }
+        run(calls.data(), count, tokens);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -19,8 +19,9 @@
 #include ISA_VECTORS
 
 #include "bfloat16.h"
+#include "exponential.h"
 
-// One call, as kernels/cpu.py describes it; strides are in numbers.
+// One call, as kernels/cpu_attention.py describes it; strides are in numbers.
 struct AutotpAttention {
     const uint16_t* query;  // [tokens, heads, head_dim]
     int64_t query_token_stride, query_head_stride;
@@ -46,7 +47,6 @@ constexpr int kVectors = kPositions / kLanes;
 constexpr int kRowsAtOnce = 4;
 // Rows of a unit of work: their sums stay in the L2 cache.
 constexpr int64_t kRowsPerTask = 128;
-constexpr float kLog2e = 1.44269504f;
 // Below any logit, yet finite, so that a row that has seen nothing yet stays a number.
 constexpr float kNothing = -1e30f;
 
@@ -92,20 +92,6 @@ struct Work {
     float* totals;     // [rows], sum of weights so far
     uint16_t* zeros;   // a row of zeros, for positions beyond the context
 };
-
-// 2**x for x up to 0, within 2**-22 of itself; exactly 1 for 0, 0 below -200, NaN for NaN. The polynomial has the least
-// squared relative error on -1/2 to 1/2.
-inline Floats power_of_two(Floats x) {
-    x = larger(same_float(-200), x);
-    const Floats whole = round_to_integers(x);
-    const Floats part = subtract(x, whole);
-    Floats y = same_float(0.00132186722f);
-    constexpr float kCoefficients[] = {0.00967169832f, 0.0555089302f, 0.24022238f, 0.693146884f, 1.0f};
-    for (const float coefficient : kCoefficients) {
-        y = multiply_add(y, part, same_float(coefficient));
-    }
-    return scale_by_power(y, whole);
-}
 
 // softcap * tanh(x / softcap), by way of 2**-|..| so that nothing overflows.
 inline Floats cap(Floats x, float softcap) {

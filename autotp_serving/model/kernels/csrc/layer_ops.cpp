@@ -1,0 +1,141 @@
+// What a decoder layer does between its matrices, on bfloat16: norm, rotation, gated activation.
+//
+// Runs on every rank, in the thread that calls and, for many tokens, in the OpenMP threads it
+// shares with torch. Each operation rounds where transformers' Llama rounds, except inside the
+// rotation, which is rounded once. A token's result depends on that token alone.
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include ISA_VECTORS
+
+#include "bfloat16.h"
+#include "exponential.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+// Below this many numbers a second thread costs more than it helps.
+constexpr int64_t kWorthSharing = 1 << 16;
+
+inline Floats round_once(Floats a) {
+    uint16_t rounded[kLanes];
+    store_bfloat16(rounded, a, kLanes);
+    return load_bfloat16(rounded);
+}
+
+// to = weight * (x / rms(x)), for `count` numbers, a multiple of 16.
+inline void normalize(const uint16_t* x, const uint16_t* weight, uint16_t* to, int64_t count,
+                      float epsilon) {
+    Floats squares = same_float(0);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats value = load_bfloat16(x + i);
+        squares = multiply_add(value, value, squares);
+    }
+    const float mean = sum_lanes(squares) / static_cast<float>(count);
+    const Floats inverse = same_float(1.0f / std::sqrt(mean + epsilon));
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats scaled = round_once(multiply(load_bfloat16(x + i), inverse));
+        store_bfloat16(to + i, multiply(scaled, load_bfloat16(weight + i)), kLanes);
+    }
+}
+
+// Rotates a head's pairs (i, i + size / 2) by the angles of `cos` and `sin`.
+inline void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* to,
+                   int64_t size) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const Floats low = load_bfloat16(x + i), high = load_bfloat16(x + half + i);
+        const Floats minus = multiply(high, same_float(-1));
+        const Floats low_turned = multiply_add(minus, load_bfloat16(sin + i),
+                                               multiply(low, load_bfloat16(cos + i)));
+        const Floats high_turned = multiply_add(low, load_bfloat16(sin + half + i),
+                                                multiply(high, load_bfloat16(cos + half + i)));
+        store_bfloat16(to + i, low_turned, kLanes);
+        store_bfloat16(to + half + i, high_turned, kLanes);
+    }
+}
+
+}  // namespace
+
+// One call of autotp_rotate_and_store, as kernels/cpu_layer_ops.py describes it.
+struct AutotpRotation {
+    uint16_t* qkv;  // [tokens, heads + 2 * kv_heads, head_dim]; queries are rotated in place
+    const uint16_t* cos;  // [tokens, head_dim]
+    const uint16_t* sin;
+    const int64_t* slots;  // [tokens]
+    uint16_t* keys;        // [slots, kv_heads, head_dim]
+    uint16_t* values;
+    const uint16_t* query_norm;  // [head_dim] each, or null
+    const uint16_t* key_norm;
+    int64_t tokens, heads, kv_heads, head_dim;
+    float epsilon;
+};
+
+extern "C" {
+
+// out = weight * norm(x) for each row; where `added` is given, x += added comes first. `cols` is
+// a multiple of 16.
+void autotp_rms_norm(uint16_t* x, const uint16_t* added, const uint16_t* weight, uint16_t* out,
+                     int64_t rows, int64_t cols, float epsilon, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * cols >= kWorthSharing)
+    for (int64_t row = 0; row < rows; ++row) {
+        uint16_t* to = x + row * cols;
+        if (added) {
+            const uint16_t* more = added + row * cols;
+            for (int64_t i = 0; i < cols; i += kLanes) {
+                const Floats sum = add(load_bfloat16(to + i), load_bfloat16(more + i));
+                store_bfloat16(to + i, sum, kLanes);
+            }
+        }
+        normalize(to, weight, out + row * cols, cols, epsilon);
+    }
+}
+
+// Norms, where asked for, and rotates queries and keys; stores keys and values into their slots.
+// `head_dim` is a multiple of 32.
+void autotp_rotate_and_store(const AutotpRotation* call, int64_t threads) {
+    const int64_t size = call->head_dim, heads = call->heads, kv_heads = call->kv_heads;
+    const int64_t row_size = (heads + 2 * kv_heads) * size;
+#pragma omp parallel for num_threads(threads) \
+    if (threads > 1 && call->tokens * row_size >= kWorthSharing)
+    for (int64_t token = 0; token < call->tokens; ++token) {
+        uint16_t* row = call->qkv + token * row_size;
+        const uint16_t* cos = call->cos + token * size;
+        const uint16_t* sin = call->sin + token * size;
+        uint16_t* key_to = call->keys + call->slots[token] * kv_heads * size;
+        for (int64_t head = 0; head < heads + kv_heads; ++head) {
+            uint16_t* from = row + head * size;
+            const bool is_query = head < heads;
+            const uint16_t* norm = is_query ? call->query_norm : call->key_norm;
+            if (norm) normalize(from, norm, from, size, call->epsilon);
+            rotate(from, cos, sin, is_query ? from : key_to + (head - heads) * size, size);
+        }
+        std::memcpy(call->values + call->slots[token] * kv_heads * size,
+                    row + (heads + kv_heads) * size, kv_heads * size * sizeof(uint16_t));
+    }
+}
+
+// out = silu(gate) * up, of rows [gate, up] of 2 * `cols` numbers; `cols` is a multiple of 16.
+void autotp_silu_multiply(const uint16_t* gate_up, uint16_t* out, int64_t rows, int64_t cols,
+                          int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * cols >= kWorthSharing)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint16_t* gate = gate_up + row * 2 * cols;
+        for (int64_t i = 0; i < cols; i += kLanes) {
+            const Floats x = load_bfloat16(gate + i);
+            const Floats magnitude = larger(x, multiply(x, same_float(-1)));
+            const Floats small = power_of_two(multiply(magnitude, same_float(-kLog2e)));
+            // x * sigmoid(x), by way of exp(-|x|) so that nothing overflows.
+            const Floats tail =
+                multiply(magnitude, divide(small, add(same_float(1), small)));
+            const Floats silu = round_once(subtract(larger(same_float(0), x), tail));
+            store_bfloat16(out + row * cols + i,
+                           multiply(silu, load_bfloat16(gate + cols + i)), kLanes);
+        }
+    }
+}
+
+}  // extern "C"
