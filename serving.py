@@ -23,6 +23,7 @@ from autotp_serving.ranks import (
     Failure,
     GroupFailure,
     LaunchError,
+    find_num_ranks,
     is_first_rank,
     join_control,
     leave_group,
@@ -118,22 +119,6 @@ def lead(config: ServingConfig, control: Control) -> int:
         control.abort()
     worker.lead.stop()
     return exit_code
-
-
-def find_num_ranks(config: ServingConfig, control: Control) -> int:
-    """Number of ranks to serve with, or to plan for.
-
-    Raises:
-        ConfigError: --tensor-parallel-size is not what the launcher started.
-    """
-    asked = config.tensor_parallel_size or control.size
-    if asked == control.size or (config.plan and control.size == 1):
-        return asked
-    raise ConfigError(
-        f"--tensor-parallel-size {asked}, but {control.size} "
-        f"{'ranks were' if control.size > 1 else 'rank was'} started: "
-        f"start with mpirun -np {asked}, or leave the flag out"
-    )
 
 
 def plan(config: ServingConfig, control: Control, num_ranks: int) -> int:

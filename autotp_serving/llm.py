@@ -21,7 +21,7 @@ from tqdm import tqdm
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine
 from autotp_serving.engine.grammar import GrammarCompiler
-from autotp_serving.ranks import join_control, leave_group
+from autotp_serving.ranks import find_num_ranks, join_control, leave_group
 from autotp_serving.request import (
     FinishReason,
     Request,
@@ -65,6 +65,7 @@ class LLM:
 
         config = ServingConfig(model_path=model_path, **settings)
         control = join_control(os.environ)
+        find_num_ranks(config, control)
         worker = start_worker(config, control)
         worker.channel.watch(partial(leave_group, control.rank))
         if worker.lead is None:

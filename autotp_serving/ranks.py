@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+from autotp_serving.config import ConfigError, ServingConfig
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.002
@@ -196,6 +198,22 @@ def join_control(environ: Mapping[str, str]) -> Control:
                 "nor torchrun's variables: start with mpirun or torchrun."
             )
     return LocalControl()
+
+
+def find_num_ranks(config: ServingConfig, control: Control) -> int:
+    """Number of ranks to serve with, or to plan for.
+
+    Raises:
+        ConfigError: --tensor-parallel-size is not what the launcher started.
+    """
+    asked = config.tensor_parallel_size or control.size
+    if asked == control.size or (config.plan and control.size == 1):
+        return asked
+    raise ConfigError(
+        f"--tensor-parallel-size {asked}, but {control.size} "
+        f"{'ranks were' if control.size > 1 else 'rank was'} started: "
+        f"start with mpirun -np {asked}, or leave the flag out"
+    )
 
 
 def is_first_rank(environ: Mapping[str, str]) -> bool:

@@ -12,11 +12,12 @@ from benchmarks.http_client import Piece, Response
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request to make."""
+    """One request to make; `answer` is what a dataset answers."""
 
     text: str
     max_new_tokens: int
     num_tokens: int | None = None
+    answer: str | None = None
 
 
 @dataclass

@@ -198,12 +198,15 @@ def _to_prompt(record: object, max_new_tokens: int) -> Prompt | None:
     if not isinstance(record, dict):
         return None
     text = record.get("prompt")
+    answer = None
     turns = record.get("conversations")
-    if text is None and isinstance(turns, list) and turns and isinstance(turns[0], dict):
-        text = turns[0].get("value")
+    if text is None and isinstance(turns, list):
+        values = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)]
+        text, answer = (*values, None, None)[:2]
+        answer = answer if isinstance(answer, str) else None
     if not isinstance(text, str) or not text.strip():
         return None
     for name in ("max_tokens", "max_new_tokens", "output_len"):
         if isinstance(record.get(name), int) and record[name] > 0:
             return Prompt(text, record[name])
-    return Prompt(text, max_new_tokens)
+    return Prompt(text, max_new_tokens, answer=answer)

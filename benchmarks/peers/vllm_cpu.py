@@ -37,7 +37,9 @@ def launch(checkpoint: Path, name: str, threads: int) -> Launch:
             ENVIRONMENT.run(script, checkpoint, name, folder)
 
         make_once(folder, (INSIDE / script).read_text() + str(checkpoint), convert)
-    words = [str(ENVIRONMENT.python.with_name("vllm")), "serve", str(folder), "--dtype", "bfloat16"]
+    # Its `vllm serve` looks for a package named vllm, which this one is not.
+    words = [str(ENVIRONMENT.python), "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", str(folder), "--dtype", "bfloat16"]
     words += ["--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "model"]
     words += ["--max-num-seqs", "8", "--max-model-len", "2048"]
     cores = sorted(os.sched_getaffinity(0))[:threads]
