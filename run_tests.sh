@@ -5,8 +5,11 @@
 #     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
 #     bash run_tests.sh --clients                 # lm-eval, litellm, langchain, schemathesis, from an
 #                                                 # environment of their own
+#     bash run_tests.sh --ipex-llm                # the core of them beside ipex-llm 2.2.0, which needs
+#                                                 # transformers 4.53, from an environment of its own
 #
-# Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
+# Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), IPEX_LLM_VENV (.venv-ipex-llm),
+# PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
@@ -14,13 +17,28 @@ source "$ROOT/scripts/common.sh"
 cd -- "$ROOT"
 
 job="tests"
-setup_venv requirements.txt requirements-dev.txt
-for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
-ensure_apt chromedriver chromium-driver
-# The test of two hosts needs an ssh server; where systemd runs, installing one would also start it.
-if [[ ! -d /run/systemd/system ]]; then
-    ensure_apt ip iproute2
-    ensure_apt sshd openssh-server
+if [[ ${1:-} == --ipex-llm ]]; then
+    shift
+    job="tests with ipex-llm"
+    VENV=${IPEX_LLM_VENV:-$ROOT/.venv-ipex-llm}
+    setup_venv requirements-ipex-llm.txt requirements-dev.txt
+    # What depends on transformers or on the provider: formats, layers, checkpoints, sharding. Paths
+    # among the arguments take the place of these.
+    core=(tests/low_bit tests/model tests/engine tests/api/test_native.py tests/api/test_openai.py
+        tests/ranks/test_ipex_llm.py tests/ranks/test_equality.py tests/ranks/test_families.py)
+    for word in "$@"; do
+        if [[ -e ${word%%::*} ]]; then core=(); fi
+    done
+    set -- "${core[@]}" "$@"
+else
+    setup_venv requirements.txt requirements-dev.txt
+    for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
+    ensure_apt chromedriver chromium-driver
+    # The test of two hosts needs an ssh server; where systemd runs, installing one would start it.
+    if [[ ! -d /run/systemd/system ]]; then
+        ensure_apt ip iproute2
+        ensure_apt sshd openssh-server
+    fi
 fi
 check_compiler
 if [[ ${1:-} == --clients ]]; then

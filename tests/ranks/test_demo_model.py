@@ -44,7 +44,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(DEMO, torch_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])

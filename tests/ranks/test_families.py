@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.model.families import FAMILIES, generate_with_transformers, save_family
 from tests.ranks.launch import ROOT, mpirun
@@ -18,6 +19,10 @@ from tests.ranks.launch import ROOT, mpirun
 pytestmark = pytest.mark.ranks
 
 MAX_TOKENS = 12
+
+# Transformers 4 chooses this family's attention from a table of its own: refused by name there.
+REFUSED_BY_TRANSFORMERS_4 = ("qwen2-moe",)
+IS_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 
 # Float32, so that no rounding excuses a difference; chunks of 48 tokens, and more prompts than run
 # at once.
@@ -83,6 +88,10 @@ def answers(
 def test_tokens_equal_those_of_transformers(
     name: str, folders: dict[str, Path], answers: dict[tuple[str, str, int], Any]
 ) -> None:
+    if IS_TRANSFORMERS_4 and name in REFUSED_BY_TRANSFORMERS_4:
+        for num_ranks in (1, 2):
+            assert "cannot be served with this version" in answers[name, "bf16", num_ranks]
+        return
     expected = generate_with_transformers(folders[name], make_prompts(), MAX_TOKENS)
     assert len({token for answer in expected for token in answer}) > 12, "answers that prove little"
     assert answers[name, "bf16", 1] == expected
@@ -94,5 +103,6 @@ def test_low_bit_tokens_are_those_of_one_rank(
     name: str, answers: dict[tuple[str, str, int], Any]
 ) -> None:
     whole = answers[name, "sym_int8", 1]
-    assert isinstance(whole, list), whole
+    is_refused = IS_TRANSFORMERS_4 and name in REFUSED_BY_TRANSFORMERS_4
+    assert isinstance(whole, str if is_refused else list), whole
     assert answers[name, "sym_int8", 2] == whole

@@ -33,6 +33,7 @@ class ScriptTree:
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         (self.root / "requirements.txt").write_text("# nothing to install\n")
         (self.root / "requirements-dev.txt").write_text("# nothing to install\n")
+        (self.root / "requirements-ipex-llm.txt").write_text("# nothing to install\n")
         (self.root / "demo_model").mkdir()
         (self.root / "demo_model" / "config.json").write_text("{}")
         self.fake("mpirun", FAKE_MPIRUN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -89,22 +90,45 @@ def test_requirements_that_cannot_be_installed_end_in_one_line_of_ours(fresh_tre
 
 
 FAKE_PYTHON = """#!/bin/sh
-[ "$2" = pytest ] && exit {status}
+[ "$2" = pytest ] && {{ echo "$@" >"$RECORD/pytest"; exit {status}; }}
 exec {python} "$@"
 """
 
 
-@pytest.mark.parametrize(("status", "message"), [(5, "no test at all"), (1, "FAILED")])
-def test_run_tests_fails_with_pytest(tree, tmp_path, status, message):
-    """An empty run (pytest's exit code 5) counts as a failure like any other."""
-    venv = tmp_path / "venv"
+def make_test_venv(tree, folder: Path, status: int) -> Path:
+    """An environment in which pytest only notes its arguments and exits."""
+    venv = folder / "venv"
     (venv / "bin").mkdir(parents=True)
     for tool in ("wrk", "jq", "curl"):
         tree.fake(tool, "#!/bin/sh\n")
     python = venv / "bin" / "python"
     python.write_text(FAKE_PYTHON.format(status=status, python=tree.venv / "bin" / "python"))
     python.chmod(0o755)
+    return venv
+
+
+@pytest.mark.parametrize(("status", "message"), [(5, "no test at all"), (1, "FAILED")])
+def test_run_tests_fails_with_pytest(tree, tmp_path, status, message):
+    """An empty run (pytest's exit code 5) counts as a failure like any other."""
+    venv = make_test_venv(tree, tmp_path, status)
     result = tree.run("run_tests.sh", VENV=str(venv))
     assert result.returncode == status
     assert message in result.stderr
     assert "passed" not in result.stderr
+
+
+def test_run_tests_with_ipex_llm_has_an_environment_of_its_own(tree, tmp_path):
+    venv = make_test_venv(tree, tmp_path, 0)
+    for path in ("tests/low_bit", "tests/model"):
+        (tree.root / path).mkdir(parents=True)
+    first = tree.run("run_tests.sh", "--ipex-llm", "-x", IPEX_LLM_VENV=str(venv))
+    assert first.returncode == 0, first.stderr
+    assert "installing requirements-ipex-llm.txt requirements-dev.txt" in first.stderr
+    assert "tests with ipex-llm: passed" in first.stderr
+    words = (tree.record / "pytest").read_text().split()
+    assert {"tests/low_bit", "tests/model", "tests/ranks/test_ipex_llm.py"} < set(words)
+    assert words[-1] == "-x"
+    second = tree.run("run_tests.sh", "--ipex-llm", "tests/model", IPEX_LLM_VENV=str(venv))
+    assert "installing" not in second.stderr
+    words = (tree.record / "pytest").read_text().split()
+    assert [word for word in words if word.startswith("tests")] == ["tests/model"]
