@@ -7,8 +7,11 @@
 #                                                 # environment of their own
 #     bash run_tests.sh --ipex-llm                # the core of them beside ipex-llm 2.2.0, which needs
 #                                                 # transformers 4.53, from an environment of its own
+#     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
+#                                                 # the cpu image (root, ten minutes, 3 GB)
 #
 # Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), IPEX_LLM_VENV (.venv-ipex-llm),
+# DEPLOY_VENV (.venv-deploy),
 # PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -48,6 +51,16 @@ if [[ ${1:-} == --clients ]]; then
     VENV=${CLIENTS_VENV:-$ROOT/.venv-clients}
     setup_venv requirements-clients.txt
     set -- tests/clients "$@"
+elif [[ ${1:-} == --deploy ]]; then
+    shift
+    job="tests of deployment"
+    for tool in debootstrap haproxy; do ensure_apt "$tool" "$tool"; done
+    ensure_apt nginx nginx-light
+    (VENV=${DEPLOY_VENV:-$ROOT/.venv-deploy}; setup_venv tests/deploy/requirements.txt)
+    PATH=$PATH:${DEPLOY_VENV:-$ROOT/.venv-deploy}/bin
+    export TEST_IMAGE=1
+    TEST_TIMEOUT=${TEST_TIMEOUT:-3600}
+    set -- tests/deploy "$@"
 fi
 
 # Tests use the embedded model and models that they make: nothing is fetched from a hub.

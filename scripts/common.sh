@@ -57,6 +57,8 @@ launch() {
         fi
     done
     command -v mpirun >/dev/null || die "mpirun is missing: install the requirements first (see README.md)"
+    # A container that starts as root for the sake of its cards (docker/as-llm) does not serve as root.
+    if ((EUID == 0)) && [[ -n ${SERVICE_USER_COMMAND:-} ]]; then set -- "$SERVICE_USER_COMMAND" "$@"; fi
     export PYTHONUNBUFFERED=1 # lines reach the terminal as they are written, also through mpirun
     exec "$@"
 }
