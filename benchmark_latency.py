@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(hardware.describe())
     print("\n".join(format_result(result)))
+    if config.profile is not None:
+        print(show_profile(Path(config.profile)))
     if options.output_json is not None:
         steps = [run["step_seconds"] for run in runs]
         options.output_json.write_text(json.dumps(result | {"step_seconds": steps}) + "\n")
@@ -160,6 +162,14 @@ def summarize(
         "decode_limit": bound.limit,
         "decode_of_bound": bound.seconds / step,
     }
+
+
+def show_profile(folder: Path) -> str:
+    """What --profile found on rank 0, if there were steps enough."""
+    file = folder / "decode-rank0.txt"
+    if not (folder / "trace-rank0.json").is_file():
+        return f"--profile: too few decode steps for a profile: raise --output-len ({folder})"
+    return f"\n{file.read_text()}More in {folder}, one trace a rank for https://ui.perfetto.dev\n"
 
 
 def format_result(result: dict[str, Any]) -> list[str]:

@@ -233,6 +233,13 @@ class ServingConfig:
     )
     block_size: int = setting(16, "tokens in one page of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
+    profile: str | None = setting(
+        None,
+        "folder for a breakdown and a torch profiler trace of a few decode steps, taken once after "
+        "the first; default: none",
+        parse=str,
+        unit="FOLDER",
+    )
     seed: int = setting(
         0, "seeds the draws of requests that name no seed of their own", unit="NUMBER"
     )

@@ -191,6 +191,11 @@ class Guide(Protocol):
     error: str | None
     """Why no answer can be completed any more; None while it can."""
 
+    @property
+    def is_ready(self) -> bool:
+        """True when `allowed` can be told at once, or nearly so."""
+        ...
+
     def allowed(self) -> bytes:
         """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -76,4 +77,9 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     runner = ModelRunner(fuse(model, cache) or PlainForward(model, cache), times)
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
+    if config.profile is not None:
+        from autotp_serving.model.profile import StepProfiler
+
+        folder = Path(config.profile)
+        StepProfiler(folder, control.rank, device, runner, lead).attach(model)
     return Worker(runner, lead, channel, max_model_len)

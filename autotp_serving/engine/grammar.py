@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +27,9 @@ MAX_CACHED = 64
 """Compiled grammars kept; the least recently used one goes."""
 
 NUM_THREADS = 2
+
+SLOW_SECONDS = 0.001
+"""A grammar that once took longer to tell the next tokens does so in a thread from then on."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
@@ -60,6 +64,8 @@ class GrammarCompiler:
         special = map(tokenizer.token_bytes, tokenizer.special_token_ids)
         self._has_llama_tag = LLAMA_TAG.encode() in special
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
+        # One thread: slow grammars share a core, whatever they are and however many.
+        self._slow_pool = ThreadPoolExecutor(1, thread_name_prefix="slow-grammar")
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
         """Begin to compile; the future raises GrammarError if that fails. Safe in any thread."""
@@ -102,36 +108,60 @@ class GrammarCompiler:
             matcher.compute_bitmask()  # the first mask is the slowest: not in the engine's thread
         if matcher.is_error():
             raise GrammarError(_first_line(matcher.get_error()))
-        return CompiledGrammar(matcher)
+        return CompiledGrammar(matcher, self._slow_pool)
 
 
 class CompiledGrammar:
-    """See Grammar."""
+    """See Grammar.
 
-    def __init__(self, matcher: Any) -> None:
+    Args:
+        matcher: at the beginning of an answer.
+        slow_pool: where masks are computed once one of them was slow.
+    """
+
+    def __init__(self, matcher: Any, slow_pool: ThreadPoolExecutor) -> None:
+        self.is_slow = False
+        self.slow_pool = slow_pool
         self._matcher = matcher
 
     def start(self) -> MatcherGuide:
         """See Grammar."""
-        return MatcherGuide(self._matcher.deep_copy())
+        return MatcherGuide(self, self._matcher.deep_copy())
 
 
 class MatcherGuide:
-    """See Guide."""
+    """See Guide. What takes long happens while the answer before sits out a step, others do not."""
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
         self.error: str | None = None
+        self._grammar = grammar
         self._matcher = matcher
+        self._mask: Future[bytes] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """See Guide."""
+        return self._mask is None or self._mask.done()
 
     def allowed(self) -> bytes:
         """See Guide. A matcher that gave up allows the end tokens, and `accept` tells."""
-        return self._matcher.compute_bitmask()
+        if self._mask is not None:
+            return self._mask.result()
+        started = time.thread_time()
+        mask = self._matcher.compute_bitmask()
+        if time.thread_time() - started > SLOW_SECONDS:
+            self._grammar.is_slow = True
+        return mask
 
     def accept(self, token_id: int) -> bool:
         """See Guide."""
         if self._matcher.is_error() or not self._matcher.consume_token(token_id):
             self.error = TOO_COMPLEX
-        return self._matcher.is_stopped()
+        is_complete = self._matcher.is_stopped()
+        self._mask = None
+        if self._grammar.is_slow and not is_complete and self.error is None:
+            self._mask = self._grammar.slow_pool.submit(self._matcher.compute_bitmask)
+        return is_complete
 
 
 class _Vocabulary:

@@ -87,13 +87,26 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Step | None:
-        """Plan the next step, or None when there is nothing to run."""
+        """Plan the next step, or None when there is nothing to run.
+
+        A sequence whose guide does not know yet what may come next sits the step out, unless there
+        is nothing else to do.
+        """
+        chunks = self._choose_chunks()
+        while not chunks and (late := [one for one in self.running if not one.is_ready]):
+            late[0].guide.allowed()
+            chunks = self._choose_chunks()
+        return write_step(chunks, self.blocks.block_size) if chunks else None
+
+    def _choose_chunks(self) -> list[tuple[Sequence, int]]:
+        """Sequences that run next, each with how many of its tokens."""
         budget = self._config.max_num_batched_tokens
         chunks: list[tuple[Sequence, int]] = []
         # An answer's next token goes first, so a long prompt never stops those that stream.
         # Preemption shortens the list at its end while this loop walks towards it.
         for sequence in self.running:
-            if sequence.num_uncomputed_tokens == 1 and self._make_room(sequence):
+            is_next = sequence.num_uncomputed_tokens == 1 and sequence.is_ready
+            if is_next and self._make_room(sequence):
                 chunks.append((sequence, 1))
                 budget -= 1
         self._num_score_rows_left = MAX_SCORED_ROWS
@@ -101,7 +114,7 @@ class Scheduler:
             budget = self._add_prefill(chunks, self.running[-1], budget)
         while budget > 0 and (sequence := self._admit()):
             budget = self._add_prefill(chunks, sequence, budget)
-        return write_step(chunks, self.blocks.block_size) if chunks else None
+        return chunks
 
     def update(self, step: Step, result: StepResult) -> None:
         """Take in what the runner returned.

@@ -84,6 +84,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_ready(self) -> bool:
+        """True when a token can be sampled as soon as there are logits."""
+        return self.guide is None or self.guide.is_ready
+
+    @property
     def num_unscored_tokens(self) -> int:
         """Prompt tokens whose logprobs are asked for and not known yet."""
         if self.params.prompt_logprobs is None:

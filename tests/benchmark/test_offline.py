@@ -161,10 +161,10 @@ def test_a_dataset_brings_its_own_lengths(tmp_path):
 
 
 @pytest.mark.ranks
-def test_the_last_line_is_json_on_two_ranks():
+def test_the_last_line_is_json_on_two_ranks_and_each_leaves_a_profile(tmp_path):
     words = ["benchmark_latency.py", "--model", DEMO, "--low-bit", "bf16", "--device", "cpu",
-             "--input-len", "40", "--output-len", "6", "--num-iters", "1",
-             "--kv-cache-memory", "16MiB"]  # fmt: skip
+             "--input-len", "40", "--output-len", "60", "--num-iters", "1", "--num-iters-warmup",
+             "0", "--kv-cache-memory", "16MiB", "--profile", str(tmp_path)]  # fmt: skip
     mpirun = str(Path(sys.executable).with_name("mpirun"))
     done = subprocess.run(
         [mpirun, "-np", "2", sys.executable, *words],
@@ -180,6 +180,13 @@ def test_the_last_line_is_json_on_two_ranks():
     assert result["prefill_bound_ms"] > 0
     assert result["decode_bound_ms"] > 0
     assert result["decode_step_ms"]["p50"] > 0
+    for rank in (0, 1):
+        breakdown = (tmp_path / f"decode-rank{rank}.txt").read_text()
+        assert all(part in breakdown for part in ("linears", "attention", "collectives"))
+        trace = json.loads((tmp_path / f"trace-rank{rank}.json").read_text())
+        names = [event["name"] for event in trace["traceEvents"]]
+        assert names.count("forward pass") == 3
+    assert "host: scheduling" in done.stdout
 
 
 def test_a_bad_start_is_one_line(capsys):

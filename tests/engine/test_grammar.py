@@ -201,6 +201,7 @@ def test_an_end_token_ends_where_more_might_come(compiler) -> None:
 def test_a_structure_that_cannot_be_followed_ends_its_request_alone() -> None:
     class GivesUp:
         error = None
+        is_ready = True
 
         def start(self):
             return self
@@ -226,3 +227,72 @@ def test_min_tokens_and_a_structure_contradict_each_other() -> None:
     with pytest.raises(RequestError) as refused:
         SamplingParams(structure=Structure("json_object"), min_tokens=3)
     assert refused.value.field_name == "min_tokens"
+
+
+class SlowGuide:
+    """Any letter may come; each answer is as slow as the test likes."""
+
+    error = None
+
+    def __init__(self) -> None:
+        self.is_ready = True
+        self.num_waited = 0
+
+    def start(self) -> SlowGuide:
+        return self
+
+    def allowed(self) -> bytes:
+        self.num_waited += not self.is_ready
+        self.is_ready = True
+        return b"\xff" * 36
+
+    def accept(self, token_id: int) -> bool:
+        self.is_ready = False
+        return False
+
+
+def test_a_slow_structure_holds_up_itself_and_nobody_else() -> None:
+    guide = SlowGuide()
+    bench = Bench()
+    submit(bench, "slow", guide, max_tokens=5)
+    bench.submit("quick", max_tokens=20)
+    for _ in range(20):
+        bench.engine.step()
+    assert len(bench.tokens("quick")) == 20 and guide.num_waited == 0
+    assert len(bench.tokens("slow")) == 1  # the rest of the batch never waited for its second
+    bench.run()  # alone, it is waited for
+    assert len(bench.tokens("slow")) == 5 and guide.num_waited == 4
+    bench.assert_clean()
+
+
+def test_a_slow_structure_goes_on_when_it_is_ready_and_can_be_preempted_or_left() -> None:
+    guides = [SlowGuide() for _ in range(3)]
+    bench = Bench(FakeRunner(num_blocks=8), max_num_seqs=6)
+    for number, guide in enumerate(guides):
+        submit(bench, f"s{number}", guide, max_tokens=60)
+        bench.submit(f"f{number}", prompt="x" * 20, max_tokens=60)
+    for number in range(80):
+        for guide in guides[number % 3 :]:
+            guide.is_ready = True
+        bench.engine.step()
+    bench.engine.abort("s1")
+    bench.run()
+    assert bench.engine.stats().num_preemptions
+    assert [len(bench.tokens(name)) for name in ("s0", "s2", "f0", "f1", "f2")] == [60] * 5
+    bench.assert_clean()
+
+
+def test_what_is_computed_in_a_thread_is_what_is_computed_at_once(monkeypatch) -> None:
+    schema = '{"type": "array", "items": {"type": "integer"}, "maxItems": 4}'
+    told = []
+    for seconds in (1000.0, -1.0):
+        monkeypatch.setattr(grammar, "SLOW_SECONDS", seconds)
+        compiled = compile_one(GrammarCompiler(ByteTokenizer()), "json_schema", schema)
+        guide = compiled.start()
+        masks = []
+        for byte in b"[1, 22,3]":
+            masks.append(guide.allowed())
+            is_complete = guide.accept(byte)
+        told.append((masks, is_complete))
+        assert compiled.is_slow == (seconds < 0)
+    assert told[0] == told[1] and told[0][1]
