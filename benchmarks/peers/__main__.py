@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("peer", choices=PEERS, nargs="?", help="whom to run beside ours")
+    parser.add_argument(
+        "peers", nargs="*", metavar="PEER", help=f"whom to run beside ours: {', '.join(PEERS)}"
+    )
     parser.add_argument("--formats", nargs="+", metavar="FORMAT", help="the peer's; default: all")
     parser.add_argument(
         "--ours",
@@ -87,26 +89,26 @@ def main(argv: list[str] | None = None) -> int:
             reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
             print("\n\n".join(map(format_report, reports)))
             return 0
-        if args.peer is None:
-            parser.error(f"name a peer: {', '.join(PEERS)}")
-        report = run(
-            args, shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])])
-        )
-        if report is not None:
-            print(format_report(report))
+        if not args.peers or set(args.peers) - set(PEERS):
+            parser.error(f"name one or several of {', '.join(PEERS)}")
+        if args.output is not None and len(args.peers) > 1:
+            parser.error("--output is for one peer")
+        command = shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])])
+        reports = [run(peer, args, command) for peer in args.peers]
+        print("\n\n".join(format_report(report) for report in reports if report is not None))
     except PeerError as error:
         print(f"benchmarks.peers: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:
+def run(peer_name: str, args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:
     """Set up, measure, write the JSON. Raises PeerError."""
-    peer = import_module(f"benchmarks.peers.{args.peer}")
+    peer = import_module(f"benchmarks.peers.{peer_name}")
     formats = args.formats or list(peer.DEFAULT_FORMATS)
     for name in formats:
         if name not in peer.FORMATS:
-            raise PeerError(f"{args.peer} has no format {name}: one of {', '.join(peer.FORMATS)}")
+            raise PeerError(f"{peer_name} has no format {name}: one of {', '.join(peer.FORMATS)}")
     versions = peer.set_up()
     checkpoint = make_checkpoint(args.shape)
     peers = [peer.launch(checkpoint, name, args.threads) for name in formats]
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:
         "command": command,
         "sittings": [run_sitting([*ours, launch], tasks, args.nice) for launch in peers],
     }
-    path = args.output or HOME / "results" / f"{args.peer}.json"
+    path = args.output or HOME / "results" / f"{peer_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(f"written to {path}")
