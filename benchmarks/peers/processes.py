@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,11 +92,11 @@ class Server:
                     f"{self.launch.name} ended with {self._process.returncode} before it was "
                     f"ready: see {self.log}"
                 )
+            for process in self.processes() if self._nice else ():
+                set_session_nice(process, self._nice)
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
                     if response.status == 200:
-                        for process in self.processes() if self._nice else ():
-                            set_session_nice(process, self._nice)
                         return
             except OSError:  # not listening yet, or 503 while it loads
                 pass
@@ -121,7 +121,7 @@ class Server:
 def set_session_nice(process: int, nice: int) -> None:
     """Where Linux shares the cores among sessions first, niceness counts within a session only."""
     autogroup = Path(f"/proc/{process}/autogroup")
-    if autogroup.exists():
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # no such thing, or gone
         autogroup.write_text(str(nice))
 
 
