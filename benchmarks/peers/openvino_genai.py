@@ -8,6 +8,8 @@ from benchmarks.peers.environments import INSIDE, Environment, make_once, run_lo
 from benchmarks.peers.processes import Launch
 
 VERSION = "2026.4.1.0"
+EXPORTERS = ("optimum-intel==2.2.0", "nncf==3.4.0")
+TORCH = "2.13.0"
 FORMATS = ("int4", "int8")
 DEFAULT_FORMATS = FORMATS
 EXPORT = {
@@ -21,9 +23,10 @@ ENVIRONMENT = Environment("openvino_genai")
 def set_up() -> dict[str, str]:
     """Install; returns versions. torchvision, where it comes along, breaks the export."""
     ENVIRONMENT.install(
-        ["install", f"openvino-genai=={VERSION}", "optimum-intel==2.2.0", "nncf==3.4.0"],
+        # torch once more: or torchvision would bring a newer one, with CUDA.
+        ["install", f"openvino-genai=={VERSION}", *EXPORTERS, f"torch=={TORCH}"],
         ["uninstall", "--yes", "torchvision"],
-        torch="2.13.0",
+        torch=TORCH,
     )
     return ENVIRONMENT.versions("openvino-genai", "openvino", "optimum-intel", "nncf")
 
