@@ -121,6 +121,7 @@ def openai_routes(
             record.usage,
             body.include_usage,
             admission.tokenizer,
+            body.always_usage,
             echoes=echoes,
             has_logprobs=body.logprobs is not None,
             num_kept=(body.num_choices, body.num_drawn),
@@ -170,6 +171,7 @@ def openai_routes(
             record.usage,
             body.include_usage,
             admission.tokenizer,
+            body.always_usage,
             parsers=[
                 parsers.make(thoughts, names_called, max_calls, is_chosen=is_chosen)
                 for _ in requests

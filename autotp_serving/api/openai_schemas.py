@@ -66,7 +66,9 @@ class StreamOptions(StrictModel):
 
     include_usage: bool | None = Field(None, description="end with a chunk that holds the usage")
     include_obfuscation: only(False) = None
-    continuous_usage_stats: only(False) = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: every chunk holds the usage so far"
+    )
 
 
 class OpenAIRequest(SamplingFields):
@@ -113,6 +115,12 @@ class OpenAIRequest(SamplingFields):
     def include_usage(self) -> bool:
         """True when a stream must end with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def always_usage(self) -> bool:
+        """True when every chunk of a stream must hold the usage so far."""
+        options = self.stream_options
+        return self.include_usage and bool(options and options.continuous_usage_stats)
 
     @property
     def num_drawn(self) -> int:

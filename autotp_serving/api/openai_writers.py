@@ -62,6 +62,7 @@ class ChoiceWriter:
         usage: of the HTTP request; grows while its outputs come.
         include_usage: end a stream with the usage.
         tokenizer: knows the tokens that logprobs are about.
+        always_usage: put the usage so far into every event.
     """
 
     object_name = ""
@@ -74,6 +75,7 @@ class ChoiceWriter:
         usage: Usage,
         include_usage: bool,
         tokenizer: Tokenizer,
+        always_usage: bool,
     ) -> None:
         self._head = head
         self._requests = requests
@@ -81,6 +83,7 @@ class ChoiceWriter:
         self._choices = {request.request_id: index for index, request in enumerate(requests)}
         self._usage = usage
         self._include_usage = include_usage
+        self._always_usage = always_usage
         self._pieces = [Piece() for _ in requests]
 
     def collect(self, outputs: Sequence[RequestOutput]) -> None:
@@ -124,6 +127,8 @@ class ChoiceWriter:
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         chunk = self._head | {"object": self.chunk_name, "choices": choices}
+        if self._always_usage:
+            usage = usage_object(self._usage)
         return event(chunk | {"usage": usage} if self._include_usage else chunk)
 
     def kept(self) -> Iterable[int]:

@@ -327,6 +327,18 @@ def test_events_to_the_letter() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)]
+)
+def test_every_event_can_hold_the_usage_so_far(path: str, body: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    reply = post(path, body | {"stream": True, "max_tokens": 3, "stream_options": options})
+    lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+    counts = [json.loads(line)["usage"]["completion_tokens"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+
+
 def test_an_error_in_the_stream_is_an_event() -> None:
     for path, body in ROUTES.items():
         reply = post(path, body | {"stream": True}, fail_at_step=3)
