@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from autotp_serving.api.keys import ENVIRONMENT_NAME
 from autotp_serving.config import ServingConfig
 from tests.deploy.dockerfile import list_context, list_steps, read_pairs, read_stages, read_words
 
@@ -153,7 +154,7 @@ def test_manifests_render_and_fit_the_servers_habits(overlay: str) -> None:
     sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > sleep + drain
     settings = set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "start-service.sh").read_text()))
-    assert {item["name"] for item in container["env"]} <= settings
+    assert {item["name"] for item in container["env"]} <= settings | {ENVIRONMENT_NAME}
     mounts = {item["mountPath"]: item["name"] for item in container["volumeMounts"]}
     volumes = {item["name"]: item for item in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
