@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from autotp_serving.collectives import quiet_deepspeed
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
-from autotp_serving.model.families import check_heads, check_sharding
+from autotp_serving.model.families import check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.footprint import find_dtype_name
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.split import finish_split, split_layers
@@ -37,11 +38,12 @@ def build_sharded_model(
     """
     check_heads(model_config, control.size)
     model = build_on_meta(model_config, dtype, trust_remote_code)
-    if control.size > 1:
-        _shard_with_autotp(model, control.size, dtype)
-        check_sharding(model)
-    finish_split(model, control.size, all_reduce)
-    _install_head(model, control, all_reduce)
+    with refuse_by_name(model_config):
+        if control.size > 1:
+            _shard_with_autotp(model, control.size, dtype)
+            check_sharding(model)
+        finish_split(model, control.size, all_reduce)
+        _install_head(model, control, all_reduce)
     return model
 
 
@@ -55,21 +57,24 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
     register_paged_attention()
     model_config._attn_implementation = ATTENTION_NAME
     model_config.use_cache = False
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                model_config, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"this model cannot be built by transformers: {reason[:300]}") from error
-    except KeyError as error:  # a table of its own attention classes, as in older transformers
-        raise ConfigError(
-            f"the family '{model_config.model_type}' cannot be served with this version of "
-            f"transformers ({error} is not among its attentions): use another version"
-        ) from error
-    model = model.to(dtype)
-    split_layers(model)
+    with refuse_by_name(model_config):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    model_config, trust_remote_code=trust_remote_code
+                )
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"this model cannot be built by transformers: {reason[:300]}"
+            ) from error
+        except KeyError as error:  # a table of its own attention classes, as in older transformers
+            raise ConfigError(
+                f"the family '{model_config.model_type}' cannot be served with this version of "
+                f"transformers ({error} is not among its attentions)"
+            ) from error
+        model = model.to(dtype)
+        split_layers(model)
     return model
 
 
@@ -101,6 +106,10 @@ def _install_head(
 ) -> None:
     """Split the output head over the vocabulary, whatever AutoTP made of it."""
     head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(
+            f"the family '{model.config.model_type}' cannot be served: it names no output head"
+        )
     model.set_output_embeddings(
         VocabParallelHead(
             hidden_size=model.config.get_text_config().hidden_size,
@@ -129,12 +138,12 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
         if hasattr(module, "scalar_embed_scale"):  # Gemma's embedding takes no config
             module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
             continue
-        try:
-            fresh = type(module)(config=getattr(module, "config", model.config))
-        except TypeError as error:
+        parameters = set(inspect.signature(type(module).__init__).parameters)
+        if not hasattr(module, "config") or not parameters <= {"self", "config", "device"}:
             raise ConfigError(
                 f"{type(model).__name__} is not supported: the buffers of {name} "
                 f"({type(module).__name__}) cannot be computed from config.json"
-            ) from error
+            )
+        fresh = type(module)(config=module.config)
         for buffer_name in module._non_persistent_buffers_set:
             module._buffers[buffer_name] = fresh._buffers[buffer_name].to(device)

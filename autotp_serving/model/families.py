@@ -2,15 +2,20 @@
 
 A family in PROVED gives the tokens of transformers itself at one and at several ranks
 (tests/ranks/test_families.py). Another one is served only if nothing in it is left to guessing:
-AutoTP has cut exactly the layers whose names say how, and every layer attends through our pages.
+AutoTP has cut exactly the layers whose names say how, every layer attends through our pages, and
+the two passes of self_check.py come out as transformers means them.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.low_bit.formats import LowBitError
+from autotp_serving.ranks import GroupFailure, LaunchError
 
 if TYPE_CHECKING:  # --plan asks here before torch could be imported
     from torch import nn
@@ -31,9 +36,63 @@ PROVED = (
 COLUMN_NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_NAMES = ("o_proj", "down_proj")
 
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
+
 # Rotary embeddings that depend on how long a sequence is, beyond the length of their training:
 # they cannot differ between the sequences of one batch.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# What transformers 4 reads from `rope_scaling` as transformers 5 does from `rope_parameters`.
+ROPE_SETTINGS = (
+    "rope_type",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "short_factor",
+    "long_factor",
+)
+
+
+@contextlib.contextmanager
+def refuse_by_name(model_config: Any) -> Iterator[None]:
+    """Turn whatever the code of an unproved family raises into one line that names the family.
+
+    Such a family was written for transformers alone, and may break on anything of ours.
+
+    Raises:
+        ConfigError: naming the family.
+    """
+    try:
+        yield
+    except (ConfigError, LowBitError, GroupFailure, LaunchError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if model_config.model_type in PROVED:
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        raise ConfigError(
+            f"the family '{model_config.model_type}' cannot be served "
+            f"({type(error).__name__}: {lines[0][:200]})"
+        ) from error
+
+
+def check_family(model_config: Any) -> None:
+    """Refuse what is told to be no decoder of text by its config.json alone.
+
+    Raises:
+        ConfigError: naming the family.
+    """
+    reason = None
+    if getattr(model_config, "is_encoder_decoder", False):
+        reason = "an encoder reads its prompts"
+    elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
+        reason = "its config.json tells of no attention heads"
+    if reason:
+        raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
 
 
 def check_heads(model_config: Any, num_ranks: int) -> None:
@@ -46,6 +105,11 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
     num_kv_heads = (
         getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     )
+    if not isinstance(num_kv_heads, int):
+        raise ConfigError(
+            f"the family '{model_config.model_type}' cannot be served: its layers differ in their "
+            "numbers of key/value heads"
+        )
     if num_ranks > num_kv_heads:
         raise ConfigError(
             f"{num_ranks} ranks cannot share the {num_kv_heads} key/value heads of this model: "
@@ -68,6 +132,7 @@ def check_sharding(model: nn.Module) -> None:
     if family in PROVED:
         return
     head = model.get_output_embeddings()
+    check_uncut_parameters(model)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
@@ -81,6 +146,33 @@ def check_sharding(model: nn.Module) -> None:
                 f"({name} is a {type(module).__name__}): start 1 rank, or one of "
                 f"{', '.join(PROVED)}"
             )
+
+
+def check_uncut_parameters(model: nn.Module) -> None:
+    """Refuse norms, scales or sinks that belong to heads, or to columns, of which AutoTP has cut.
+
+    Beside cut layers only the norm of a single head may stay whole.
+
+    Raises:
+        ConfigError: naming the family and the parameter.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, module in model.named_modules():
+        if not any(type(child).__name__ == "LinearLayer" for child in module.children()):
+            continue
+        for inner_name, inner in module.named_modules():
+            if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
+                continue
+            for own_name, parameter in inner.named_parameters(recurse=False):
+                if tuple(parameter.shape) == (head_dim,):
+                    continue
+                parts = ".".join(filter(None, (name, inner_name, own_name)))
+                raise ConfigError(
+                    f"the family '{model.config.model_type}' is not known to be split rightly "
+                    f"over several ranks ({parts} stays whole): start 1 rank, or one of "
+                    f"{', '.join(PROVED)}"
+                )
 
 
 def has_stacked_weights(module: nn.Module) -> bool:
@@ -106,26 +198,39 @@ def check_attention(model: nn.Module, layers: set[int]) -> None:
         )
 
 
-def check_config_age(model_config: Any) -> None:
-    """Refuse a config.json whose rotary settings an older transformers would pass over in silence.
+def adapt_rope(model_config: Any) -> None:
+    """Give an older transformers the rotary settings where it looks for them.
+
+    Transformers 5 writes them under 'rope_parameters', which an older one passes over in silence.
 
     Raises:
-        ConfigError: with both versions.
+        ConfigError: settings that the older one has no place for, with both versions.
     """
     written = getattr(model_config, "rope_parameters", None)
     version = metadata.version("transformers")
-    if written is not None and int(version.split(".")[0]) < 5:
+    if written is None or int(version.split(".")[0]) >= 5:
+        return
+    scaling = dict(written)
+    theta = scaling.pop("rope_theta", None)
+    if theta is None or not set(scaling) <= set(ROPE_SETTINGS):
         raise ConfigError(
             "config.json has its rotary settings under 'rope_parameters', as transformers 5 writes "
-            f"them, and transformers {version} does not read them there: use "
+            f"them, and transformers {version} has no place for {sorted(written)}: use "
             "transformers 5, or the checkpoint's original config.json"
         )
+    model_config.rope_theta = theta
+    model_config.rope_scaling = None if scaling.get("rope_type") == "default" else scaling
 
 
 def find_length_limit(model_config: Any) -> int:
     """Most tokens that a sequence may have."""
     config = model_config.get_text_config()
-    limit = config.max_position_embeddings
+    limit = next(filter(None, (getattr(config, name, None) for name in LENGTH_NAMES)), None)
+    if limit is None:
+        raise ConfigError(
+            f"the family '{model_config.model_type}' cannot be served: its config.json names no "
+            "longest sequence (max_position_embeddings)"
+        )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT_ROPE:
         trained = rope.get("original_max_position_embeddings") or getattr(

@@ -33,6 +33,7 @@ class VocabParallelHead(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.rank = rank
         self.num_ranks = num_ranks
         self.start = vocab_size * rank // num_ranks
         self.stop = vocab_size * (rank + 1) // num_ranks

@@ -26,7 +26,7 @@ from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
-from autotp_serving.model.families import check_config_age
+from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
@@ -54,10 +54,11 @@ def read_model_config(config: ServingConfig) -> Any:
         )
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{folder / 'config.json'} cannot be used: {reason[:300]}") from error
-    check_config_age(found)
+    adapt_rope(found)
+    check_family(found)
     return found
 
 
@@ -87,14 +88,16 @@ def load_model(
     model = build_sharded_model(
         model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
     )
-    match_names(model, checkpoint)
-    shards = find_shards(model, checkpoint, control)
-    check(model, checkpoint, low_bit)
+    with refuse_by_name(model_config):
+        match_names(model, checkpoint)
+        shards = find_shards(model, checkpoint, control)
+        check(model, checkpoint, low_bit)
     filler = WeightFiller(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
     filler.fill(shards, show_progress=control.rank == 0)
-    rebuild_buffers(model, device)
+    with refuse_by_name(model_config):
+        rebuild_buffers(model, device)
     return model.eval()
 
 

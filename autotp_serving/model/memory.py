@@ -11,8 +11,9 @@ from torch import nn
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.model.attention import AttentionContext
-from autotp_serving.model.families import check_attention
+from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.kv_cache import KVCacheShape
+from autotp_serving.model.self_check import check_unproved
 from autotp_serving.plan import MAX_SCORED_ROWS, StepPlan
 from autotp_serving.ranks import Control
 
@@ -63,7 +64,7 @@ def probe_model(
     )
     device.reset_peak_memory()
     before = device.peak_memory()
-    with torch.inference_mode():
+    with refuse_by_name(model.config), torch.inference_mode():
         model(
             input_ids=torch.tensor([plan.token_ids], device=device.torch_device),
             position_ids=torch.tensor([plan.positions], device=device.torch_device),
@@ -75,6 +76,9 @@ def probe_model(
     peak = max(0, device.peak_memory() - before)
     device.reset_peak_memory()
     check_attention(model, set(probe.head_shapes))
+    if model.config.model_type not in PROVED:
+        with refuse_by_name(model.config):
+            check_unproved(model, device.torch_device)
     head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
     return KVCacheShape(head_shapes, config.block_size, model.dtype), peak
 

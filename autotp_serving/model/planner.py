@@ -14,7 +14,7 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.devices.base import Memory, has_card_files, read_host_memory
 from autotp_serving.low_bit.plan import MANIFEST_NAME, find_low_bit_plan
-from autotp_serving.model.families import check_config_age, check_heads, find_max_model_len
+from autotp_serving.model.families import adapt_rope, check_heads, find_max_model_len
 from autotp_serving.model.fit import (
     IMPORTED_BYTES,
     Room,
@@ -47,7 +47,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
         model_config = read_model_config(config)
     else:
         model_config = known
-        check_config_age(known)
+        adapt_rope(known)
     max_model_len = find_max_model_len(config, model_config)
     check_heads(model_config, num_ranks)
     kind, memory = find_memory(config)

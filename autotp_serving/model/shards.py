@@ -60,7 +60,8 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, control: Control) -> d
         if name not in known:
             raise CheckpointError(
                 f"{checkpoint.folder} has no tensor {name}: it does not belong to this "
-                f"architecture ({type(model).__name__}), or is incomplete"
+                f"architecture ({type(model).__name__}), is incomplete, or the family "
+                f"'{model.config.model_type}' names its tensors in a way that is not known here"
             )
         full_shape = checkpoint.shape(name)
         if len(full_shape) != len(local_shape):

@@ -1,0 +1,199 @@
+"""Proof, at start, that a family nobody has tried is served as transformers means it. Every rank.
+
+Two short passes over the loaded model. In the first, each call of its attention is answered by
+transformers' own eager code, with the mask that transformers makes, and by ours, which must agree:
+nothing that the family hands its attention may be passed over. In the second, two sequences share
+a batch, and each must come out as it does alone: no state may be kept elsewhere than in our pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp_serving.config import ConfigError
+from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.plan import StepPlan
+
+CHECK_NAME = "autotp_check"
+FIRST_LEN, SECOND_LEN = 5, 16
+
+SHORT_WINDOW = 6
+"""What sliding windows and attention chunks are set to meanwhile, so that they matter."""
+
+WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.03}
+"""Of attention's output, relative to its norm; logits may differ by twice as much."""
+
+
+class _Recorder:
+    """Stands in for the KV cache: notes who stores what, and keeps nothing."""
+
+    block_size = 16
+    has_kernel = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.calls: list[tuple[int, tuple[int, ...], tuple[int, ...], float]] = []
+
+    def write(
+        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prefill without earlier context reads nothing back."""
+        return key, value
+
+
+def check_unproved(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model whose attention, or whose batch, does not come out as transformers means it.
+
+    Raises:
+        ConfigError: naming the family.
+    """
+    family = model.config.model_type
+    tolerance = TOLERANCES[model.dtype]
+    generator = torch.Generator().manual_seed(0)
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(size, (FIRST_LEN + SECOND_LEN,), generator=generator).tolist()
+    first, second = tokens[:FIRST_LEN], tokens[FIRST_LEN:]
+    recorder = _Recorder(device)
+    with _compared_attention(model):
+        _run(model, [second], recorder)
+    for layer, query_shape, key_shape, error in recorder.calls:
+        if not error < tolerance:
+            raise ConfigError(
+                f"the family '{family}' cannot be served: layer {layer} asks its attention for "
+                f"what is not done here (its output would be off by {error:.0%})"
+            )
+        _check_heads(model, query_shape, key_shape)
+    layers = [call[0] for call in recorder.calls]
+    if len(layers) != len(set(layers)):
+        raise ConfigError(
+            f"the family '{family}' cannot be served: a layer of it attends more than once"
+        )
+    alone = [_run(model, [part], _Recorder(device)) for part in (first, second)]
+    together = _run(model, [first, second], _Recorder(device))
+    for part, logits in zip(alone, together.split(1), strict=True):
+        if part.shape != logits.shape or not _error(logits, part) < 2 * tolerance:
+            raise ConfigError(
+                f"the family '{family}' cannot be served: its sequences do not come out of a "
+                "batch as they do alone, so it keeps state that this server does not know of"
+            )
+
+
+def _run(model: nn.Module, sequences: list[list[int]], recorder: _Recorder) -> torch.Tensor:
+    """Logits of the last token of each sequence, all of them in one flattened batch."""
+    lens = [len(sequence) for sequence in sequences]
+    num_tokens = sum(lens)
+    plan = StepPlan(
+        token_ids=[token for sequence in sequences for token in sequence],
+        positions=[position for length in lens for position in range(length)],
+        slots=[0] * num_tokens,
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=[[] for _ in lens],
+        logit_rows=[sum(lens[: index + 1]) - 1 for index in range(len(lens))],
+    )
+    with torch.inference_mode():
+        logits = model(
+            input_ids=torch.tensor([plan.token_ids], device=recorder.device),
+            position_ids=torch.tensor([plan.positions], device=recorder.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(plan.logit_rows, device=recorder.device),
+            attention_context=AttentionContext.from_plan(plan, recorder),
+        ).logits[0]
+    if logits.shape[0] != len(sequences):
+        raise ConfigError(
+            f"the family '{model.config.model_type}' cannot be served: it computes the logits of "
+            "all tokens, whichever are asked for"
+        )
+    return logits
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def _attend_twice(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    attention_context: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Transformers' eager attention of the module's family; how far ours is from it is noted."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None or attention_context is None:
+        raise ConfigError(
+            f"{type(module).__name__} does not attend through transformers' AttentionInterface: "
+            "this architecture cannot be served"
+        )
+    theirs = eager(module, query, key, value, attention_mask, **kwargs)
+    ours, _ = paged_attention(
+        module, query, key, value, None, attention_context=attention_context, **kwargs
+    )
+    attention_context.cache.calls.append(
+        (module.layer_idx, query.shape, key.shape, _error(ours, theirs[0]))
+    )
+    return theirs
+
+
+def _check_heads(model: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    """Refuse heads that are not this rank's share: a reshape may hide a wrong cut.
+
+    Args:
+        query, key: shapes [1, heads, tokens, head_dim].
+    """
+    head = next(module for module in model.modules() if isinstance(module, VocabParallelHead))
+    if head.num_ranks == 1:
+        return
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    share, rest = divmod(num_kv_heads, head.num_ranks)
+    share += head.rank < rest
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    expected = (share * (num_heads // num_kv_heads), head_dim, share, head_dim)
+    if (query[1], query[3], key[1], key[3]) != expected:
+        raise ConfigError(
+            f"the family '{model.config.model_type}' is not known to be split rightly over "
+            f"several ranks (heads {query} and {key}): start 1 rank"
+        )
+
+
+@contextlib.contextmanager
+def _compared_attention(model: nn.Module) -> Iterator[None]:
+    """Have the model attend through `_attend_twice`, with short windows, inside the block."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(CHECK_NAME, _attend_twice)
+    AttentionMaskInterface.register(CHECK_NAME, eager_mask)
+    owners = [model, *model.modules()]
+    configs = [owner.config for owner in owners if hasattr(owner, "config")]
+    configs += [config.get_text_config() for config in configs]
+    changed: list[tuple[Any, str, Any]] = []
+
+    def change(owner: Any, name: str, value: Any) -> None:
+        changed.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    try:
+        for config in {id(config): config for config in configs}.values():
+            change(config, "_attn_implementation", CHECK_NAME)
+        for owner in {id(owner): owner for owner in (*owners, *configs)}.values():
+            for name in WINDOW_NAMES:
+                if type(getattr(owner, name, None)) is int:
+                    change(owner, name, SHORT_WINDOW)
+        yield
+    finally:
+        for owner, name, value in reversed(changed):
+            setattr(owner, name, value)

@@ -1,0 +1,67 @@
+"""What the sweep over all families shows, on a few: equal to transformers or refused by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks.launch import ROOT
+from tests.ranks.test_families import IS_TRANSFORMERS_4
+from tools.family_sweep import make_one, serve_all
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(IS_TRANSFORMERS_4, reason="has not all of these families"),
+]
+
+# Family, and what it is refused with at one rank and at two; None: it is served rightly.
+FAMILIES: dict[str, tuple[str | None, str]] = {
+    "olmo2": (None, "q_norm.weight stays whole"),
+    "gpt_oss": ("attention sinks", "sinks stays whole"),
+    "mamba": ("no attention heads", "no attention heads"),
+    "falcon_h1": ("cannot be computed", "not known to be split rightly"),
+    "gptj": ("not among its attentions", "not among its attentions"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("refused")
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path) -> dict[str, Any]:
+    """The checkpoints, and transformers' answers where it has some worth comparing."""
+    made = {family: make_one(family, root / family) for family in FAMILIES}
+    return {family: [] if isinstance(found, str) else found for family, found in made.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_family_is_equal_or_refused_by_name(
+    num_ranks: int, root: Path, expected: dict[str, Any]
+) -> None:
+    answers = serve_all(expected, num_ranks, root)
+    for family, reasons in FAMILIES.items():
+        reason = reasons[num_ranks - 1]
+        if reason is None:
+            assert answers[family] == expected[family], family
+        else:
+            assert answers[family].startswith("refused: "), (family, answers[family])
+            assert reason in answers[family], (family, answers[family])
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(root: Path, expected: dict[str, Any]) -> None:
+    done = subprocess.run(
+        [sys.executable, "serving.py", "--model", str(root / "gpt_oss"), "--device", "cpu",
+         "--low-bit", "bf16", "--kv-cache-memory", "32MiB", "--port", "0"],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "GptOssAttention has attention sinks" in errors[0]
+    assert "Traceback" not in done.stderr
