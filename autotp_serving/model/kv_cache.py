@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from autotp_serving.low_bit.kernels import huge_pages
-from autotp_serving.model.kernels.cpu_attention import can_attend
+from autotp_serving.model.kernels.cpu_attention import can_attend, pool_shapes, store
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,32 @@ class KVCacheShape:
 
 
 class KVCache:
-    """Keys and values of every layer, addressed by slot = page * block_size + offset."""
+    """Keys and values of every layer, addressed by slot = page * block_size + offset.
+
+    Attributes:
+        has_kernel: whether attention by kernels/ reads it, in an order of its own; else portable
+            torch does.
+    """
 
     def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
         self.block_size = shape.block_size
         self.num_blocks = num_blocks
         self.device = device
-        # Whether attention by kernels/ reads it; else portable torch does.
         self.has_kernel = all(
-            can_attend(shape.dtype, device, key, value) for _, key, value in shape.head_shapes
+            can_attend(shape.dtype, device, key, value, shape.block_size)
+            for _, key, value in shape.head_shapes
         )
         num_slots = num_blocks * shape.block_size
-
-        def allocate(heads: int, size: int) -> torch.Tensor:
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for heads, key, value in shape.head_shapes:
+            shapes = ((num_slots, heads, key), (num_slots, heads, value))
+            if self.has_kernel:
+                shapes = pool_shapes(num_slots, heads, key, value)
             # Zeros, not empty: padded rows read slots that nobody wrote, and a stray NaN there
             # would survive a masked softmax. On CPU untouched pages cost no memory.
-            if device.type != "cpu":
-                return torch.zeros((num_slots, heads, size), dtype=shape.dtype, device=device)
-            return huge_pages.zeros((num_slots, heads, size), shape.dtype)
-
-        self._keys = [allocate(heads, key) for heads, key, _ in shape.head_shapes]
-        self._values = [allocate(heads, value) for heads, _, value in shape.head_shapes]
+            allocate = huge_pages.zeros if device.type == "cpu" else torch.zeros
+            with device:
+                self._layers.append(tuple(allocate(size, dtype=shape.dtype) for size in shapes))
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -62,13 +67,18 @@ class KVCache:
             key: [num_tokens, num_kv_heads, key_head_dim]; value alike.
 
         Returns:
-            Keys and values, each [num_slots, num_kv_heads, head_dim].
+            Keys and values, as `layer` does.
         """
-        keys, values = self.layer(layer)
-        keys.index_copy_(0, slots, key)
-        values.index_copy_(0, slots, value)
+        keys, values = self._layers[layer]
+        if self.has_kernel:
+            store(slots, key, value, keys, values)
+        else:
+            keys.index_copy_(0, slots, key)
+            values.index_copy_(0, slots, value)
         return keys, values
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's whole pool: keys and values, each [num_slots, num_kv_heads, head_dim]."""
-        return self._keys[layer], self._values[layer]
+        """A layer's keys and values: each [num_slots, num_kv_heads, head_dim], or as the kernel's
+        `pool_shapes` has them.
+        """
+        return self._layers[layer]

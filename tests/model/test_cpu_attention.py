@@ -11,9 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from autotp_serving.model import kv_cache
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.kernels import cpu_attention
-from autotp_serving.model.kernels.cpu_attention import CpuAttention, can_attend, load_library
+from autotp_serving.model.kernels.cpu_attention import (
+    CpuAttention,
+    can_attend,
+    load_library,
+    pool_shapes,
+    store,
+)
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
 from autotp_serving.plan import StepPlan
@@ -39,9 +46,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pack(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Pools [slot, head, size] in the kernel's order, by torch."""
+    slots, heads, key_dim = keys.shape
+    keys = keys.view(slots // 16, 16, heads, key_dim // 2, 2).permute(0, 2, 3, 1, 4)
+    values = values.view(slots // 16, 8, 2, heads, -1).permute(0, 3, 1, 4, 2)
+    return keys.contiguous(), values.contiguous()
+
+
 @dataclass(frozen=True)
 class Case:
-    """A pool of keys and values, and sequences that run their last tokens."""
+    """A pool of keys and values [slot, head, size], and sequences that run their last tokens."""
 
     keys: Tensor
     values: Tensor
@@ -66,8 +81,7 @@ class Case:
         )
         out = attend(
             torch.cat([queries[i] for i in indices]),
-            self.keys,
-            self.values,
+            *pack(self.keys, self.values),
             self.query.shape[2] ** -0.5,
             **options,
         )
@@ -136,7 +150,7 @@ def test_equals_plain_attention(isa: str, window: int | None, softcap: float | N
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (7, 1), (32, 4)])
 @pytest.mark.parametrize("dims", [(32, 16), (64, 64), (96, 80), (128, 128), (256, 256)])
 def test_any_heads_and_sizes(isa: str, heads: tuple[int, int], dims: tuple[int, int]) -> None:
-    case = make_case(heads, dims, ((1, 70), (9, 20), (3, 130)), block_size=4)
+    case = make_case(heads, dims, ((1, 70), (9, 20), (3, 130)), block_size=32)
     for index, out in enumerate(case.attend(isa=isa)):
         exact = case.exact(index, None, None)
         assert (out.double() - exact).norm() < 0.004 * exact.norm()
@@ -197,10 +211,9 @@ def test_nan_shows_in_its_own_sequence_alone(isa: str) -> None:
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
-def test_equals_the_portable_path() -> None:
+def test_equals_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step's plan through both."""
     torch.manual_seed(0)
-    cache = KVCache(KVCacheShape(((2, 64, 64),), 16, torch.bfloat16), 40, torch.device("cpu"))
     lens, contexts, tables = [1, 20, 1], [50, 20, 1], [[3, 9, 4, 30], [7, 8], [11]]
     positions = [p for n, c in zip(lens, contexts, strict=True) for p in range(c - n, c)]
     owners = [i for i, n in enumerate(lens) for _ in range(n)]
@@ -208,13 +221,14 @@ def test_equals_the_portable_path() -> None:
     plan = StepPlan([0] * 22, positions, slots, lens, contexts, tables, [])
     query = torch.randn(1, 8, 22, 64).bfloat16()
     key, value = torch.randn(2, 1, 2, 22, 64).bfloat16()
-    for pool in cache.layer(0):
-        pool.normal_()
+    history = torch.randn(2, 640, 2, 64).bfloat16()
     outputs = []
-    for has_kernel in (True, False):
-        cache.has_kernel = has_kernel
+    for may_attend in (True, False):
+        monkeypatch.setattr(kv_cache, "can_attend", lambda *_, may=may_attend: may)
+        cache = KVCache(KVCacheShape(((2, 64, 64),), 16, torch.bfloat16), 40, torch.device("cpu"))
+        cache.write(0, torch.arange(640), *history)
         context = AttentionContext.from_plan(plan, cache)
-        assert (context.kernel is not None) == has_kernel
+        assert (context.kernel is not None) == may_attend
         output, _ = paged_attention(
             SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context
         )
@@ -222,13 +236,27 @@ def test_equals_the_portable_path() -> None:
     torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+def test_store_puts_numbers_where_attention_reads_them() -> None:
+    torch.manual_seed(0)
+    keys, values = torch.randn(48, 3, 64).bfloat16(), torch.randn(48, 3, 32).bfloat16()
+    pools = [torch.full(shape, 9.0).bfloat16() for shape in pool_shapes(48, 3, 64, 32)]
+    slots = torch.randperm(48)
+    # Heads first, as transformers has them.
+    key = keys[slots].transpose(0, 1).contiguous().transpose(0, 1)
+    store(slots, key, values[slots], *pools)
+    for pool, expected in zip(pools, pack(keys, values), strict=True):
+        assert torch.equal(pool, expected)
+
+
 def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     if load_library() is not None:
-        assert can_attend(torch.bfloat16, cpu, 64, 64)
-    assert not can_attend(torch.float32, cpu, 64, 64)
-    assert not can_attend(torch.bfloat16, cpu, 24, 64)
-    assert not can_attend(torch.bfloat16, torch.device("meta"), 64, 64)
+        assert can_attend(torch.bfloat16, cpu, 64, 64, 16)
+    assert not can_attend(torch.float32, cpu, 64, 64, 16)
+    assert not can_attend(torch.bfloat16, cpu, 24, 64, 16)
+    assert not can_attend(torch.bfloat16, cpu, 64, 64, 8)
+    assert not can_attend(torch.bfloat16, torch.device("meta"), 64, 64, 16)
 
     def fail(*args: object) -> None:
         raise BuildError("no C++ compiler (g++)")
@@ -236,6 +264,6 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "build_library", fail)
     load_library.cache_clear()
     try:
-        assert not can_attend(torch.bfloat16, cpu, 64, 64)
+        assert not can_attend(torch.bfloat16, cpu, 64, 64, 16)
     finally:
         load_library.cache_clear()

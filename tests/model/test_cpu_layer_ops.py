@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autotp_serving.model.kernels import cpu_layer_ops
+from autotp_serving.model.kernels.cpu_attention import pool_shapes
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, load_layer_ops
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
 
@@ -78,12 +79,17 @@ def test_rotate_and_store(ops: LayerOps, shape: tuple[int, int, int, int], has_n
     angles = torch.randn(tokens, size // 2).repeat(1, 2)
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     slots = torch.randperm(tokens + 7)[:tokens]
-    keys, values = torch.full((2, tokens + 7, kv_heads, size), 9.0).bfloat16()
+    num_slots = -(-(tokens + 7) // 16) * 16
+    pools = [
+        torch.full(shape, 9.0).bfloat16() for shape in pool_shapes(num_slots, kv_heads, size, size)
+    ]
     norms = None
     if has_norms:
         norms = (*torch.randn(2, size).bfloat16(), 1e-6)
     query, key, value = qkv.clone().view(tokens, -1, size).split([heads, kv_heads, kv_heads], 1)
-    ops.rotate_and_store(qkv, (cos, sin), slots, keys, values, norms)
+    ops.rotate_and_store(qkv, (cos, sin), slots, *pools, norms)
+    keys = pools[0].permute(0, 3, 1, 2, 4).reshape(num_slots, kv_heads, size)
+    values = pools[1].permute(0, 2, 4, 1, 3).reshape(num_slots, kv_heads, size)
 
     def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is not None:
@@ -97,7 +103,7 @@ def test_rotate_and_store(ops: LayerOps, shape: tuple[int, int, int, int], has_n
     assert (ours - rotate(query, norms and norms[0])).abs().max() < bound
     assert (keys[slots].double() - rotate(key, norms and norms[1])).abs().max() < bound
     assert torch.equal(values[slots], value)
-    unused = torch.ones(tokens + 7, dtype=torch.bool)
+    unused = torch.ones(num_slots, dtype=torch.bool)
     unused[slots] = False
     assert bool((keys[unused] == 9).all() and (values[unused] == 9).all())
 

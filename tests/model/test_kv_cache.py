@@ -11,7 +11,7 @@ def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:
     shape = KVCacheShape(((2, 8, 8), (1, 8, 4)), block_size=16, dtype=torch.bfloat16)
     assert shape.bytes_per_block == (2 * 16 + 1 * 12) * 16 * 2
     cache = KVCache(shape, 5, torch.device("cpu"))
-    pools = [*cache._keys, *cache._values]
+    pools = [pool for layer in range(2) for pool in cache.layer(layer)]
     assert sum(pool.nbytes for pool in pools) == 5 * shape.bytes_per_block
 
 

@@ -21,6 +21,9 @@ from autotp_serving.native_build import BuildError, best_isa, build_library, isa
 
 logger = logging.getLogger(__name__)
 
+GROUP = 16
+"""Slots that lie together; a page must be a multiple of it."""
+
 SOURCE = Path(__file__).parent / "csrc" / "paged_attention.cpp"
 
 
@@ -50,14 +53,58 @@ class _Attention(ctypes.Structure):
     )
 
 
-def can_attend(dtype: torch.dtype, device: torch.device, head_dim: int, value_dim: int) -> bool:
+def can_attend(
+    dtype: torch.dtype, device: torch.device, head_dim: int, value_dim: int, block_size: int
+) -> bool:
     """Whether `CpuAttention` takes a cache of this kind."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
         and head_dim % 32 == 0
         and value_dim % 16 == 0
+        and block_size % GROUP == 0
         and load_library() is not None
+    )
+
+
+def pool_shapes(
+    num_slots: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a layer's keys and values in the order that the products take.
+
+    16 slots make a group; within it words are of two numbers of a key, and of two slots' values:
+    keys [group, head, head_dim / 2, slot of 16, 2], values [group, head, slot / 2, value_dim, 2].
+    """
+    groups = num_slots // GROUP
+    return (
+        (groups, num_kv_heads, head_dim // 2, GROUP, 2),
+        (groups, num_kv_heads, GROUP // 2, value_dim, 2),
+    )
+
+
+def store(slots: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Store tokens' keys and values in a layer's pools.
+
+    Args:
+        slots: [num_tokens] int64.
+        key: [num_tokens, num_kv_heads, head_dim] bfloat16; only its last dimension must be dense.
+        value: [num_tokens, num_kv_heads, value_dim], likewise.
+        keys, values: as `pool_shapes` has them.
+    """
+    key = key if key.stride(2) == 1 else key.contiguous()
+    value = value if value.stride(2) == 1 else value.contiguous()
+    load_library().autotp_store(
+        key.data_ptr(),
+        key.stride(0),
+        key.stride(1),
+        value.data_ptr(),
+        value.stride(0),
+        value.stride(1),
+        slots.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        *key.shape,
+        value.shape[2],
     )
 
 
@@ -68,7 +115,7 @@ class CpuAttention:
         block_tables: [num_seqs] lists of pages.
         context_lens: [num_seqs], the step's tokens included.
         query_lens: [num_seqs], how many of the context's last tokens the step runs.
-        block_size: tokens a page holds.
+        block_size: tokens a page holds, a multiple of 16.
         isa: of `ISAS`, for tests; None for the best.
     """
 
@@ -114,8 +161,7 @@ class CpuAttention:
         Args:
             query: [num_tokens, num_heads, head_dim] bfloat16, the sequences' tokens one after
                 another. Only its last dimension must be dense.
-            keys: [num_slots, num_kv_heads, head_dim], slot = page * block_size + offset.
-            values: [num_slots, num_kv_heads, value_dim].
+            keys, values: the layer's pools, as `pool_shapes` has them.
             sliding_window: how many of the latest positions are visible; None for all.
             softcap: logits become softcap * tanh(logits / softcap); None for as they are.
 
@@ -125,13 +171,13 @@ class CpuAttention:
         num_tokens, num_heads, head_dim = query.shape
         if query.stride(2) != 1:
             query = query.contiguous()
-        out = query.new_empty(num_tokens, num_heads, values.shape[2])
+        out = query.new_empty(num_tokens, num_heads, values.shape[3])
         call = self._call
         call.query = query.data_ptr()
         call.query_token_stride, call.query_head_stride, _ = query.stride()
         call.keys, call.values, call.out = keys.data_ptr(), values.data_ptr(), out.data_ptr()
         call.heads, call.kv_heads = num_heads, keys.shape[1]
-        call.head_dim, call.value_dim = head_dim, values.shape[2]
+        call.head_dim, call.value_dim = head_dim, values.shape[3]
         call.window, call.scaling, call.softcap = sliding_window or 0, scaling, softcap or 0.0
         if self._attend(self._address, torch.get_num_threads()):
             raise MemoryError(f"no memory to attend with {num_tokens} tokens")
@@ -152,4 +198,10 @@ def load_library(isa: str | None = None) -> ctypes.CDLL | None:
         return None
     library.autotp_paged_attention.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     library.autotp_paged_attention.restype = ctypes.c_int
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.autotp_store.argtypes = (
+        *(pointer, number, number, pointer, number, number),
+        *(pointer, pointer, pointer, number, number, number, number),
+    )
+    library.autotp_store.restype = None
     return library

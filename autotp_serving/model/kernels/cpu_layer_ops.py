@@ -92,14 +92,15 @@ class LayerOps:
         """Norm where asked for, and rotate, queries and keys; store keys and values in the cache.
 
         Args:
-            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; its queries are altered.
+            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; its queries and keys are
+                altered.
             rotary: cos and sin, [num_tokens, head_dim], a multiple of 32.
             slots: [num_tokens] int64.
-            keys, values: [num_slots, num_kv_heads, head_dim].
+            keys, values: a layer's pools, as `cpu_attention.pool_shapes` has them.
             norms: of queries and of keys, [head_dim] each, and their epsilon.
         """
         cos, sin = rotary
-        _, num_kv_heads, head_dim = keys.shape
+        num_kv_heads, head_dim = keys.shape[1], 2 * keys.shape[2]
         query_norm, key_norm, epsilon = norms or (None, None, 0.0)
         call = _Rotation(
             qkv.data_ptr(),

@@ -7,12 +7,12 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include ISA_VECTORS
 
 #include "bfloat16.h"
 #include "exponential.h"
+#include "kv_layout.h"
 
 namespace {
 
@@ -42,9 +42,8 @@ inline void normalize(const uint16_t* x, const uint16_t* weight, uint16_t* to, i
     }
 }
 
-// Rotates a head's pairs (i, i + size / 2) by the angles of `cos` and `sin`.
-inline void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* to,
-                   int64_t size) {
+// Rotates a head's pairs (i, i + size / 2) by the angles of `cos` and `sin`, in place.
+inline void rotate(uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t size) {
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; i += kLanes) {
         const Floats low = load_bfloat16(x + i), high = load_bfloat16(x + half + i);
@@ -53,8 +52,8 @@ inline void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, 
                                                multiply(low, load_bfloat16(cos + i)));
         const Floats high_turned = multiply_add(low, load_bfloat16(sin + half + i),
                                                 multiply(high, load_bfloat16(cos + half + i)));
-        store_bfloat16(to + i, low_turned, kLanes);
-        store_bfloat16(to + half + i, high_turned, kLanes);
+        store_bfloat16(x + i, low_turned, kLanes);
+        store_bfloat16(x + half + i, high_turned, kLanes);
     }
 }
 
@@ -62,11 +61,11 @@ inline void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, 
 
 // One call of autotp_rotate_and_store, as kernels/cpu_layer_ops.py describes it.
 struct AutotpRotation {
-    uint16_t* qkv;  // [tokens, heads + 2 * kv_heads, head_dim]; queries are rotated in place
+    uint16_t* qkv;  // [tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
     const uint16_t* cos;  // [tokens, head_dim]
     const uint16_t* sin;
     const int64_t* slots;  // [tokens]
-    uint16_t* keys;        // [slots, kv_heads, head_dim]
+    uint16_t* keys;        // see kv_layout.h
     uint16_t* values;
     const uint16_t* query_norm;  // [head_dim] each, or null
     const uint16_t* key_norm;
@@ -105,16 +104,19 @@ void autotp_rotate_and_store(const AutotpRotation* call, int64_t threads) {
         uint16_t* row = call->qkv + token * row_size;
         const uint16_t* cos = call->cos + token * size;
         const uint16_t* sin = call->sin + token * size;
-        uint16_t* key_to = call->keys + call->slots[token] * kv_heads * size;
+        const int64_t slot = call->slots[token];
         for (int64_t head = 0; head < heads + kv_heads; ++head) {
             uint16_t* from = row + head * size;
             const bool is_query = head < heads;
             const uint16_t* norm = is_query ? call->query_norm : call->key_norm;
             if (norm) normalize(from, norm, from, size, call->epsilon);
-            rotate(from, cos, sin, is_query ? from : key_to + (head - heads) * size, size);
+            rotate(from, cos, sin, size);
+            if (!is_query) store_key(from, call->keys, slot, head - heads, kv_heads, size);
         }
-        std::memcpy(call->values + call->slots[token] * kv_heads * size,
-                    row + (heads + kv_heads) * size, kv_heads * size * sizeof(uint16_t));
+        const uint16_t* value = row + (heads + kv_heads) * size;
+        for (int64_t head = 0; head < kv_heads; ++head) {
+            store_value(value + head * size, call->values, slot, head, kv_heads, size);
+        }
     }
 }
 

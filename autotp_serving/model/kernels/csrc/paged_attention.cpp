@@ -4,9 +4,9 @@
 // Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch.
 // The unit of work is one sequence, one key/value head and some of its query tokens; their query
 // heads that share the key/value head are the rows of a small product. The context is walked in
-// blocks of 64 positions, each turned once into the order that the products take, with a running
-// maximum and sum per row. A row's result depends on its own context only: neither on the threads,
-// nor on the batch, nor on how the prompt was cut into chunks.
+// blocks of 64 positions, which lie in the order that the products take, with a running maximum and
+// sum per row. A row's result depends on its own context only: neither on the threads, nor on the
+// batch, nor on how the prompt was cut into chunks.
 #include <omp.h>
 
 #include <algorithm>
@@ -20,19 +20,21 @@
 
 #include "bfloat16.h"
 #include "exponential.h"
+#include "kv_layout.h"
 
 // One call, as kernels/cpu_attention.py describes it; strides are in numbers.
 struct AutotpAttention {
     const uint16_t* query;  // [tokens, heads, head_dim]
     int64_t query_token_stride, query_head_stride;
-    const uint16_t* keys;    // [slots, kv_heads, head_dim]
-    const uint16_t* values;  // [slots, kv_heads, value_dim]
+    const uint16_t* keys;    // see kv_layout.h
+    const uint16_t* values;
     uint16_t* out;           // [tokens, heads, value_dim]
     const int32_t* tables;   // [sequences, table_stride], pages
     int64_t table_stride;
     const int32_t* context_lens;  // [sequences]
     const int32_t* starts;        // [sequences + 1], first query token of each
-    int64_t sequences, heads, kv_heads, head_dim, value_dim, block_size;
+    int64_t sequences, heads, kv_heads, head_dim, value_dim;
+    int64_t block_size;  // slots of a page, a multiple of 16
     int64_t window;  // latest positions that are visible, or 0 for all
     float scaling;
     float softcap;  // 0 for none
@@ -85,12 +87,11 @@ struct Task {
 
 // What a thread needs for its task.
 struct Work {
-    uint32_t* keys;    // [head_dim / 2, 64]: pairs of numbers, a position per lane
-    uint32_t* values;  // [32, value_dim]: numbers of two positions, a column per lane
     float* sums;       // [rows, value_dim]
     float* peaks;      // [rows], largest logit so far
     float* totals;     // [rows], sum of weights so far
-    uint16_t* zeros;   // a row of zeros, for positions beyond the context
+    uint32_t* partial;  // [8, value_dim], the values of a group that the context ends in
+    uint32_t* zeros;    // [8, value_dim], for groups beyond the context
 };
 
 // softcap * tanh(x / softcap), by way of 2**-|..| so that nothing overflows.
@@ -102,59 +103,52 @@ inline Floats cap(Floats x, float softcap) {
     return multiply(copy_sign(tanh, x), same_float(softcap));
 }
 
-// Where the keys and values of a block of positions lie; zeros beyond the context.
+// Where the keys and values of a block of positions lie, a group of 16 each.
 struct Block {
-    const uint16_t* keys[kPositions];
-    const uint16_t* values[kPositions];
+    const uint32_t* keys[kVectors];
+    const uint32_t* values[kVectors];
 };
 
+// Finds the block from position `start` on. Beyond `stop`, the context's end, keys are whatever
+// lies there, since their logits are masked, but values are zeros: what others left behind may be
+// NaN, which no weight of zero takes away.
 inline void find_block(const AutotpAttention& call, const Task& task, int64_t start, int64_t stop,
-                       const uint16_t* zeros, Block& block) {
+                       const Work& work, Block& block) {
     const int32_t* table = call.tables + task.sequence * call.table_stride;
-    int64_t page = start / call.block_size, offset = start % call.block_size;
-    for (int i = 0; i < kPositions; ++i) {
-        block.keys[i] = block.values[i] = zeros;
-        if (start + i >= stop) continue;
-        const int64_t slot = table[page] * call.block_size + offset;
-        const int64_t row = slot * call.kv_heads + task.kv_head;
-        block.keys[i] = call.keys + row * call.head_dim;
-        block.values[i] = call.values + row * call.value_dim;
-        if (++offset == call.block_size) {
-            ++page;
-            offset = 0;
-        }
-    }
-}
-
-// Asks for a block. Rows of one head are too far apart for the processor to foresee.
-inline void prefetch_block(const AutotpAttention& call, const Block& block) {
-    for (int i = 0; i < kPositions; ++i) {
-        for (int64_t col = 0; col < call.head_dim; col += 32) {
-            prefetch_near(block.keys[i] + col);
-        }
-        for (int64_t col = 0; col < call.value_dim; col += 32) {
-            prefetch_near(block.values[i] + col);
-        }
-    }
-}
-
-// Puts a block into the products' order.
-inline void turn_block(const AutotpAttention& call, const Block& block, const Work& work) {
-    for (int vector = 0; vector < kVectors; ++vector) {
-        for (int64_t word = 0; word < call.head_dim / 2; word += kLanes) {
-            const uint32_t* rows[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                rows[i] = reinterpret_cast<const uint32_t*>(block.keys[vector * kLanes + i]) + word;
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t position = std::min(start + v * kLanes, (stop - 1) / kLanes * kLanes);
+        const int64_t slot = table[position / call.block_size] * call.block_size +
+                             position % call.block_size;
+        const auto find = [&](const uint16_t* pool, int64_t size) {
+            return reinterpret_cast<const uint32_t*>(
+                pool + find_head(slot / kGroupSlots, task.kv_head, call.kv_heads, size));
+        };
+        block.keys[v] = find(call.keys, call.head_dim);
+        block.values[v] = find(call.values, call.value_dim);
+        const int64_t left = stop - (start + v * kLanes);
+        if (left <= 0) {
+            block.values[v] = work.zeros;
+        } else if (left < kLanes) {
+            for (int64_t pair = 0; pair < kLanes / 2; ++pair) {
+                const uint32_t kept = 2 * pair + 1 < left ? ~0u : 2 * pair < left ? 0xffffu : 0u;
+                for (int64_t col = 0; col < call.value_dim; ++col) {
+                    const int64_t at = pair * call.value_dim + col;
+                    work.partial[at] = block.values[v][at] & kept;
+                }
             }
-            transpose_words(rows, work.keys + word * kPositions + vector * kLanes, kPositions);
+            block.values[v] = work.partial;
         }
     }
-    for (int pair = 0; pair < kPositions / 2; ++pair) {
-        const uint16_t* first = block.values[2 * pair];
-        const uint16_t* second = block.values[2 * pair + 1];
-        for (int64_t col = 0; col < call.value_dim; col += kLanes) {
-            store_bytes(work.values + pair * call.value_dim + col,
-                        interleave(first + col, second + col));
+}
+
+// Asks for a block.
+inline void prefetch_block(const AutotpAttention& call, const Block& block) {
+    for (int v = 0; v < kVectors; ++v) {
+        for (int64_t line = 0; line < call.head_dim / 2; ++line) {
+            prefetch_near(block.keys[v] + line * kLanes);
+        }
+        for (int64_t line = 0; line < call.value_dim / 2; ++line) {
+            prefetch_near(block.values[v] + line * kLanes);
         }
     }
 }
@@ -168,7 +162,7 @@ struct Row {
 
 // Logits of `kCount` rows for a block of positions.
 template <int kCount>
-inline void find_logits(const AutotpAttention& call, const Row* rows, const Work& work,
+inline void find_logits(const AutotpAttention& call, const Row* rows, const Block& block,
                         Floats (*to)[kVectors]) {
     Floats logits[kCount][kVectors];
     for (int r = 0; r < kCount; ++r) {
@@ -177,7 +171,7 @@ inline void find_logits(const AutotpAttention& call, const Row* rows, const Work
     for (int64_t word = 0; word < call.head_dim / 2; ++word) {
         Bytes keys[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-            keys[v] = load_bytes(work.keys + word * kPositions + v * kLanes);
+            keys[v] = load_bytes(block.keys[v] + word * kLanes);
         }
         for (int r = 0; r < kCount; ++r) {
             const int32_t query = load_int32(rows[r].query + 2 * word);
@@ -227,8 +221,8 @@ inline float find_weights(const AutotpAttention& call, const Row& row, int64_t s
 
 // sums = sums * shrink + weights times values, for `kCount` rows.
 template <int kCount>
-inline void add_values(const AutotpAttention& call, const Row* rows, const Work& work,
-                       const float* shrinks, const uint16_t (*weights)[kPositions]) {
+inline void add_values(const AutotpAttention& call, const Row* rows, const Block& block,
+                       const Work& work, const float* shrinks, const uint16_t (*weights)[kPositions]) {
     constexpr int kCols = 4;  // vectors of columns at a time
     for (int64_t col = 0; col < call.value_dim; col += kCols * kLanes) {
         const int cols = static_cast<int>(
@@ -243,10 +237,10 @@ inline void add_values(const AutotpAttention& call, const Row* rows, const Work&
             }
         }
         for (int pair = 0; pair < kPositions / 2; ++pair) {
-            const uint32_t* from = work.values + pair * call.value_dim + col;
+            const uint32_t* from = block.values[pair / (kLanes / 2)] +
+                                   pair % (kLanes / 2) * call.value_dim + col;
             Bytes values[kCols];
-            // Beyond the last column it reads what follows, and drops the result.
-            for (int c = 0; c < kCols; ++c) values[c] = load_bytes(from + c * kLanes);
+            for (int c = 0; c < kCols; ++c) values[c] = load_bytes(from + (c < cols ? c : 0) * kLanes);
             for (int r = 0; r < kCount; ++r) {
                 const int32_t weight = load_int32(weights[r] + 2 * pair);
                 for (int c = 0; c < kCols; ++c) {
@@ -262,36 +256,31 @@ inline void add_values(const AutotpAttention& call, const Row* rows, const Work&
 }
 
 template <int kCount>
-void attend_block(const AutotpAttention& call, const Row* rows, int64_t start, const Work& work) {
+void attend_block(const AutotpAttention& call, const Row* rows, int64_t start,
+                  const Block& block, const Work& work) {
     Floats logits[kCount][kVectors];
-    find_logits<kCount>(call, rows, work, logits);
+    find_logits<kCount>(call, rows, block, logits);
     alignas(64) uint16_t weights[kCount][kPositions];
     float shrinks[kCount];
     for (int r = 0; r < kCount; ++r) {
         shrinks[r] = find_weights(call, rows[r], start, work, logits[r], weights[r]);
     }
-    add_values<kCount>(call, rows, work, shrinks, weights);
+    add_values<kCount>(call, rows, block, work, shrinks, weights);
 }
 
 void run_task(const AutotpAttention& call, const Task& task) {
     const int64_t group = call.heads / call.kv_heads;
     const int64_t rows = (task.stop_token - task.first_token) * group;
-    const int64_t padding = 4 * kLanes;
+    const int64_t group_words = kLanes / 2 * call.value_dim;
     Scratch scratch;
-    scratch.start(4 * (call.head_dim / 2 * kPositions + kPositions / 2 * call.value_dim + padding +
-                       rows * (call.value_dim + 2) + std::max(call.head_dim, call.value_dim)) +
-                  64 * 8);
-    const Work work{scratch.take<uint32_t>(call.head_dim / 2 * kPositions),
-                    scratch.take<uint32_t>(kPositions / 2 * call.value_dim + padding),
-                    scratch.take<float>(rows * call.value_dim),
-                    scratch.take<float>(rows),
-                    scratch.take<float>(rows),
-                    scratch.take<uint16_t>(std::max(call.head_dim, call.value_dim))};
-    std::fill_n(work.values + kPositions / 2 * call.value_dim, padding, 0);
+    scratch.start(4 * (rows * (call.value_dim + 2) + 2 * group_words) + 64 * 8);
+    const Work work{scratch.take<float>(rows * call.value_dim), scratch.take<float>(rows),
+                    scratch.take<float>(rows), scratch.take<uint32_t>(group_words),
+                    scratch.take<uint32_t>(group_words)};
     std::fill_n(work.sums, rows * call.value_dim, 0.0f);
     std::fill_n(work.peaks, rows, kNothing);
     std::fill_n(work.totals, rows, 0.0f);
-    std::fill_n(work.zeros, std::max(call.head_dim, call.value_dim), uint16_t{0});
+    std::fill_n(work.zeros, group_words, 0u);
 
     const int64_t stop = call.starts[task.sequence + 1];
     const int64_t context = call.context_lens[task.sequence];
@@ -303,31 +292,30 @@ void run_task(const AutotpAttention& call, const Task& task) {
                    position(token), index};
     };
     const int64_t last = position(task.stop_token - 1) + 1;
-    int64_t block = 0;
+    int64_t start = 0;
     if (call.window) {
-        block = std::max<int64_t>(0, position(task.first_token) - call.window + 1);
-        block = block / kPositions * kPositions;
+        start = std::max<int64_t>(0, position(task.first_token) - call.window + 1);
+        start = start / kPositions * kPositions;
     }
     Block here, next;
-    find_block(call, task, block, last, work.zeros, next);
-    for (; block < last; block += kPositions) {
+    find_block(call, task, start, last, work, next);
+    for (; start < last; start += kPositions) {
         std::swap(here, next);
-        if (block + kPositions < last) {
-            find_block(call, task, block + kPositions, last, work.zeros, next);
+        if (start + kPositions < last) {
+            find_block(call, task, start + kPositions, last, work, next);
             prefetch_block(call, next);
         }
-        turn_block(call, here, work);
         // Rows of tokens before the block see nothing of it.
-        const int64_t unseeing = std::max<int64_t>(0, block - position(task.first_token));
+        const int64_t unseeing = std::max<int64_t>(0, start - position(task.first_token));
         int64_t index = std::min(rows, unseeing * group);
         for (; index + kRowsAtOnce <= rows; index += kRowsAtOnce) {
             Row some[kRowsAtOnce];
             for (int r = 0; r < kRowsAtOnce; ++r) some[r] = make_row(index + r);
-            attend_block<kRowsAtOnce>(call, some, block, work);
+            attend_block<kRowsAtOnce>(call, some, start, here, work);
         }
         for (; index < rows; ++index) {
             const Row row = make_row(index);
-            attend_block<1>(call, &row, block, work);
+            attend_block<1>(call, &row, start, here, work);
         }
     }
     for (int64_t index = 0; index < rows; ++index) {
@@ -345,6 +333,22 @@ void run_task(const AutotpAttention& call, const Task& task) {
 }  // namespace
 
 extern "C" {
+
+// Stores tokens' keys [tokens, kv_heads, head_dim] and values in their slots; each token is
+// `key_stride` or `value_stride` numbers after the one before, each head `..._head_stride`.
+void autotp_store(const uint16_t* key, int64_t key_stride, int64_t key_head_stride,
+                  const uint16_t* value, int64_t value_stride, int64_t value_head_stride,
+                  const int64_t* slots, uint16_t* keys, uint16_t* values, int64_t tokens,
+                  int64_t kv_heads, int64_t head_dim, int64_t value_dim) {
+    for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t head = 0; head < kv_heads; ++head) {
+            store_key(key + token * key_stride + head * key_head_stride, keys, slots[token], head,
+                      kv_heads, head_dim);
+            store_value(value + token * value_stride + head * value_head_stride, values,
+                        slots[token], head, kv_heads, value_dim);
+        }
+    }
+}
 
 // Returns 0, or 1 when there is no memory.
 int autotp_paged_attention(const AutotpAttention* call, int64_t threads) {
