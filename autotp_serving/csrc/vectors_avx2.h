@@ -206,6 +206,13 @@ inline void store_bfloat16(uint16_t* to, Floats a, int count) {
     for (int i = 0; i < count; ++i) to[i] = round_bfloat16(values[i]);
 }
 
+// What storing as bfloat16 and loading again would give.
+inline Floats round_to_bfloat16(Floats a) {
+    uint16_t rounded[16];
+    store_bfloat16(rounded, a, 16);
+    return load_bfloat16(rounded);
+}
+
 inline Floats subtract(Floats a, Floats b) {
     return {_mm256_sub_ps(a.first, b.first), _mm256_sub_ps(a.second, b.second)};
 }

@@ -71,10 +71,6 @@ inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats load_halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-inline Floats load_bfloat16(const uint16_t* from) {
-    const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
-}
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -123,11 +119,11 @@ inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
 #endif
 }
 
-// Rounds to the nearest, halves to even; NaN stays NaN. Numbers below the smallest normal may
+// To the nearest bfloat16, halves to even; NaN stays NaN. Numbers below the smallest normal may
 // become 0.
-inline void store_bfloat16(uint16_t* to, Floats a, int count) {
+inline __m256i to_bfloat16(Floats a) {
 #ifdef __AVX512BF16__
-    const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));
 #else
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -135,11 +131,22 @@ inline void store_bfloat16(uint16_t* to, Floats a, int count) {
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 #endif
+}
+inline Floats from_bfloat16(__m256i numbers) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+inline void store_bfloat16(uint16_t* to, Floats a, int count) {
+    const __m256i halves = to_bfloat16(a);
     if (count == 16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
 }
+inline Floats load_bfloat16(const uint16_t* from) {
+    return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// What storing as bfloat16 and loading again would give.
+inline Floats round_to_bfloat16(Floats a) { return from_bfloat16(to_bfloat16(a)); }
 
 inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }

@@ -25,12 +25,14 @@ using Block = std::conditional_t<F::kKind == Kind::kPairs, PairBlock, ByteBlock>
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
-// Tokens made ready at once: their numbers stay in the L2 cache while the weights pass by.
-constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
 // From this many tokens on, a group's codes are decoded once for all of them; plain codes come as
 // fast as decoded ones.
 constexpr int64_t kWorthDecoding =
     F::kKind == Kind::kCodes && F::kHigh == 0 ? INT64_MAX : 2 * kMaxTokens;
+// Tokens made ready at once: their numbers stay near while the weights pass by. Where each group is
+// decoded for them, many share that; else as many as take a fifth of the L2 cache are best.
+constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
+constexpr int64_t kBytesAtOnce = 3 << 16;
 // From this many tokens on, AMX multiplies faster, though it always multiplies 16.
 constexpr int64_t kWorthTiles = 8;
 // Below this many activations a second thread costs more than it helps in making them ready.
@@ -183,11 +185,15 @@ void run(const Call* calls, int64_t count_calls, int64_t tokens) {
     const AutotpWeight& weight = call.weight;
     int64_t groups = 0;
     for (int64_t i = 0; i < count_calls; ++i) groups += calls[i].groups();
-    const int64_t chunks = (std::min(tokens, kTokensAtOnce) + kChunk - 1) / kChunk;
-    Block* x = static_cast<Block*>(scratch<Block>(chunks * call.tiles() * sizeof(Block)));
+    const int64_t chunk_bytes = call.tiles() * sizeof(Block);
+    const int64_t at_once = kWorthDecoding < INT64_MAX
+                                ? kTokensAtOnce
+                                : std::max<int64_t>(1, kBytesAtOnce / chunk_bytes) * kChunk;
+    const int64_t chunks = (std::min(tokens, at_once) + kChunk - 1) / kChunk;
+    Block* x = static_cast<Block*>(scratch<Block>(chunks * chunk_bytes));
     const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
-    for (int64_t start = 0; start < tokens; start += kTokensAtOnce) {
-        const int64_t count = std::min(kTokensAtOnce, tokens - start);
+    for (int64_t start = 0; start < tokens; start += at_once) {
+        const int64_t count = std::min(at_once, tokens - start);
         const bool by_tiles = kHasTiles && count >= kWorthTiles && may_use_tiles();
 #pragma omp parallel for num_threads(call.threads) if (count * weight.cols >= kWorthSharing)
         for (int64_t place = 0; place < count; ++place) {

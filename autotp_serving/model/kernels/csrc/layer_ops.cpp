@@ -20,12 +20,6 @@ constexpr int kLanes = 16;
 // Below this many numbers a second thread costs more than it helps.
 constexpr int64_t kWorthSharing = 1 << 16;
 
-inline Floats round_once(Floats a) {
-    uint16_t rounded[kLanes];
-    store_bfloat16(rounded, a, kLanes);
-    return load_bfloat16(rounded);
-}
-
 // to = weight * (x / rms(x)), for `count` numbers, a multiple of 16.
 inline void normalize(const uint16_t* x, const uint16_t* weight, uint16_t* to, int64_t count,
                       float epsilon) {
@@ -37,7 +31,7 @@ inline void normalize(const uint16_t* x, const uint16_t* weight, uint16_t* to, i
     const float mean = sum_lanes(squares) / static_cast<float>(count);
     const Floats inverse = same_float(1.0f / std::sqrt(mean + epsilon));
     for (int64_t i = 0; i < count; i += kLanes) {
-        const Floats scaled = round_once(multiply(load_bfloat16(x + i), inverse));
+        const Floats scaled = round_to_bfloat16(multiply(load_bfloat16(x + i), inverse));
         store_bfloat16(to + i, multiply(scaled, load_bfloat16(weight + i)), kLanes);
     }
 }
@@ -133,7 +127,7 @@ void autotp_silu_multiply(const uint16_t* gate_up, uint16_t* out, int64_t rows, 
             // x * sigmoid(x), by way of exp(-|x|) so that nothing overflows.
             const Floats tail =
                 multiply(magnitude, divide(small, add(same_float(1), small)));
-            const Floats silu = round_once(subtract(larger(same_float(0), x), tail));
+            const Floats silu = round_to_bfloat16(subtract(larger(same_float(0), x), tail));
             store_bfloat16(out + row * cols + i,
                            multiply(silu, load_bfloat16(gate + cols + i)), kLanes);
         }
