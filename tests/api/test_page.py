@@ -102,6 +102,18 @@ def test_ask_with_the_keyboard_alone_and_read_the_answer(page: Browser):
 
 @needs_browser
 @pytest.mark.live
+def test_a_reload_in_the_middle_of_an_answer_keeps_what_has_come(page: Browser):
+    page.type("a long one")
+    page.press("enter")
+    page.wait(f"{RUNNING} && {last('assistant')}.length > 5")
+    page.open()
+    assert len(page.run(f"return {last('assistant')}")) > 5
+    assert "stopped" in page.text(".message.assistant .foot")
+    assert page.run(f"return {IDLE}")
+
+
+@needs_browser
+@pytest.mark.live
 def test_shift_enter_makes_a_line_and_the_box_grows(page: Browser):
     height = "document.querySelector('#input').offsetHeight"
     before = page.run(f"return {height}")
