@@ -74,7 +74,8 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
-    runner = ModelRunner(fuse(model, cache) or PlainForward(model, cache), times)
+    fused = fuse(model, cache, by_operation=config.profile is not None)
+    runner = ModelRunner(fused or PlainForward(model, cache), times)
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     if config.profile is not None:

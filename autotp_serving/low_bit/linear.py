@@ -54,12 +54,14 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        out = self.matmul(x if x.dim() == 2 else x.reshape(-1, self.in_features))
+        out = self.finish(self.matmul(x if x.dim() == 2 else x.reshape(-1, self.in_features)))
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Sum the product over the ranks and add the bias, both in place, where there are any."""
         if self.reduce is not None:
             out = self.reduce(out)
-        if self.bias is not None:
-            out = out + self.bias
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out.add_(self.bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

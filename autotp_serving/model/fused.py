@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autotp_serving.low_bit.kernels.cpu import CpuMatmul
 from autotp_serving.low_bit.linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, load_layer_ops
+from autotp_serving.model.kernels.cpu_layers import HalvedLayer, HalvedLayers, Product
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.plan import StepPlan
 
@@ -52,11 +54,11 @@ class Layer:
     scaling: float
     sliding_window: int | None
     input_norm: Norm
-    qkv: Callable[[Tensor], Tensor]
+    qkv: JoinedLinears
     head_norms: tuple[Tensor, Tensor, float] | None
     output: nn.Module
     mlp_norm: Norm
-    gate_up: Callable[[Tensor], Tensor]
+    gate_up: JoinedLinears
     down: nn.Module
 
     @staticmethod
@@ -81,11 +83,32 @@ class Layer:
             down=mlp.down_proj,
         )
 
+    def halve(self, cache: KVCache) -> HalvedLayer | None:
+        """The layer for `HalvedLayers`, or None where a product is not a low-bit kernel's."""
+        joined, finished = (self.qkv, self.gate_up), (self.output, self.down)
+        are_low_bit = all(isinstance(linear, LowBitLinear) for linear in finished)
+        if not are_low_bit or not all(
+            isinstance(product.matmul, CpuMatmul) for product in (*joined, *finished)
+        ):
+            return None
+        return HalvedLayer(
+            qkv=Product(self.qkv.matmul, self.qkv.bias),
+            output=Product(self.output.matmul, finish=self.output.finish),
+            gate_up=Product(self.gate_up.matmul, self.gate_up.bias),
+            down=Product(self.down.matmul, finish=self.down.finish),
+            input_norm=(self.input_norm.weight, self.input_norm.epsilon),
+            mlp_norm=(self.mlp_norm.weight, self.mlp_norm.epsilon),
+            head_norms=self.head_norms,
+            pools=cache.layer(self.index),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+        )
+
 
 class FusedForward:
     """Runs plans as `PlainForward` does, quicker; made by `fuse`."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, ops: LayerOps) -> None:
+    def __init__(self, model: nn.Module, cache: KVCache, ops: LayerOps, by_operation: bool) -> None:
         decoder = model.model
         self._cache = cache
         self._ops = ops
@@ -94,6 +117,8 @@ class FusedForward:
         self._layers = [Layer.of(layer) for layer in decoder.layers]
         self._norm = Norm.of(decoder.norm)
         self._head = model.get_output_embeddings()
+        halves = [] if by_operation else [layer.halve(cache) for layer in self._layers]
+        self._halves = HalvedLayers(ops, halves) if halves and all(halves) else None
 
     def __call__(self, plan: StepPlan) -> Tensor:
         """See PlainForward."""
@@ -102,6 +127,19 @@ class FusedForward:
         hidden = self._embedding(torch.tensor(plan.token_ids))
         cos, sin = self._rotary(hidden, torch.tensor([plan.positions]))
         rotary = (cos[0].contiguous(), sin[0].contiguous())
+        if self._halves is not None:
+            added = self._halves.run(hidden, rotary, context.slots, context.kernel)
+        else:
+            added = self._run_operations(hidden, rotary, context)
+        rows = torch.tensor(plan.logit_rows, dtype=torch.int64)
+        hidden, added = hidden[rows], added[rows]
+        return self._head(ops.rms_norm(hidden, added, self._norm.weight, self._norm.epsilon))
+
+    def _run_operations(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        """Run the layers operation by operation; see `HalvedLayers.run`."""
+        ops = self._ops
         added = None
         for layer in self._layers:
             x = ops.rms_norm(hidden, added, layer.input_norm.weight, layer.input_norm.epsilon)
@@ -114,20 +152,22 @@ class FusedForward:
             added = layer.output(attended.view(len(qkv), -1))
             x = ops.rms_norm(hidden, added, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
             added = layer.down(ops.silu_multiply(layer.gate_up(x)))
-        rows = torch.tensor(plan.logit_rows, dtype=torch.int64)
-        hidden, added = hidden[rows], added[rows]
-        return self._head(ops.rms_norm(hidden, added, self._norm.weight, self._norm.epsilon))
+        return added
 
 
-def fuse(model: nn.Module, cache: KVCache) -> FusedForward | None:
-    """The quicker pass, or None where the model or the machine is not for it."""
+def fuse(model: nn.Module, cache: KVCache, *, by_operation: bool = False) -> FusedForward | None:
+    """The quicker pass, or None where the model or the machine is not for it.
+
+    Args:
+        by_operation: run the operations of a layer one by one, so that each can be timed.
+    """
     config = model.config
     if config.model_type not in FAMILIES or not cache.has_kernel or config.hidden_act != "silu":
         return None
     ops = load_layer_ops()
     if ops is None or not _has_fitting_sizes(model):
         return None
-    return FusedForward(model, cache, ops)
+    return FusedForward(model, cache, ops, by_operation)
 
 
 @torch.inference_mode()
@@ -141,15 +181,26 @@ def _has_fitting_sizes(model: nn.Module) -> bool:
     return rotates_all and hidden.shape[1] % 16 == 0 and mlp_size % 16 == 0
 
 
-def join_linears(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
-    """One function for linear layers that share their input: their outputs side by side."""
+@dataclass(frozen=True)
+class JoinedLinears:
+    """Linear layers that share their input, as one product: their outputs side by side."""
+
+    matmul: Callable[[Tensor], Tensor]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [num_tokens, in_features] to [num_tokens, out_features of all]."""
+        out = self.matmul(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def join_linears(*linears: nn.Module) -> JoinedLinears:
+    """Join what one kernel can multiply; the others follow each other."""
     if not _can_join(linears):
-        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+        return JoinedLinears(lambda x: torch.cat([linear(x) for linear in linears], -1), None)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
     matmul = make_matmul(*(linear.weight for linear in linears))
-    if linears[0].bias is None:
-        return matmul
-    bias = torch.cat([linear.bias for linear in linears])
-    return lambda x: matmul(x).add_(bias)
+    return JoinedLinears(matmul, torch.cat(biases) if biases else None)
 
 
 def _can_join(linears: tuple[nn.Module, ...]) -> bool:

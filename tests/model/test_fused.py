@@ -108,6 +108,15 @@ def test_what_is_not_for_it_is_left_to_transformers(
     assert fuse(*load(folder, "bf16", dtype)) is None
 
 
+@pytest.mark.parametrize("family", ["llama-tied-bias", "mistral", "qwen3"])
+def test_halves_in_one_call_are_the_operations_one_by_one(tmp_path: Path, family: str) -> None:
+    model, cache = load(save_family(family, tmp_path), "sym_int4", "bfloat16")
+    halves, operations = fuse(model, cache), fuse(model, cache, by_operation=True)
+    assert halves._halves is not None and operations._halves is None
+    for ours, expected in zip(run(halves), run(operations), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_linears_of_unlike_formats_are_still_joined(tmp_path: Path) -> None:
     """--modules-to-not-convert may leave some of the siblings dense."""
     folder = save_family("llama", tmp_path)

@@ -63,11 +63,13 @@ class CpuMatmul:
         if len({(weight.format, weight.shape[1]) for weight in weights}) != 1:
             raise LowBitError("weights multiplied together must be alike in format and columns")
         self._multiply = library.autotp_linear
-        self._count = len(weights)
-        self._rows = sum(weight.shape[0] for weight in weights)
+        self.rows = sum(weight.shape[0] for weight in weights)
+        self.cols = weights[0].shape[1]
         described = [_describe(weight) for weight in weights]
         self._memory = described
-        self._addresses = (ctypes.c_void_p * len(weights))(
+        # The function and what it is given first, for C++ that multiplies by itself.
+        self.function = ctypes.cast(self._multiply, ctypes.c_void_p).value
+        self.weights = (ctypes.c_void_p * len(weights))(
             *(ctypes.addressof(structure) for structure, _ in described)
         )
 
@@ -79,10 +81,10 @@ class CpuMatmul:
         if x.stride(1) != 1:
             x = x.contiguous()
         tokens = x.shape[0]
-        out = x.new_empty(tokens, self._rows)
+        out = x.new_empty(tokens, self.rows)
         failed = self._multiply(
-            self._addresses,
-            self._count,
+            self.weights,
+            len(self.weights),
             x.data_ptr(),
             x.stride(0),
             out.data_ptr(),

@@ -28,7 +28,7 @@ SOURCE = Path(__file__).parent / "csrc" / "paged_attention.cpp"
 
 
 class _Attention(ctypes.Structure):
-    """AutotpAttention of csrc/paged_attention.cpp."""
+    """AutotpAttention of csrc/paged_attention.h."""
 
     _fields_ = (
         ("query", ctypes.c_void_p),
@@ -145,7 +145,9 @@ class CpuAttention:
             sequences=len(self._context_lens),
             block_size=block_size,
         )
-        self._address = ctypes.addressof(self._call)
+        # Of the call and of the function that takes it, for C++ that attends by itself.
+        self.address = ctypes.addressof(self._call)
+        self.function = ctypes.cast(self._attend, ctypes.c_void_p).value
 
     def __call__(
         self,
@@ -179,7 +181,7 @@ class CpuAttention:
         call.heads, call.kv_heads = num_heads, keys.shape[1]
         call.head_dim, call.value_dim = head_dim, values.shape[3]
         call.window, call.scaling, call.softcap = sliding_window or 0, scaling, softcap or 0.0
-        if self._attend(self._address, torch.get_num_threads()):
+        if self._attend(self.address, torch.get_num_threads()):
             raise MemoryError(f"no memory to attend with {num_tokens} tokens")
         return out
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent / "csrc" / "layer_ops.cpp"
 
 
-class _Rotation(ctypes.Structure):
+class Rotation(ctypes.Structure):
     """AutotpRotation of csrc/layer_ops.cpp."""
 
     _fields_ = (
@@ -54,6 +54,11 @@ class LayerOps:
         self._silu_multiply = library.autotp_silu_multiply
         self._silu_multiply.argtypes = (pointer, pointer, number, number, number)
         self._silu_multiply.restype = None
+        # Two addresses, of a layer and of a step: see cpu_layers.py.
+        self.attention_half = library.autotp_attention_half
+        self.attention_half.argtypes = (pointer, pointer, number)
+        self.mlp_half = library.autotp_mlp_half
+        self.mlp_half.argtypes = (pointer, pointer)
 
     def rms_norm(self, x: Tensor, added: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
         """Norm each row; where `added` is given, `x += added` comes first.
@@ -102,7 +107,7 @@ class LayerOps:
         cos, sin = rotary
         num_kv_heads, head_dim = keys.shape[1], 2 * keys.shape[2]
         query_norm, key_norm, epsilon = norms or (None, None, 0.0)
-        call = _Rotation(
+        call = Rotation(
             qkv.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),

@@ -13,6 +13,56 @@
 #include "bfloat16.h"
 #include "exponential.h"
 #include "kv_layout.h"
+#include "paged_attention.h"
+
+// One call of autotp_rotate_and_store, as kernels/cpu_layer_ops.py describes it.
+struct AutotpRotation {
+    uint16_t* qkv;  // [tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
+    const uint16_t* cos;  // [tokens, head_dim]
+    const uint16_t* sin;
+    const int64_t* slots;  // [tokens]
+    uint16_t* keys;        // see kv_layout.h
+    uint16_t* values;
+    const uint16_t* query_norm;  // [head_dim] each, or null
+    const uint16_t* key_norm;
+    int64_t tokens, heads, kv_heads, head_dim;
+    float epsilon;
+};
+
+// A product of low_bit_linear.cpp: a function of some library, and the weights it takes.
+struct AutotpProduct {
+    int (*multiply)(const void* const* weights, int64_t count, const void* x, int64_t x_stride,
+                    void* out, int64_t tokens, int64_t dtype, int64_t threads);
+    const void* const* weights;
+    int64_t count, rows, cols;
+    const uint16_t* bias;  // [rows], or null
+};
+
+// A decoder layer, as kernels/cpu_layers.py describes it.
+struct AutotpLayer {
+    AutotpProduct qkv, output, gate_up, down;
+    const uint16_t* input_norm;
+    const uint16_t* mlp_norm;
+    float input_epsilon, mlp_epsilon;
+    AutotpRotation rotation;  // without what belongs to a step
+    float scaling;
+    int64_t window;
+};
+
+// What the layers of one step share, as kernels/cpu_layers.py describes it.
+struct AutotpStep {
+    int64_t tokens, threads;
+    uint16_t* hidden;       // [tokens, size]
+    uint16_t* out;          // [tokens, size], what the next norm adds to `hidden` first
+    const uint16_t* cos;    // [tokens, head_dim]
+    const uint16_t* sin;
+    const int64_t* slots;
+    AutotpAttention* attention;
+    int (*attend)(const AutotpAttention* call, int64_t threads);
+    uint16_t* normed;     // [tokens, size]
+    uint16_t* joined;     // [tokens, rows of qkv or of gate_up]
+    uint16_t* narrowed;   // [tokens, columns of output or of down]
+};
 
 namespace {
 
@@ -53,19 +103,28 @@ inline void rotate(uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_
 
 }  // namespace
 
-// One call of autotp_rotate_and_store, as kernels/cpu_layer_ops.py describes it.
-struct AutotpRotation {
-    uint16_t* qkv;  // [tokens, heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
-    const uint16_t* cos;  // [tokens, head_dim]
-    const uint16_t* sin;
-    const int64_t* slots;  // [tokens]
-    uint16_t* keys;        // see kv_layout.h
-    uint16_t* values;
-    const uint16_t* query_norm;  // [head_dim] each, or null
-    const uint16_t* key_norm;
-    int64_t tokens, heads, kv_heads, head_dim;
-    float epsilon;
-};
+namespace {
+
+int multiply(const AutotpProduct& product, const uint16_t* x, uint16_t* out, int64_t tokens,
+             int64_t threads) {
+    constexpr int64_t kBFloat16 = 1;  // of low_bit_linear.cpp's types
+    if (product.multiply(product.weights, product.count, x, product.cols, out, tokens, kBFloat16,
+                         threads)) {
+        return 1;
+    }
+    if (product.bias) {
+        for (int64_t token = 0; token < tokens; ++token) {
+            uint16_t* row = out + token * product.rows;
+            for (int64_t i = 0; i < product.rows; ++i) {
+                row[i] = round_bfloat16(as_float(static_cast<uint32_t>(row[i]) << 16) +
+                                        as_float(static_cast<uint32_t>(product.bias[i]) << 16));
+            }
+        }
+    }
+    return 0;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -132,6 +191,49 @@ void autotp_silu_multiply(const uint16_t* gate_up, uint16_t* out, int64_t rows, 
                            multiply(silu, load_bfloat16(gate + cols + i)), kLanes);
         }
     }
+}
+
+// The first half of a layer: norm, queries, keys and values, attention, and this rank's part of the
+// output in `step.out`. With `adds`, `step.out` is added to `step.hidden` before. Returns 0, or 1
+// when there is no memory.
+int autotp_attention_half(const AutotpLayer* layer, const AutotpStep* step, int64_t adds) {
+    const int64_t tokens = step->tokens, threads = step->threads;
+    autotp_rms_norm(step->hidden, adds ? step->out : nullptr, layer->input_norm, step->normed,
+                    tokens, layer->qkv.cols, layer->input_epsilon, threads);
+    if (multiply(layer->qkv, step->normed, step->joined, tokens, threads)) return 1;
+    AutotpRotation rotation = layer->rotation;
+    rotation.qkv = step->joined;
+    rotation.cos = step->cos;
+    rotation.sin = step->sin;
+    rotation.slots = step->slots;
+    rotation.tokens = tokens;
+    autotp_rotate_and_store(&rotation, threads);
+    AutotpAttention& attention = *step->attention;
+    attention.query = step->joined;
+    attention.query_token_stride = layer->qkv.rows;
+    attention.query_head_stride = rotation.head_dim;
+    attention.keys = rotation.keys;
+    attention.values = rotation.values;
+    attention.out = step->narrowed;
+    attention.heads = rotation.heads;
+    attention.kv_heads = rotation.kv_heads;
+    attention.head_dim = attention.value_dim = rotation.head_dim;
+    attention.window = layer->window;
+    attention.scaling = layer->scaling;
+    attention.softcap = 0;
+    if (step->attend(&attention, threads)) return 1;
+    return multiply(layer->output, step->narrowed, step->out, tokens, threads);
+}
+
+// The second half: adds `step.out` to `step.hidden`, norm, gated MLP, and this rank's part of it
+// in `step.out`. Returns 0, or 1 when there is no memory.
+int autotp_mlp_half(const AutotpLayer* layer, const AutotpStep* step) {
+    const int64_t tokens = step->tokens, threads = step->threads;
+    autotp_rms_norm(step->hidden, step->out, layer->mlp_norm, step->normed, tokens,
+                    layer->gate_up.cols, layer->mlp_epsilon, threads);
+    if (multiply(layer->gate_up, step->normed, step->joined, tokens, threads)) return 1;
+    autotp_silu_multiply(step->joined, step->narrowed, tokens, layer->down.cols, threads);
+    return multiply(layer->down, step->narrowed, step->out, tokens, threads);
 }
 
 }  // extern "C"

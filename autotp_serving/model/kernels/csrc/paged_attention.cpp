@@ -21,24 +21,7 @@
 #include "bfloat16.h"
 #include "exponential.h"
 #include "kv_layout.h"
-
-// One call, as kernels/cpu_attention.py describes it; strides are in numbers.
-struct AutotpAttention {
-    const uint16_t* query;  // [tokens, heads, head_dim]
-    int64_t query_token_stride, query_head_stride;
-    const uint16_t* keys;    // see kv_layout.h
-    const uint16_t* values;
-    uint16_t* out;           // [tokens, heads, value_dim]
-    const int32_t* tables;   // [sequences, table_stride], pages
-    int64_t table_stride;
-    const int32_t* context_lens;  // [sequences]
-    const int32_t* starts;        // [sequences + 1], first query token of each
-    int64_t sequences, heads, kv_heads, head_dim, value_dim;
-    int64_t block_size;  // slots of a page, a multiple of 16
-    int64_t window;  // latest positions that are visible, or 0 for all
-    float scaling;
-    float softcap;  // 0 for none
-};
+#include "paged_attention.h"
 
 namespace {
 
