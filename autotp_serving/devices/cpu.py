@@ -9,7 +9,6 @@ import torch
 
 from autotp_serving.devices.base import Memory, read_host_memory
 
-
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 PRODUCTS_KEPT = 64
 """oneDNN and torch's way to it each keep a compiled product for every weight's shape and number of

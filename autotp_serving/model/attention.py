@@ -2,7 +2,7 @@
 
 The model runs with `input_ids` of shape [1, num_tokens] and no cache of its own; its attention
 layers call `paged_attention`, which writes the new keys and values into the pages and lets each
-sequence attend to its own: by kernels/ where that takes the cache, else by the portable torch here.
+sequence attend to its own: by kernels/ where that takes the cache, else by portable torch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from autotp_serving.config import ConfigError
 from autotp_serving.model.kernels.cpu_attention import CpuAttention
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.portable_attention import PortableAttention
 from autotp_serving.plan import StepPlan
 
 ATTENTION_NAME = "autotp_paged"
@@ -26,96 +26,29 @@ HARMLESS_TENSORS = ("cache_position", "position_ids", "s_aux")
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """One sequence that runs several tokens: rows [start, stop) of the flattened batch.
-
-    Attributes:
-        context_slots: [context_len] cache slots of its context, or None when the context is just
-            these rows, which are then used as they are.
-    """
-
-    start: int
-    stop: int
-    context_len: int
-    context_slots: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Decodes:
-    """All sequences that run a single token, attended in one padded batch.
-
-    Attributes:
-        rows: [num_seqs] their rows in the flattened batch.
-        context_slots: [num_seqs, longest_context] cache slots, padded with the sequence's first.
-        context_lens: [num_seqs].
-    """
-
-    rows: torch.Tensor
-    context_slots: torch.Tensor
-    context_lens: torch.Tensor
-
-
-@dataclass(frozen=True)
 class AttentionContext:
     """What attention must know of one step; made once, used by every layer.
 
     Attributes:
         slots: [num_tokens] int64, where the tokens' keys and values go.
-        kernel: attends for all of them, or None: then `prefills` and `decodes` say what to do.
+        kernel: attends for all of them, or None: then `portable` does.
     """
 
     cache: KVCache
     slots: torch.Tensor
     kernel: CpuAttention | None
-    prefills: tuple[Prefill, ...]
-    decodes: Decodes | None
+    portable: PortableAttention | None
 
     @staticmethod
     def from_plan(plan: StepPlan, cache: KVCache) -> AttentionContext:
-        """Turn a plan's lists into index tensors on the cache's device."""
-        device, block_size = cache.device, cache.block_size
-        new_slots = torch.tensor(plan.slots, dtype=torch.int64, device=device)
+        """Turn a plan's lists into what attention takes, on the cache's device."""
+        new_slots = torch.tensor(plan.slots, dtype=torch.int64, device=cache.device)
         if cache.has_kernel:
-            kernel = CpuAttention(plan.block_tables, plan.context_lens, plan.query_lens, block_size)
-            return AttentionContext(cache, new_slots, kernel, (), None)
-        offsets = torch.arange(block_size)
-
-        def find_slots(table: list[int]) -> torch.Tensor:
-            pages = torch.tensor(table, dtype=torch.int64)
-            return (pages[:, None] * block_size + offsets).flatten()
-
-        prefills, decode_rows, decode_lens, decode_tables = [], [], [], []
-        start = 0
-        for query_len, context_len, table in zip(
-            plan.query_lens, plan.context_lens, plan.block_tables, strict=True
-        ):
-            stop = start + query_len
-            if query_len == 1:
-                decode_rows.append(start)
-                decode_lens.append(context_len)
-                decode_tables.append(table)
-            else:
-                slots = None
-                if context_len > query_len:
-                    slots = find_slots(table)[:context_len].to(device)
-                prefills.append(Prefill(start, stop, context_len, slots))
-            start = stop
-        decodes = None
-        if decode_rows:
-            num_pages = max(map(len, decode_tables))
-            padded = [table + [0] * (num_pages - len(table)) for table in decode_tables]
-            pages = torch.tensor(padded, dtype=torch.int64)
-            slots = (pages[:, :, None] * block_size + offsets).flatten(1)[:, : max(decode_lens)]
-            # A NaN survives the mask, so what is masked must be this sequence's own: NaN of one
-            # request, or left behind by one, then spoils no other.
-            is_own = torch.arange(slots.shape[1]) < torch.tensor(decode_lens)[:, None]
-            slots = torch.where(is_own, slots, slots[:, :1])
-            decodes = Decodes(
-                torch.tensor(decode_rows, device=device),
-                slots.to(device),
-                torch.tensor(decode_lens, device=device),
+            kernel = CpuAttention(
+                plan.block_tables, plan.context_lens, plan.query_lens, cache.block_size
             )
-        return AttentionContext(cache, new_slots, None, tuple(prefills), decodes)
+            return AttentionContext(cache, new_slots, kernel, None)
+        return AttentionContext(cache, new_slots, None, PortableAttention.from_plan(plan, cache))
 
 
 def register_paged_attention() -> None:
@@ -172,24 +105,9 @@ def paged_attention(
     if context.kernel is not None:
         output = context.kernel(query, keys, values, scaling, sliding_window, softcap)
         return output[None], None
-    output = torch.empty(
-        (query.shape[0], query.shape[1], value.shape[-1]), dtype=query.dtype, device=query.device
+    output = context.portable.attend(
+        query, (key, value), (keys, values), scaling, sliding_window, softcap
     )
-    for prefill in context.prefills:
-        rows = slice(prefill.start, prefill.stop)
-        slots = prefill.context_slots
-        output[rows] = _attend_prefill(
-            query[rows],
-            key[rows] if slots is None else keys[slots],
-            value[rows] if slots is None else values[slots],
-            scaling,
-            sliding_window,
-            softcap,
-        )
-    if context.decodes is not None:
-        output[context.decodes.rows] = _attend_decodes(
-            query, keys, values, context.decodes, scaling, sliding_window, softcap
-        )
     return output[None], None
 
 
@@ -203,81 +121,3 @@ def _refuse_unknown(module: nn.Module, mask: object, arguments: dict[str, Any]) 
             f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is not "
             "supported: this architecture cannot be served"
         )
-
-
-def _attend_prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Causal attention of the last query_len positions of a context.
-
-    Args:
-        query: [query_len, num_heads, head_dim].
-        key, value: [context_len, num_kv_heads, head_dim].
-
-    Returns:
-        [query_len, num_heads, head_dim].
-    """
-    query_len, context_len = query.shape[0], key.shape[0]
-    num_groups = query.shape[1] // key.shape[1]
-    query = query.transpose(0, 1)[None]
-    key = key.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
-    value = value.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
-    if query_len == context_len and sliding_window is None and softcap is None:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return output[0].transpose(0, 1)
-    key_position = torch.arange(context_len, device=query.device)
-    query_position = key_position[context_len - query_len :, None]
-    visible = key_position <= query_position
-    if sliding_window is not None:
-        visible &= key_position > query_position - sliding_window
-    return _attend_masked(query, key, value, visible, scaling, softcap)[0].transpose(0, 1)
-
-
-def _attend_decodes(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    decodes: Decodes,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """One query per sequence; the heads that share a key/value head stand in as query rows.
-
-    Returns:
-        [num_decodes, num_heads, head_dim].
-    """
-    rows = query[decodes.rows]
-    num_seqs, num_heads, _ = rows.shape
-    num_kv_heads = keys.shape[1]
-    rows = rows.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, -1)
-    key = keys[decodes.context_slots].transpose(1, 2)
-    value = values[decodes.context_slots].transpose(1, 2)
-    position = torch.arange(key.shape[2], device=query.device)
-    visible = position < decodes.context_lens[:, None]
-    if sliding_window is not None:
-        visible &= position >= decodes.context_lens[:, None] - sliding_window
-    output = _attend_masked(rows, key, value, visible[:, None, None], scaling, softcap)
-    return output.reshape(num_seqs, num_heads, -1)
-
-
-def _attend_masked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Attention under a boolean mask; with a softcap by hand, because torch's has none."""
-    if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
-    logits = (query @ key.transpose(-1, -2)).float() * scaling
-    logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-    return weights.to(value.dtype) @ value
