@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from autotp_serving.agreement import check_agreement
 from autotp_serving.channel import PlanChannel
@@ -36,10 +37,13 @@ class Worker:
     """One rank, loaded and ready.
 
     Attributes:
+        model: this rank's shard, in transformers' modules.
         max_model_len: most tokens of a prompt and its answer together.
         lead: what the engine drives; on rank 0 only.
     """
 
+    model: nn.Module
+    cache: KVCache
     runner: ModelRunner
     lead: LeadRunner | None
     channel: PlanChannel
@@ -83,4 +87,4 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
 
         folder = Path(config.profile)
         StepProfiler(folder, control.rank, device, runner, lead).attach(model)
-    return Worker(runner, lead, channel, max_model_len)
+    return Worker(model, cache, runner, lead, channel, max_model_len)

@@ -57,6 +57,11 @@ class KVCache:
             with device:
                 self._layers.append(tuple(allocate(size, dtype=shape.dtype) for size in shapes))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pools."""
+        return sum(pool.nbytes for pools in self._layers for pool in pools)
+
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

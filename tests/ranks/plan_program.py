@@ -34,9 +34,8 @@ def main() -> None:
         found = [[item.weight_bytes, item.kv_bytes_per_block] for item in planned]
     else:
         worker = start_worker(config, control)
-        cache = worker.runner._cache
-        pages = sum(pool.nbytes for pool in (*cache._keys, *cache._values)) // cache.num_blocks
-        found = control.all_gather([count_loaded(worker.runner._model), pages])
+        page_bytes = worker.cache.num_bytes // worker.cache.num_blocks
+        found = control.all_gather([count_loaded(worker.model), page_bytes])
     if control.rank == 0:
         Path(out_path).write_text(json.dumps(found))
 
