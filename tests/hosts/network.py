@@ -177,4 +177,14 @@ def two_hosts(folder: Path, model: Path) -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
             host.run("ip", "link", "set", "eth0", "up")
+        for host in hosts:
+            _wait_for_carrier(host)
         yield hosts[0], hosts[1]
+
+
+def _wait_for_carrier(host: Host) -> None:
+    """The kernel says a second later that a cable is in, and MPI does without one that is not."""
+    deadline = time.monotonic() + 10.0
+    while host.run("ip", "-brief", "link", "show", "eth0").split()[1] != "UP":
+        assert time.monotonic() < deadline, "no carrier on eth0"
+        time.sleep(0.05)

@@ -6,6 +6,7 @@ FAULT is one of the functions below; nothing of the product knows of it.
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import serving
@@ -29,6 +30,17 @@ def step() -> None:
         return run(runner, plan)
 
     ModelRunner.run = run_until_fault
+
+
+def linger() -> None:
+    """Each step takes 20 ms longer: what is to be met under way is still there, on any machine."""
+    run = ModelRunner.run
+
+    def run_slowly(runner: ModelRunner, plan: Any) -> Any:
+        time.sleep(0.02)
+        return run(runner, plan)
+
+    ModelRunner.run = run_slowly
 
 
 def load() -> None:

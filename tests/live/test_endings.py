@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,33 +36,35 @@ def read_until_cut(server: Launch, prompt: str, n_predict: int) -> float:
     return time.monotonic()
 
 
+def start_curl(server: Launch, prompt: str, n_predict: int) -> subprocess.Popen[str]:
+    """Read a stream to its end in a process of its own."""
+    body = json.dumps({"prompt": prompt, "n_predict": n_predict, "ignore_eos": True})
+    command = ["curl", "-sSN", "-d", body, f"{server.url}/generate_stream"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize("way", ["SIGTERM to mpirun", "Ctrl+C"])
 def test_streams_finish_before_the_server_ends(
     way: str, start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
     """A signal reaches every rank at once; the second one must live until the first has drained."""
     flags = ["--drain-seconds", "120", "--max-num-seqs", str(NUM_STREAMS)]
-    server = start(mpirun(2), *model_flags, *flags).wait_ready()
+    server = start(mpirun(2), *model_flags, *flags, program=(FAULTY, "linger")).wait_ready()
 
-    def read_all(index: int) -> dict:
-        with server.stream(f"stream {index}", STREAM_LEN) as lines:
-            *_, last = lines
-        return last
-
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        answers = [pool.submit(read_all, index) for index in range(NUM_STREAMS)]
-        server.wait_for(lambda: server.health()["num_generated_tokens"] > 3 * NUM_STREAMS)
-        assert server.health()["num_running"] == NUM_STREAMS
-        if way == "Ctrl+C":
-            server.interrupt()
-        else:
-            server.process.send_signal(signal.SIGTERM)
-        server.wait_for(lambda: server.health()["status"] == "draining", 5.0)
-        refused = httpx.post(f"{server.url}/generate", json={"prompt": "late"}, timeout=30)
-        assert refused.status_code == 503 and refused.headers["retry-after"]
-        for answer in answers:
-            last = answer.result()
-            assert (last["index"], last["finish_reason"]) == (STREAM_LEN, "length")
+    answers = [start_curl(server, f"stream {index}", STREAM_LEN) for index in range(NUM_STREAMS)]
+    server.wait_for(lambda: server.health()["num_generated_tokens"] > 3 * NUM_STREAMS)
+    assert server.health()["num_running"] == NUM_STREAMS
+    if way == "Ctrl+C":
+        server.interrupt()
+    else:
+        server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: server.health()["status"] == "draining", 5.0)
+    refused = httpx.post(f"{server.url}/generate", json={"prompt": "late"}, timeout=30)
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    for answer in answers:
+        output, _ = answer.communicate(timeout=120)
+        last = json.loads(output.splitlines()[-1])
+        assert (last["index"], last["finish_reason"]) == (STREAM_LEN, "length")
     assert server.wait(30.0) == 0, server.log
     assert "Traceback" not in server.log
 
@@ -86,12 +90,13 @@ def test_a_killed_rank_ends_streams_and_group(
     rank: int, start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
     """Issue 2, proof 5: clients know within 5 s, and mpirun's exit code says so."""
-    server = start(mpirun(2), *model_flags).wait_ready()
+    server = start(mpirun(2), *model_flags, program=(FAULTY, "linger")).wait_ready()
+    pid = server.rank_pids()[rank]
     with ThreadPoolExecutor(1) as pool:
         cut = pool.submit(read_until_cut, server, "stream", 1900)
         server.wait_for(lambda: server.health()["num_generated_tokens"] > 3)
         killed = time.monotonic()
-        os.kill(server.rank_pids()[rank], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert cut.result(30.0) - killed < 5.0
     assert server.wait(10.0) != 0
 
@@ -101,12 +106,13 @@ def test_torchrun_need_not_tell_that_a_rank_was_killed(
     rank: int, start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
     """It ends the others 30 s later, and as long did clients wait; the ranks see it at once."""
-    server = start(torchrun(2), *model_flags).wait_ready()
+    server = start(torchrun(2), *model_flags, program=(FAULTY, "linger")).wait_ready()
+    pid = server.rank_pids()[rank]
     with ThreadPoolExecutor(1) as pool:
         cut = pool.submit(read_until_cut, server, "stream", 1900)
         server.wait_for(lambda: server.health()["num_generated_tokens"] > 3)
         killed = time.monotonic()
-        os.kill(server.rank_pids()[rank], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert cut.result(40.0) - killed < 5.0
     server.wait_for(lambda: not server.rank_pids(), 10.0)
     if rank == 1:
