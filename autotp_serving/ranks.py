@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.002
 FAILURE_SECONDS = 5.0
+LAST_WORDS_SECONDS = 0.5
 ABORT_SECONDS = 3.0
 GROUP_TIMEOUT = timedelta(days=3650)  # an idle server waits inside a receive; idle is no fault
 
@@ -125,7 +126,11 @@ class MpiControl:
         return raise_failure(self._world.allgather(value))
 
     def abort(self, exit_code: int = 1) -> None:
-        """Have mpirun end the whole job, and leave, though MPI may not hear us or not let us go."""
+        """Have mpirun end the whole job, and leave, though MPI may not hear us or not let us go.
+
+        mpirun passes on what it has read of a rank's output, no more: it gets a moment to read why.
+        """
+        time.sleep(LAST_WORDS_SECONDS)
         threading.Thread(target=_exit_late, args=(exit_code,), daemon=True).start()
         self._world.Abort(exit_code)
         os._exit(exit_code)
