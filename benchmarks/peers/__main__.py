@@ -4,10 +4,11 @@
     python -m benchmarks.peers --show .venv-peers/results/*.json       # tables of earlier runs
 
 Sets up what is missing (environment, build, checkpoints) under .venv-peers/, then starts our
-servers and the peer's, lets them take turns at each task, and shows medians. A peer's formats come
-one after the other, each beside ours. Run it in the environment of the server, on a machine with
-nothing else to do: rounds in which others used over 5 % of the cores do not count as long as there
-are better ones.
+servers and the peer's, lets them take turns at each task, and shows medians. All processes of
+those whose turn it is not are stopped. A peer's formats come one after the other, each beside ours.
+Run it in the environment of the server, on a machine with nothing else to do: rounds in which
+others used over 5 % of the cores do not count as long as there are better ones. Each run leaves a
+file; `--show` puts the rounds of several together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -29,11 +30,12 @@ from benchmarks.peers.checkpoint import SHAPE, make_checkpoint
 from benchmarks.peers.environments import HOME, PeerError, say
 from benchmarks.peers.ours import count_cache_bytes, describe_ours, launch_ours
 from benchmarks.peers.processes import Launch, Server, set_session_nice
-from benchmarks.peers.table import describe_machine, format_report
-from benchmarks.peers.work import QUIET, TASKS, medians, take_turns
+from benchmarks.peers.results import merge_reports
+from benchmarks.peers.table import describe_machine, format_table
+from benchmarks.peers.work import TASKS, Measurement, Results, take_turns
 
 PEERS = ("llama_cpp", "vllm_cpu", "openvino_genai", "transformers_generate")
-DEFAULT_OURS = ("sym_int4:2x1", "sym_int4:1x2")
+DEFAULT_LAYOUTS = ("2x1", "1x2")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,9 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ours",
         nargs="+",
-        default=list(DEFAULT_OURS),
         metavar="FORMAT[/HEAD]:RANKSxTHREADS",
-        help=f"our rows; the first is set against the peer (default: {' '.join(DEFAULT_OURS)})",
+        help="our rows; the first is set against the peer (default: what is most like the peer's "
+        f"format, with {' and '.join(DEFAULT_LAYOUTS)})",
     )
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all"
@@ -72,11 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--shape", default=SHAPE, help=f"see tools/make_random_checkpoint.py ({SHAPE})"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the JSON (.venv-peers/results/)"
+        "--output", type=Path, metavar="FILE", help="the JSON (.venv-peers/results/PEER-TIME.json)"
     )
-    parser.add_argument("--setup_only", "--setup-only", action="store_true", help="run nothing")
     parser.add_argument(
-        "--show", nargs="+", type=Path, metavar="FILE", help="print earlier results"
+        "--setup_only", "--setup-only", action="store_true", help="install, build and convert only"
+    )
+    parser.add_argument(
+        "--show", nargs="+", type=Path, metavar="FILE", help="tables of earlier runs; no run"
     )
     return parser
 
@@ -86,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.show:
-            reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
-            print("\n\n".join(map(format_report, reports)))
+            show([json.loads(path.read_text(encoding="utf-8")) for path in args.show])
             return 0
         if not args.peers or set(args.peers) - set(PEERS):
             parser.error(f"name one or several of {', '.join(PEERS)}")
@@ -95,25 +98,36 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--output is for one peer")
         command = shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])])
         reports = [run(peer, args, command) for peer in args.peers]
-        print("\n\n".join(format_report(report) for report in reports if report is not None))
+        show([report for report in reports if report is not None])
     except PeerError as error:
         print(f"benchmarks.peers: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks.peers: interrupted", file=sys.stderr)
+        return 130
     return 0
+
+
+def show(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Print the tables."""
+    print("\n\n".join(map(format_table, merge_reports(reports))))
 
 
 def run(peer_name: str, args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:
     """Set up, measure, write the JSON. Raises PeerError."""
     peer = import_module(f"benchmarks.peers.{peer_name}")
-    formats = args.formats or list(peer.DEFAULT_FORMATS)
+    formats = args.formats or list(peer.FORMATS)
     for name in formats:
         if name not in peer.FORMATS:
             raise PeerError(f"{peer_name} has no format {name}: one of {', '.join(peer.FORMATS)}")
     versions = peer.set_up()
     checkpoint = make_checkpoint(args.shape)
-    peers = [peer.launch(checkpoint, name, args.threads) for name in formats]
     cache = count_cache_bytes(checkpoint)
-    ours = [launch_ours(checkpoint, spec, cache) for spec in args.ours]
+    sittings = []
+    for name in formats:
+        specs = args.ours or [f"{peer.FORMATS[name]}:{layout}" for layout in DEFAULT_LAYOUTS]
+        ours = [launch_ours(checkpoint, spec, cache) for spec in specs]
+        sittings.append([*ours, peer.launch(checkpoint, name, args.threads)])
     if args.setup_only:
         return None
     # A kill, too, must end the servers that this started.
@@ -133,45 +147,53 @@ def run(peer_name: str, args: argparse.Namespace, command: str) -> Mapping[str, 
         "versions": versions,
         "shape": args.shape,
         "command": command,
-        "sittings": [run_sitting([*ours, launch], tasks, args.nice) for launch in peers],
+        "sittings": [],
     }
-    path = args.output or HOME / "results" / f"{peer_name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    say(f"written to {path}")
+    try:
+        for launches in sittings:
+            run_sitting(launches, tasks, args.nice, report["sittings"])
+    finally:  # of a run that was interrupted remains what it had measured
+        if report["sittings"]:
+            path = (
+                args.output or HOME / "results" / f"{peer_name}-{datetime.now():%m%d-%H%M%S}.json"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            say(f"written to {path}")
     return report
 
 
-def run_sitting(launches: list[Launch], tasks: dict[str, int], nice: int) -> list[dict[str, Any]]:
-    """Some servers side by side: a row each, the peer's last."""
+def run_sitting(
+    launches: Sequence[Launch], tasks: Mapping[str, int], nice: int, sittings: list[Any]
+) -> None:
+    """Some servers side by side: a row each, the peer's last, added to `sittings`."""
     with contextlib.ExitStack() as stack:
         servers = []
         for number, launch in enumerate(launches):
             say(f"starting {launch.name}")
             server = stack.enter_context(Server(launch, HOME / "logs" / f"{number}.log", nice))
             server.wait_until_ready()  # one after the other: starting takes all cores
+            server.pause()
             servers.append(server)
-        results = take_turns(servers, tasks)
-        rows = []
-        for server in servers:
-            rounds = results[server.launch.name]
-            figures: dict[str, float] = {}
-            for measurements in rounds.values():
-                figures |= medians(measurements)
-            every = [one for measurements in rounds.values() for one in measurements]
-            rows.append(
-                {
-                    "name": server.launch.name,
-                    "figures": figures | {"memory_mib": server.peak_memory / 2**20},
-                    "disturbed": min((one.others for one in every), default=0.0) > QUIET,
-                    "rounds": {
-                        task: [{**one.figures, "others": one.others} for one in measurements]
-                        for task, measurements in rounds.items()
-                    },
-                    "command": list(server.launch.words),
-                }
-            )
-        return rows
+        results: Results = {}
+        try:
+            take_turns(servers, tasks, results)
+        finally:
+            if any(rounds for tasks in results.values() for rounds in tasks.values()):
+                sittings.append([make_record(one, results[one.launch.name]) for one in servers])
+
+
+def make_record(server: Server, measured: Mapping[str, list[Measurement]]) -> dict[str, Any]:
+    """What a file holds of one server's part in a sitting."""
+    return {
+        "name": server.launch.name,
+        "memory_mib": server.peak_memory / 2**20,
+        "rounds": {
+            task: [{**one.figures, "others": one.others} for one in measurements]
+            for task, measurements in measured.items()
+        },
+        "command": list(server.launch.words),
+    }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from benchmarks.peers.environments import INSIDE, Environment, make_once, run_lo
 from benchmarks.peers.processes import Launch
 
 VERSION = "0.3.36"
-FORMATS = ("q4_0", "q8_0", "bf16")
-DEFAULT_FORMATS = ("q4_0", "q8_0")
+FORMATS = {"q4_0": "sym_int4", "q8_0": "sym_int8", "bf16": "bf16"}  # and ours that is most like it
 TARGETS = ("llama-server",)
 # The machine's own instructions; nothing of its web page, tests or TLS.
 CMAKE_SETTINGS = (

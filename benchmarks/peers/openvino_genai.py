@@ -10,8 +10,7 @@ from benchmarks.peers.processes import Launch
 VERSION = "2026.4.1.0"
 EXPORTERS = ("optimum-intel==2.2.0", "nncf==3.4.0")
 TORCH = "2.13.0"
-FORMATS = ("int4", "int8")
-DEFAULT_FORMATS = FORMATS
+FORMATS = {"int4": "sym_int4", "int8": "sym_int8"}  # and ours that is most like it
 EXPORT = {
     "int4": ("--weight-format", "int4", "--group-size", "128", "--ratio", "1.0", "--sym"),
     "int8": ("--weight-format", "int8"),

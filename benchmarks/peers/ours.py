@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,7 +50,16 @@ def launch_ours(checkpoint: Path, spec: str, cache_bytes: int) -> Launch:
     return Launch(name + ("s" if int(threads) > 1 else ""), tuple(words), environment)
 
 
+MEASURED = ("autotp_serving", "serving.py", "requirements.txt")
+
+
 def describe_ours() -> str:
-    """The commit that is measured, for the table."""
-    head = os.popen(f"git -C '{ROOT}' log -1 --format=%h 2>/dev/null").read().strip()
-    return f"ours at {head}" if head else "ours"
+    """The commit that is measured, for the table: the last that changed the server."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words, "--", *MEASURED]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    if not shutil.which("git") or not (commit := git("log", "-1", "--format=%h")):
+        return "ours"
+    return f"ours at {commit}" + (" with changes" if git("status", "--porcelain") else "")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.resume()  # what is stopped does not end
         processes = self.processes()
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -81,7 +82,7 @@ class Server:
             self._process.wait()
         for process in processes:  # workers that outlived their parent
             if process in list_session(self._process.pid):
-                os.kill(process, signal.SIGKILL)
+                send_signal([process], signal.SIGKILL)
 
     def wait_until_ready(self) -> None:
         """Wait for /health to answer 200. Raises PeerError."""
@@ -103,6 +104,26 @@ class Server:
             time.sleep(0.5)
         raise PeerError(f"{self.launch.name} was not ready in {START_SECONDS:g} s: see {self.log}")
 
+    def pause(self) -> None:
+        """Stop all its processes where they are: waiting servers, too, take processor time."""
+        stopped: set[int] = set()
+        while more := set(self.processes()) - stopped:  # one may have started another meanwhile
+            send_signal(more, signal.SIGSTOP)
+            stopped |= more
+
+    def resume(self) -> None:
+        """Let all its processes go on."""
+        send_signal(self.processes(), signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Let it run, and stop it again."""
+        self.resume()
+        try:
+            yield
+        finally:
+            self.pause()
+
     def processes(self) -> list[int]:
         """All processes of the server."""
         return list_session(self._process.pid)
@@ -116,6 +137,13 @@ class Server:
     def cpu_seconds(self) -> float:
         """Processor time of all its living processes so far."""
         return sum(read_cpu_seconds(process) for process in self.processes())
+
+
+def send_signal(processes: Iterable[int], number: signal.Signals) -> None:
+    """To each of them that is still there."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def set_session_nice(process: int, nice: int) -> None:

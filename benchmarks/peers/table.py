@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from benchmarks.peers.results import Row, Table
 
 COLUMNS = (
     ("decode_tok_s", "decode, tok/s", 1),
@@ -20,15 +20,7 @@ COLUMNS = (
 LESS_IS_BETTER = {"batch_ttft_p50_s", "batch_itl_p50_ms", "memory_mib"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One server in one sitting."""
-
-    name: str
-    figures: Mapping[str, float]
-
-
-def format_sitting(rows: Sequence[Row]) -> list[str]:
+def format_rows(rows: Sequence[Row]) -> list[str]:
     """Markdown: our rows, the peer's, and the quotient of our first row and the peer's.
 
     A quotient above 1 means that ours is better, in each column.
@@ -42,20 +34,26 @@ def format_sitting(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = [_show(row.figures.get(key), digits) for key, _, digits in present]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    ratios = [_ratio(ours.figures.get(key), peer.figures.get(key), key) for key, _, _ in present]
-    lines.append(f"| ours : peer | {' | '.join(ratios)} |")
+    ratios = [compare(ours, peer, key) for key, _, _ in present]
+    shown = ["" if ratio is None else _emphasize(ratio) for ratio in ratios]
+    lines.append(f"| ours : peer | {' | '.join(shown)} |")
     return lines
+
+
+def compare(ours: Row, peer: Row, key: str) -> float | None:
+    """Ours to the peer's, above 1 where ours is better; none where a figure is missing."""
+    one, other = ours.figures.get(key), peer.figures.get(key)
+    if not one or not other:
+        return None
+    return other / one if key in LESS_IS_BETTER else one / other
 
 
 def _show(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def _ratio(ours: float | None, peer: float | None, key: str) -> str:
-    if not ours or not peer:
-        return ""
-    value = peer / ours if key in LESS_IS_BETTER else ours / peer
-    return f"**{value:.2f}**" if value >= 1 else f"{value:.2f}"
+def _emphasize(ratio: float) -> str:
+    return f"**{ratio:.2f}**" if ratio >= 1 else f"{ratio:.2f}"
 
 
 def describe_machine() -> str:
@@ -72,19 +70,17 @@ def describe_machine() -> str:
     )
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """The whole report of one peer as markdown; also for a file read back."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def format_table(table: Table) -> str:
+    """A table as markdown, with all that is needed to run it again."""
+    machine, ours, versions, shape = table.conditions
     lines = [
-        f"{report['machine']}; {report['date']}; {report['ours']}; {versions}.",
-        f"Shape {report['shape']}, random weights. `{report['command']}`",
+        f"{machine}; {', '.join(table.dates)}; {ours}; {versions}.",
+        f"Shape {shape}, random weights.",
+        *(f"`{command}`" for command in table.commands),
+        "",
+        *format_rows(table.rows),
     ]
-    for sitting in report["sittings"]:
-        rows = [Row(row["name"], row["figures"]) for row in sitting]
-        lines += ["", *format_sitting(rows)]
-        disturbed = [row["name"] for row in sitting if row["disturbed"]]
-        if disturbed:
-            lines.append(
-                f"\nDisturbed by other work on the machine throughout: {', '.join(disturbed)}."
-            )
+    disturbed = [f"{row.name} ({', '.join(row.disturbed)})" for row in table.rows if row.disturbed]
+    if disturbed:
+        lines += ["", f"Disturbed by other work on the machine throughout: {', '.join(disturbed)}."]
     return "\n".join(lines)

@@ -8,8 +8,7 @@ from benchmarks.peers.environments import INSIDE, Environment
 from benchmarks.peers.processes import Launch
 
 VERSION = "5.23.0"
-FORMATS = ("bf16",)
-DEFAULT_FORMATS = FORMATS
+FORMATS = {"bf16": "bf16"}  # and ours that is most like it
 
 ENVIRONMENT = Environment("transformers_generate")
 

@@ -9,8 +9,7 @@ from benchmarks.peers.environments import INSIDE, Environment, make_once, say
 from benchmarks.peers.processes import Launch
 
 VERSION = "0.32.0"
-FORMATS = ("w8a8", "w4a16", "bf16")
-DEFAULT_FORMATS = FORMATS
+FORMATS = {"w8a8": "sym_int8", "w4a16": "sym_int4", "bf16": "bf16"}  # and ours that is most like it
 
 ENVIRONMENT = Environment("vllm_cpu")
 

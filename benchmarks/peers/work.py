@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +18,9 @@ from benchmarks.load import Sender, run_level
 from benchmarks.metrics import summarize
 from benchmarks.peers.environments import PeerError, say
 from benchmarks.peers.processes import Neighbours, Server
+from benchmarks.peers.results import QUIET
 
 FIRST_ID, LAST_ID = 300, 31_999  # of the checkpoint's vocabulary, special tokens left out
-QUIET = 0.05
 WARMUP_SEED = 10**6
 
 
@@ -68,6 +67,8 @@ WARMUPS = (
     Task("warm-up", 1, 1024, 8, lambda summary: {}),
     Task("warm-up", 8, 32, 16, lambda summary: {}),
 )
+SETTLING = Task("settling", 1, 32, 8, lambda summary: {})
+"""What a server that was stopped gets first."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +139,30 @@ async def _send(server: Server, task: Task, prompts: Sequence[Prompt]) -> dict[s
     return summarize(level.replies, level.duration)
 
 
-def take_turns(
-    servers: Sequence[Server], tasks: dict[str, int]
-) -> dict[str, dict[str, list[Measurement]]]:
-    """Each task so many times on each server, one server after the other within each round."""
+Results = dict[str, dict[str, list[Measurement]]]
+"""By the server's name, then by the task's."""
+
+
+def take_turns(servers: Sequence[Server], tasks: Mapping[str, int], results: Results) -> None:
+    """Each task so many times on each server, one server after the other within each round.
+
+    All others are stopped meanwhile. What was measured is in `results` however this ends.
+    """
+    for server in servers:
+        results[server.launch.name] = {task: [] for task in tasks}
+        server.pause()
     for server in servers:
         say(f"warming up {server.launch.name}")
-        for task in WARMUPS:
-            measure(server, task, WARMUP_SEED)
-    results = {server.launch.name: {task: [] for task in tasks} for server in servers}
+        with server.turn():
+            for task in WARMUPS:
+                measure(server, task, WARMUP_SEED)
     for name, rounds in tasks.items():
         for number in range(rounds):
             for server in servers:
-                result = measure(server, TASKS[name], number)
+                with server.turn():
+                    measure(server, SETTLING, WARMUP_SEED)
+                    result = measure(server, TASKS[name], number)
                 results[server.launch.name][name].append(result)
                 shown = ", ".join(f"{key} {value:.1f}" for key, value in result.figures.items())
                 note = f" (others used {result.others:.0%})" if result.others > QUIET else ""
                 say(f"{server.launch.name}: {shown}{note}")
-    return results
-
-
-def medians(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """The median of each figure, over the undisturbed rounds if there are any."""
-    quiet = [one for one in measurements if one.others <= QUIET] or measurements
-    return {
-        name: statistics.median(one.figures[name] for one in quiet)
-        for name in (quiet[0].figures if quiet else ())
-    }

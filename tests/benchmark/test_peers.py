@@ -15,8 +15,9 @@ from benchmarks.peers.checkpoint import fill_vocabulary
 from benchmarks.peers.environments import INSIDE, PeerError, make_once, run_logged
 from benchmarks.peers.ours import CACHE_TOKENS, count_cache_bytes, launch_ours
 from benchmarks.peers.processes import Launch, Server, list_session, read_pss
-from benchmarks.peers.table import Row, format_report, format_sitting
-from benchmarks.peers.work import Measurement, Task, measure, medians, take_turns
+from benchmarks.peers.results import Row, medians, merge_reports
+from benchmarks.peers.table import format_rows
+from benchmarks.peers.work import Measurement, Task, measure, take_turns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,15 +78,59 @@ def test_servers_take_turns_within_each_round(small_server, tmp_path, monkeypatc
     )
     other = Server(small_launch("other"), tmp_path / "other.log")
     with other:
-        take_turns([small_server, other], {"short": 2})
+        take_turns([small_server, other], {"short": 2}, {})
     assert [entry for entry in order if entry[1] == "short"] == [
         ("small", "short", 0), ("other", "short", 0), ("small", "short", 1), ("other", "short", 1),
     ]  # fmt: skip
 
 
+# Burns a core in each of two processes.
+SPINNER = """
+import os, sys, time
+os.fork()
+while True: pass
+"""
+
+
+def test_nobody_but_the_server_whose_turn_it_is_takes_the_cores(small_server, tmp_path):
+    launch = Launch("spinner", (sys.executable, "-c", SPINNER))
+    with Server(launch, tmp_path / "spinner.log") as spinner:
+        wait_for(lambda: len(spinner.processes()) == 2)
+        spinner.pause()
+        start = spinner.cpu_seconds()
+        with small_server.turn():
+            measure(small_server, Task("one", 1, 4, 8, lambda summary: {}), seed=0)
+        assert spinner.cpu_seconds() == start
+        with spinner.turn():
+            wait_for(lambda: spinner.cpu_seconds() > start)
+        assert {state(process) for process in spinner.processes()} == {"T"}
+        processes = spinner.processes()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{one}/exe") for one in processes))
+
+
+def state(process):
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_server_answers_after_it_was_stopped(small_server):
+    task = Task("one", 1, 4, 8, lambda summary: {})
+    small_server.pause()
+    with small_server.turn():
+        measure(small_server, task, seed=0)
+    small_server.resume()
+    measure(small_server, task, seed=0)
+
+
 def test_disturbed_rounds_count_only_when_there_are_no_others():
     def one(value, others):
-        return Measurement({"speed": value}, others)
+        return {"speed": value, "others": others}
 
     assert medians([one(10, 0.0), one(1, 0.5), one(12, 0.01)]) == {"speed": 11}
     assert medians([one(2, 0.6), one(1, 0.5), one(3, 0.9)]) == {"speed": 2}
@@ -169,25 +214,71 @@ def test_the_table_sets_our_first_row_against_the_peer():
         Row("ours too", {"decode_tok_s": 99.0}),
         Row("peer", {"decode_tok_s": 20.0, "memory_mib": 800.0}),
     ]
-    lines = format_sitting(rows)
+    lines = format_rows(rows)
     assert lines[0] == "| server | decode, tok/s | PSS, MiB |"
     assert lines[-1] == "| ours : peer | **1.50** | 0.80 |"
 
 
-def test_results_can_be_shown_again(tmp_path, capsys):
-    report = {
-        "machine": "a machine", "date": "a day", "ours": "ours at abc", "versions": {"peer": "1"},
-        "shape": "tiny", "command": "python -m benchmarks.peers peer",
-        "sittings": [[{"name": "ours", "figures": {"decode_tok_s": 1.0}, "disturbed": True},
-                      {"name": "peer", "figures": {"decode_tok_s": 2.0}, "disturbed": False}]],
+def make_report(date: str, ours: list, peer: list, commit: str = "ours at abc") -> dict:
+    """As one run leaves it; figures of the short task, with what others used."""
+    rows = [
+        {"name": name, "memory_mib": 9.0, "command": [],
+         "rounds": {"short": [{"decode_tok_s": speed, "others": others} for speed, others in part]}}
+        for name, part in (("ours", ours), ("peer", peer))
+    ]  # fmt: skip
+    return {
+        "machine": "a machine", "date": date, "ours": commit, "shape": "tiny",
+        "versions": {"peer": "1"}, "command": f"command {date}", "sittings": [rows],
     }  # fmt: skip
+
+
+def test_results_can_be_shown_again(tmp_path, capsys):
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps(make_report("day 1", [(1.0, 0.3)], [(2.0, 0.0)])))
     assert command.main(["--show", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert shown == format_report(report) + "\n"
-    assert "| ours : peer | 0.50 |" in shown
-    assert "Disturbed by other work on the machine throughout: ours." in shown
+    assert "a machine; day 1; ours at abc; peer 1." in shown
+    assert "| ours : peer | 0.50 | **1.00** |" in shown
+    assert "Disturbed by other work on the machine throughout: ours (short)." in shown
+
+
+def test_sittings_of_the_same_versions_become_one_table():
+    first = make_report("day 1", [(1.0, 0.3)], [(2.0, 0.0)])
+    second = make_report("day 2", [(4.0, 0.0), (6.0, 0.0)], [(4.0, 0.0)])
+    (table,) = merge_reports([first, second])
+    assert [(row.name, row.figures["decode_tok_s"], row.disturbed) for row in table.rows] == [
+        ("ours", 5.0, []), ("peer", 3.0, []),
+    ]  # fmt: skip
+    assert table.dates == ["day 1", "day 2"]
+    assert table.commands == ["command day 1", "command day 2"]
+    newer = make_report("day 3", [(9.0, 0.0)], [(4.0, 0.0)], commit="ours at def")
+    assert len(merge_reports([first, newer])) == 2
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["benchmarks.peers.work"], "measure", interrupt_after(6))
+    monkeypatch.setattr(command, "HOME", tmp_path)
+    sittings: list = []
+    with pytest.raises(KeyboardInterrupt):
+        command.run_sitting([small_launch("ours"), small_launch("peer")], {"short": 5}, 0, sittings)
+    assert [[row["name"], row["rounds"]["short"]] for row in sittings[0]] == [
+        ["ours", [{"decode_tok_s": 1.0, "others": 0.0}]], ["peer", []],
+    ]  # fmt: skip
+    report = make_report("day", [], []) | {"sittings": sittings}
+    (table,) = merge_reports([report])
+    assert table.rows[0].figures["decode_tok_s"] == 1.0
+
+
+def interrupt_after(count):
+    """Stands for `measure`: Ctrl-C comes after so many calls."""
+    calls = iter(range(count))
+
+    def measure(server, task, seed):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return Measurement({"decode_tok_s": 1.0}, 0.0)
+
+    return measure
 
 
 def test_a_format_that_the_peer_lacks_is_one_line(capsys):
