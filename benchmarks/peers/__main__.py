@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.peers.checkpoint import SHAPE, make_checkpoint
 from benchmarks.peers.environments import HOME, PeerError, say
 from benchmarks.peers.ours import count_cache_bytes, describe_ours, launch_ours
+from benchmarks.peers.plot import draw_tables
 from benchmarks.peers.processes import Launch, Server, set_session_nice
 from benchmarks.peers.results import merge_reports
 from benchmarks.peers.table import describe_machine, format_table
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show", nargs="+", type=Path, metavar="FILE", help="tables of earlier runs; no run"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the tables (SVG)")
     return parser
 
 
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.show:
-            show([json.loads(path.read_text(encoding="utf-8")) for path in args.show])
+            reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.show]
+            show(reports, args.plot)
             return 0
         if not args.peers or set(args.peers) - set(PEERS):
             parser.error(f"name one or several of {', '.join(PEERS)}")
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--output is for one peer")
         command = shlex.join(["python", "-m", "benchmarks.peers", *(argv or sys.argv[1:])])
         reports = [run(peer, args, command) for peer in args.peers]
-        show([report for report in reports if report is not None])
+        show([report for report in reports if report is not None], args.plot)
     except PeerError as error:
         print(f"benchmarks.peers: {error}", file=sys.stderr)
         return 2
@@ -108,9 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Print the tables."""
-    print("\n\n".join(map(format_table, merge_reports(reports))))
+def show(reports: Sequence[Mapping[str, Any]], plot: Path | None) -> None:
+    """Print the tables, and draw them if asked to."""
+    tables = merge_reports(reports)
+    print("\n\n".join(map(format_table, tables)))
+    if plot is not None and tables:
+        plot.write_text(draw_tables(tables), encoding="utf-8")
 
 
 def run(peer_name: str, args: argparse.Namespace, command: str) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -253,6 +254,24 @@ def test_sittings_of_the_same_versions_become_one_table():
     assert table.commands == ["command day 1", "command day 2"]
     newer = make_report("day 3", [(9.0, 0.0)], [(4.0, 0.0)], commit="ours at def")
     assert len(merge_reports([first, newer])) == 2
+
+
+BARS = ".//{{http://www.w3.org/2000/svg}}rect[@class='{}']"
+
+
+def test_the_picture_has_a_bar_for_each_figure(tmp_path, capsys):
+    result, picture = tmp_path / "result.json", tmp_path / "picture.svg"
+    result.write_text(json.dumps(make_report("day 1", [(20.0, 0.0)], [(5.0, 0.0)])))
+    assert command.main(["--show", str(result), "--plot", str(picture)]) == 0
+    drawn = ElementTree.fromstring(picture.read_text())
+    widths = {
+        kind: [float(bar.get("width")) for bar in drawn.findall(BARS.format(kind))]
+        for kind in ("ours", "peer")
+    }
+    decode, memory = zip(widths["ours"], widths["peer"], strict=True)
+    assert decode[0] == pytest.approx(4 * decode[1], rel=0.01)
+    assert memory[0] == memory[1]
+    assert {"ours", "peer", "20.0", "5.0"} <= {text.text for text in drawn.iter() if text.text}
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
