@@ -27,7 +27,7 @@ from benchmarks.http_client import HttpFailure
 from benchmarks.metrics import parse_slo_limit
 from benchmarks.prompts import PromptError
 from benchmarks.report import format_comparison, read_json
-from benchmarks.session import BenchmarkError, run
+from benchmarks.session import INTERRUPTED, BenchmarkError, run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,7 +117,9 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: figures; 1: a level without a single completed request; 2: nothing was run."""
+    """Exit code 0: figures; 1: a level that did not complete one request, or a server that went
+    away; 2: nothing was run; 130: Ctrl-C.
+    """
     args = build_parser().parse_args(argv)
     try:
         if args.compare:
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 names = [str(path) for path in args.compare]
             print("\n".join(format_comparison(names, first, second)))
             return 0
-        return 0 if asyncio.run(run(args)) else 1
+        return asyncio.run(run(args))
     except HttpFailure as failure:
         print(f"benchmark.py: {args.url} has gone away ({failure})", file=sys.stderr)
         return 2
@@ -135,8 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmark.py: interrupted; finished levels are in their log files", file=sys.stderr)
-        return 130
+        print("benchmark.py: interrupted before a level was measured", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

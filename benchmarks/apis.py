@@ -9,6 +9,9 @@ from typing import Any
 
 from benchmarks.http_client import Piece, Response
 
+REASON_KEYS = ("error", "message", "detail")
+MAX_REASON = 160
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -55,7 +58,7 @@ def read_response(api: Api, response: Response, reply: Reply) -> None:
     """Fill in a reply from the response of a streamed request."""
     reply.finished = response.finished
     if not 200 <= response.status < 300:
-        reply.failure = f"HTTP {response.status}"
+        reply.failure = describe_refusal(response)
         return
     try:
         api.read(response.pieces, reply)
@@ -64,6 +67,19 @@ def read_response(api: Api, response: Response, reply: Reply) -> None:
         return
     if reply.failure is None and reply.finish_reason is None:
         reply.failure = "the stream ended early"
+
+
+def describe_refusal(response: Response) -> str:
+    """The status and the reason that the body gives, short enough to count by."""
+    try:
+        answer = json.loads(response.body)
+    except ValueError:
+        answer = None
+    reason = answer
+    while isinstance(reason, dict):
+        reason = next((reason[key] for key in REASON_KEYS if key in reason), None)
+    text = f"HTTP {response.status}"
+    return f"{text}: {' '.join(reason.split())[:MAX_REASON]}" if isinstance(reason, str) else text
 
 
 def timed_lines(pieces: Sequence[Piece]) -> Iterator[Piece]:

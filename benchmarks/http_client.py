@@ -89,6 +89,7 @@ class _Connection(asyncio.Protocol):
                     return self.done.result()
         finally:
             if not self.is_reusable:
+                self.done.cancel()  # nobody will ask how the connection ended
                 self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -269,6 +270,9 @@ class HttpClient:
             raise HttpFailure(f"cannot connect within {CONNECT_SECONDS:g} s") from None
         except OSError as error:
             reason = error.strerror or type(error).__name__
+            if isinstance(error, ssl.SSLCertVerificationError):
+                cure = "set SSL_CERT_FILE to a file with its certificate in order to trust it"
+                reason = f"{error.verify_message}; {cure}"
             if isinstance(error, ConnectionRefusedError):
                 reason = "connection refused"
             raise HttpFailure(f"cannot connect: {reason}") from error

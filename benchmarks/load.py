@@ -41,11 +41,16 @@ class ClientHealth:
 
 @dataclass(frozen=True)
 class Level:
-    """The outcome of one level."""
+    """The outcome of one level.
+
+    Attributes:
+        num_unfinished: requests that were not answered yet, or not sent, when Ctrl-C came.
+    """
 
     replies: list[Reply]
     duration: float
     client: ClientHealth
+    num_unfinished: int = 0
 
 
 class Sender:
@@ -95,6 +100,7 @@ async def run_level(
 
     With a rate, requests fall due at random times (Poisson) and their latency counts from the due
     time, also when they had to wait for a free place: a slow server cannot slow the clock down.
+    Ctrl-C, which cancels this task, ends the level with what has been answered.
     """
     waiting = list(reversed(prompts))
     replies: list[Reply] = []
@@ -120,7 +126,8 @@ async def run_level(
             bar.update()
 
     try:
-        await asyncio.gather(*(work() for _ in range(min(concurrency, len(prompts)))))
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*(work() for _ in range(min(concurrency, len(prompts)))))
         end = time.perf_counter()
         cpu_share = (time.process_time() - cpu_start) / (end - start)
     finally:
@@ -130,7 +137,8 @@ async def run_level(
                 await helper
         bar.close()
     lag = percentile(sorted(lags), 99) if lags else 0.0
-    return Level(replies, end - start, ClientHealth(cpu_share, lag * 1e3))
+    client = ClientHealth(cpu_share, lag * 1e3)
+    return Level(replies, end - start, client, len(prompts) - len(replies))
 
 
 def _due_times(count: int, rate: float | None, seed: int) -> list[float] | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.apis import Prompt
+from benchmarks.apis import Prompt, describe_refusal
 from benchmarks.http_client import HttpClient, HttpFailure
 
 MAX_TRIES = 60
@@ -52,7 +53,7 @@ class ServerCodec:
     async def _ask(self, path: str, body: dict) -> dict:
         response = await self._client.post(path, json.dumps(self._model | body).encode())
         if response.status != 200:
-            raise HttpFailure(f"{path} answered {response.status}")
+            raise HttpFailure(f"{path} answered {describe_refusal(response)}")
         return json.loads(response.body)
 
 
@@ -176,20 +177,28 @@ def read_dataset(path: Path, max_new_tokens: int) -> list[Prompt]:
         if not isinstance(records, list):
             raise PromptError(f"--dataset {path}: expected a JSON list of records")
     elif path.suffix == ".jsonl":
-        records = [_parse_json(path, line) for line in text.splitlines() if line.strip()]
+        lines = enumerate(text.splitlines(), 1)
+        records = [_parse_json(path, line, f"line {n}: ") for n, line in lines if line.strip()]
     else:
         records = [{"prompt": line} for line in text.splitlines() if line.strip()]
     prompts = [prompt for record in records if (prompt := _to_prompt(record, max_new_tokens))]
+    if prompts and len(prompts) < len(records):
+        left_out = len(records) - len(prompts)
+        print(
+            f"--dataset {path}: {left_out} of {len(records)} records hold no prompt and are left "
+            "out",
+            file=sys.stderr,
+        )
     if not prompts:
         raise PromptError(f'--dataset {path}: no prompt found; write lines of {{"prompt": "..."}}')
     return prompts
 
 
-def _parse_json(path: Path, text: str) -> object:
+def _parse_json(path: Path, text: str, place: str = "") -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise PromptError(f"--dataset {path}: not JSON ({error})") from error
+        raise PromptError(f"--dataset {path}: {place}not JSON ({error})") from error
 
 
 def _to_prompt(record: object, max_new_tokens: int) -> Prompt | None:

@@ -14,6 +14,7 @@ from benchmarks.metrics import Timing
 Report = dict[str, Any]
 
 FORMAT = 1
+MAX_KINDS = 10
 LATENCIES = (
     ("ttft_ms", "Time to first token"),
     ("tpot_ms", "Time per output token"),
@@ -43,6 +44,7 @@ def level_record(
             "is_suspect": level.client.is_suspect,
         },
         "server": server,
+        "unfinished": level.num_unfinished,
         "requests": [_request_record(reply) for reply in level.replies],
     }
 
@@ -112,12 +114,20 @@ def remarks(record: dict[str, Any]) -> list[str]:
     """What a reader must know before quoting the figures; failures first."""
     summary = record["summary"]
     lines = []
+    if unfinished := record.get("unfinished"):
+        lines.append(
+            f"INTERRUPTED: {unfinished} more request(s) were not answered or not sent; the rates "
+            "above are a little low for those that were under way"
+        )
     if summary["failed"]:
         lines.append(
             f"FAILED: {summary['failed']} of {summary['requests']} requests; no figure above "
             f"counts them or the {summary['events_of_failed_requests']} token event(s) they brought"
         )
-        lines += [f"  {count} x {kind}" for kind, count in summary["failures"].items()]
+        kinds = [f"  {count} x {kind}" for kind, count in summary["failures"].items()]
+        lines += kinds[:MAX_KINDS]
+        if len(kinds) > MAX_KINDS:
+            lines.append(f"  and {len(kinds) - MAX_KINDS} other kinds, in the JSON")
     if "slo" in summary:
         limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in summary["slo"].items())
         lines.append(f"Good requests ({limits}): {summary['good_requests']}")
@@ -158,7 +168,8 @@ def format_table(report: Report) -> list[str]:
             rows.append([f"{name}, {column.upper() if column[0] == 'p' else column}, ms", *cells])
     lines = format_rows(rows)
     for level in levels:
-        if level["summary"]["failed"] or level["client"]["is_suspect"]:
+        is_partial = level["summary"]["failed"] or level.get("unfinished")
+        if is_partial or level["client"]["is_suspect"]:
             lines += ["", f"At {level['concurrency']}:", *remarks(level)]
     return lines
 

@@ -7,7 +7,9 @@ import asyncio
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from benchmarks.prompts import PromptError, PromptMaker, TextCodec, find_codec, 
 from benchmarks.report import FORMAT, format_table, level_record, write_json, write_log
 
 PROMPT_FOLDER = Path(__file__).resolve().parents[1] / "prompt"
+
+
+INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 class BenchmarkError(Exception):
@@ -53,6 +58,16 @@ async def read_counters(client: HttpClient) -> dict[str, float]:
         return read_server_counters(response.body.decode()) if response.status == 200 else {}
     except (HttpFailure, ValueError):
         return {}
+
+
+async def hint_at_models(client: HttpClient, model: str | None) -> str:
+    """Half a sentence more where the model that was named is none of the server's."""
+    with suppress(HttpFailure, ValueError, KeyError, TypeError):
+        response = await client.get("/v1/models")
+        names = [one["id"] for one in json.loads(response.body)["data"]]
+        if model is not None and model not in names:
+            return f"; it has no model {model}, but {', '.join(names)}"
+    return ""
 
 
 class PromptSource:
@@ -122,13 +137,13 @@ async def count_missing(codec: TextCodec | None, level: Level) -> None:
             reply.num_output_tokens = len(await codec.encode(reply.text)) - num_special
 
 
-async def run(args: argparse.Namespace) -> bool:
-    """The whole benchmark; False when a level completed no request at all."""
+async def run(args: argparse.Namespace) -> int:
+    """The whole benchmark, or what there is of it when it is interrupted; the exit code."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
 
     def make_client(on_body: Callable[[bytes], None] = lambda data: None) -> HttpClient:
         return HttpClient(
-            args.url,
+            args.url.rstrip("/").removesuffix("/v1"),  # as OpenAI's clients write it
             headers=headers,
             timeout=args.timeout,
             stall_timeout=args.stall_timeout,
@@ -144,9 +159,9 @@ async def run(args: argparse.Namespace) -> bool:
     sender = Sender(APIS[args.api], make_client, model, ignore_eos | args.extra_body)
     try:
         codec = await find_codec(helper, model, args.tokenizer)
-    except PromptError:
+    except PromptError as error:
         if args.dataset is None:
-            raise
+            raise PromptError(f"{error}{await hint_at_models(helper, args.model)}") from error
         codec = None  # a dataset can be sent without; servers that send usage count for us
     source = PromptSource(args, sender, codec)
     started = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -160,19 +175,34 @@ async def run(args: argparse.Namespace) -> bool:
         "levels": [],
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    for concurrency in args.max_concurrent_requests:
-        warmup = concurrency if args.warmup is None else args.warmup
-        prompts = await source.take(warmup + (args.num_requests or 10 * concurrency))
-        await asyncio.gather(*(sender.send(prompt) for prompt in prompts[:warmup]))
-        before = await read_counters(helper)
-        level = await run_level(sender, prompts[warmup:], concurrency, args.request_rate, args.seed)
-        after = await read_counters(helper)
-        await count_missing(codec, level)
-        summary = summarize(level.replies, level.duration, dict(args.slo))
-        record = level_record(concurrency, level, summary, server_view(before, after))
-        report["levels"].append(record)
-        write_log(args.output / f"{concurrency}.log", report, record)
-        write_json(args.output / "benchmark.json", report)
+    end = None
+    try:
+        for concurrency in args.max_concurrent_requests:
+            warmup = concurrency if args.warmup is None else args.warmup
+            prompts = await source.take(warmup + (args.num_requests or 10 * concurrency))
+            await asyncio.gather(*(sender.send(prompt) for prompt in prompts[:warmup]))
+            before = await read_counters(helper)
+            level = await run_level(
+                sender, prompts[warmup:], concurrency, args.request_rate, args.seed
+            )
+            after = await read_counters(helper)
+            await count_missing(codec, level)
+            summary = summarize(level.replies, level.duration, dict(args.slo))
+            record = level_record(concurrency, level, summary, server_view(before, after))
+            report["levels"].append(record)
+            write_log(args.output / f"{concurrency}.log", report, record)
+            write_json(args.output / "benchmark.json", report)
+            if level.num_unfinished:
+                end = "interrupted"
+                break
+    except HttpFailure as failure:
+        end = f"{args.url} has gone away ({failure})"
+        if not report["levels"]:
+            raise
+    except asyncio.CancelledError:
+        end = "interrupted"
+        if not report["levels"]:
+            raise
     helper.close()
     sender.client.close()
     files = [f"{level['concurrency']}.log" for level in report["levels"]] + ["benchmark.json"]
@@ -181,7 +211,11 @@ async def run(args: argparse.Namespace) -> bool:
         files.append("benchmark.html")
     print("\n".join(format_table(report)))
     print(f"\nWritten to {args.output.resolve()}: {', '.join(files)}")
-    return all(level["summary"]["completed"] for level in report["levels"])
+    if end is not None:
+        done, asked = len(report["levels"]), len(args.max_concurrent_requests)
+        print(f"benchmark.py: {end}; {done} of {asked} levels are above", file=sys.stderr)
+        return INTERRUPTED if end == "interrupted" else 1
+    return 0 if all(level["summary"]["completed"] for level in report["levels"]) else 1
 
 
 def describe_settings(args: argparse.Namespace, model: str | None) -> dict[str, Any]:

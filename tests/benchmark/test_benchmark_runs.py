@@ -5,6 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,7 +94,7 @@ def test_all_three_apis_measure_the_same_server(run, api):
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        ("http500", "HTTP 500"),
+        ("http500", "HTTP 500: out of luck"),
         ("hangup", "connection closed before the response"),
         ("cut", "connection closed in mid-response"),
         ("error", "error in the stream: rank 1 died"),
@@ -175,6 +183,106 @@ def test_dataset(run, tmp_path):
                            "--warmup", 0)  # fmt: skip
         assert [body["n_predict"] for body in server.bodies] == [10, 5, 10, 5]
     assert report["levels"][0]["summary"]["output_tokens"] == 30
+
+
+def test_a_bad_line_of_a_dataset_is_named(run, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "one two"}\n{"text": "three"}\n')
+    with FakeServer() as server:
+        code, printed, _ = run(server, "--dataset", file, "--num_requests", 1)
+        assert code == 0
+        assert "1 of 2 records hold no prompt and are left out" in printed.err
+        file.write_text('{"prompt": "one two"}\n\n{"prompt": "thr\n')
+        code, printed, _ = run(server, "--dataset", file)
+    assert code == 2
+    assert "mine.jsonl: line 3: not JSON" in printed.err
+
+
+@pytest.mark.parametrize("api", ["native", "chat"])
+def test_ctrl_c_keeps_what_was_answered(tmp_path, api):
+    words = [sys.executable, "benchmark.py", "--output", tmp_path, "--api", api, "--html"]
+    words += ["--prompt_length", 32, "--max_new_tokens", 10, "--num_requests", 900]
+    words += ["--max_concurrent_requests", 2, 3]
+    with FakeServer(token_delay=0.005) as server:
+        process = subprocess.Popen(
+            [*map(str, words), "--url", server.url], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(server.bodies) < 20:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (level,) = json.loads((tmp_path / "benchmark.json").read_text())["levels"]
+    summary = level["summary"]
+    assert (summary["failed"], summary["output_tokens"]) == (0, 10 * summary["completed"])
+    assert 15 < summary["completed"] == 900 - level["unfinished"]
+    assert "INTERRUPTED" in out and "INTERRUPTED" in (tmp_path / "2.log").read_text()
+    assert err.splitlines()[-1] == "benchmark.py: interrupted; 1 of 2 levels are above"
+    assert (tmp_path / "benchmark.html").exists()
+
+
+def test_a_server_that_goes_away_between_levels_costs_only_the_rest(run, tmp_path):
+    server = FakeServer()
+    server.fault = lambda number: server.has_tokenize and vanish()
+
+    def vanish():
+        if len(server.bodies) == 5:
+            server.has_tokenize = False
+
+    with server:
+        code, printed, report = run(server, "--prompt_length", 32, "--num_requests", 4, "--html",
+                                    "--max_concurrent_requests", 1, 2)  # fmt: skip
+    assert code == 1
+    assert [level["summary"]["completed"] for level in report["levels"]] == [4]
+    assert "has gone away (/tokenize answered HTTP 404: /tokenize)" in printed.err
+    assert "1 of 2 levels are above" in printed.err
+    assert "Output tokens per second" in printed.out
+    assert (tmp_path / "benchmark.html").exists()
+
+
+def test_an_address_may_end_as_openai_clients_write_it(run):
+    with FakeServer() as server:
+
+        class Address:
+            url = f"{server.url}/v1/"
+
+        code, _, report = run(Address, "--api", "chat", "--prompt_length", 32,
+                              "--num_requests", 1)  # fmt: skip
+    assert code == 0
+    assert report["levels"][0]["summary"]["completed"] == 1
+
+
+def test_a_wrong_model_is_named_with_the_right_ones(run):
+    with FakeServer(has_tokenize=False) as server:
+        code, printed, _ = run(server, "--api", "chat", "--model", "fale")
+    assert code == 2
+    assert printed.err.strip().endswith("; it has no model fale, but fake")
+
+
+def test_a_certificate_that_nobody_vouches_for(run, tmp_path):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            with suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True):
+                pass
+
+        threading.Thread(target=greet, daemon=True).start()
+
+        class Secret:
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+
+        code, printed, _ = run(Secret)
+    assert code == 2
+    assert "self-signed certificate; set SSL_CERT_FILE" in printed.err
+    assert len(printed.err.splitlines()) == 1
 
 
 def test_compare(run, tmp_path, capsys):
