@@ -25,6 +25,8 @@ from autotp_serving.api.structures import (
 )
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from autotp_serving.api.tool_schemas import (
+    AllowedTools,
+    AllowedToolsChoice,
     CalledFunction,
     FunctionDefinition,
     NamedFunction,
@@ -37,7 +39,8 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
     SamplingFields, StructureFields, ResponseFormat, JsonSchemaFormat, StructuredOutputs,
-    StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction, ToolCall, CalledFunction,
+    StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction,
+    AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -9,7 +9,14 @@ from pydantic import Field, model_validator
 
 from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest
 from autotp_serving.api.schemas import StrictModel, Text, only
-from autotp_serving.api.tool_schemas import NamedTool, Tool, ToolCall
+from autotp_serving.api.tool_schemas import (
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from autotp_serving.request import (
     MAX_LOGPROBS,
     RequestError,
@@ -103,11 +110,11 @@ class ChatRequest(OpenAIRequest):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    tools: list[Tool] | None = Field(None, max_length=128, description="what may be called")
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="what may be called")
+    tool_choice: ToolChoice | None = Field(
         None,
-        description="whether tools are called: not at all, if the model likes, at least one, or "
-        "this one once; default: auto",
+        description="whether tools are called: not at all, if the model likes, at least one, "
+        "this one once, or some of these only; default: auto",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="more than one call in an answer; default true"
@@ -141,8 +148,9 @@ class ChatRequest(OpenAIRequest):
             return self
         if not self.tools:
             raise RequestError("tool_choice", "asks for a call, and there are no tools")
-        if not self.callable_tools:
-            raise RequestError("tool_choice", f"'{self.chosen_tool}' is not among the tools")
+        missing = self.chosen_tools - {tool.function.name for tool in self.tools}
+        if missing:
+            raise RequestError("tool_choice", f"'{min(missing)}' is not among the tools")
         return self
 
     @model_validator(mode="after")
@@ -159,20 +167,37 @@ class ChatRequest(OpenAIRequest):
         return self.max_completion_tokens or self.max_tokens or max(1, room)
 
     @property
-    def chosen_tool(self) -> str | None:
-        """The name of the tool that has to be called, where there is one."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+    def names_one_tool(self) -> bool:
+        """True when the answer has to be one call of a tool that `tool_choice` names."""
+        return isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def chosen_tools(self) -> set[str]:
+        """Names of the tools that `tool_choice` leaves; empty where it names none."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return {tool.function.name for tool in choice.allowed_tools.tools}
+        return {choice.function.name} if isinstance(choice, NamedTool) else set()
 
     @property
     def callable_tools(self) -> list[Tool]:
         """Tools that the model may call in this answer."""
         tools = [] if self.tool_choice == "none" else self.tools or []
-        return [tool for tool in tools if self.chosen_tool in (None, tool.function.name)]
+        chosen = self.chosen_tools
+        return [tool for tool in tools if not chosen or tool.function.name in chosen]
+
+    @property
+    def requires_call(self) -> bool:
+        """True when the answer has to be calls and nothing else."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or self.names_one_tool
 
     @property
     def allows_one_call(self) -> bool:
         """True when the answer may call one tool at most."""
-        return self.parallel_tool_calls is False or self.chosen_tool is not None
+        return self.parallel_tool_calls is False or self.names_one_tool
 
     def answer_structure(
         self, form: ToolFormat | None, thoughts: Thoughts | None
@@ -191,7 +216,7 @@ class ChatRequest(OpenAIRequest):
         """
         field_name, structure = self.structure() or ("tools", Structure("text"))
         tools = self.callable_tools
-        is_required = self.tool_choice == "required" or self.chosen_tool is not None
+        is_required = self.requires_call
         is_strict = any(tool.function.strict for tool in tools)
         calls = None
         if tools and form and (is_required or is_strict or structure.kind != "text"):
@@ -203,8 +228,8 @@ class ChatRequest(OpenAIRequest):
 
     def template_options(self) -> dict[str, Any]:
         """Variables for the chat template."""
-        # What a grammar sees to is none of the model's business.
-        shown = [] if self.tool_choice == "none" else self.tools or []
+        # What a grammar sees to is none of the model's business, which call is its to make is.
+        shown = self.tools or [] if self.names_one_tool else self.callable_tools
         tools = [
             tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in shown
         ]

@@ -164,7 +164,6 @@ def openai_routes(
             grammar=grammar,
         )
         max_calls = 1 if body.allows_one_call else None
-        is_chosen = body.chosen_tool is not None
         writer = ChatWriter(
             head,
             requests,
@@ -173,7 +172,7 @@ def openai_routes(
             admission.tokenizer,
             body.always_usage,
             parsers=[
-                parsers.make(thoughts, names_called, max_calls, is_chosen=is_chosen)
+                parsers.make(thoughts, names_called, max_calls, is_chosen=body.names_one_tool)
                 for _ in requests
             ],
         )

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field
 from autotp_serving.api.schemas import StrictModel, Text
 from autotp_serving.request import CallableTool, RequestError
 
+MAX_TOOLS = 128
+
 
 def _parse_arguments(text: str) -> str:
     try:
@@ -64,6 +66,28 @@ class NamedTool(StrictModel):
 
     type: Literal["function"] = Field(description="the only kind of tool")
     function: NamedFunction = Field(description="which one")
+
+
+class AllowedTools(StrictModel):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"] = Field(
+        description="whether one of them is called: if the model likes, or at least one"
+    )
+    tools: list[NamedTool] = Field(
+        min_length=1, max_length=MAX_TOOLS, description="which of the tools"
+    )
+
+
+class AllowedToolsChoice(StrictModel):
+    """Only some of the tools are offered in this answer."""
+
+    type: Literal["allowed_tools"] = Field(description="that it is about several tools")
+    allowed_tools: AllowedTools = Field(description="which, and how")
+
+
+ToolsByName = Annotated[NamedTool | AllowedToolsChoice, Field(discriminator="type")]
+ToolChoice = Literal["none", "auto", "required"] | ToolsByName
 
 
 class CalledFunction(StrictModel):

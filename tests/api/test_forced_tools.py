@@ -36,6 +36,13 @@ TOOLS = [
 ]
 STRICT = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
 NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 PROMPT = "tool get_weather\ntool add\nuser: {}\nassistant: "
 FORMS = pytest.mark.parametrize("form", ["hermes", "llama3"])
 
@@ -64,6 +71,9 @@ CASES = pytest.mark.parametrize(
         ({"tool_choice": "required", "parallel_tool_calls": False}, set(SCHEMAS), range(1, 2),
          "tool_calls"),
         ({"tool_choice": NAMED}, {"add"}, range(1, 2), "stop"),
+        ({"tool_choice": allowed("required", "add")}, {"add"}, range(1, 99), "tool_calls"),
+        ({"tool_choice": allowed("required", "get_weather", "add"), "parallel_tool_calls": False},
+         set(SCHEMAS), range(1, 2), "tool_calls"),
     ],
 )  # fmt: skip
 

@@ -105,6 +105,20 @@ def test_without_tools_or_with_none_chosen_a_call_is_text():
         assert "tool_calls" not in one["message"]
 
 
+@pytest.mark.parametrize("name", ["get_weather", "other"])
+def test_only_the_allowed_tools_are_offered(name: str) -> None:
+    """The model is told of them alone, and a call of another one is text."""
+    other = {"type": "function", "function": {"name": "other"}}
+    named = {"type": "function", "function": {"name": name}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}}
+    service.BOOK["tool other\nuser: weather?\nassistant: "] = CALL
+    one = choice({"messages": ASK, "tools": [TOOLS[0], other], "tool_choice": allowed})
+    if name == "get_weather":
+        assert len(one["message"]["tool_calls"]) == 2 and one["finish_reason"] == "tool_calls"
+    else:
+        assert (one["message"]["content"], one["finish_reason"]) == (CALL, "stop")
+
+
 def test_an_answer_cut_short_says_length():
     one = choice({"messages": ASK, "tools": TOOLS, "max_tokens": 70})
     assert one["finish_reason"] == "length"
@@ -151,6 +165,14 @@ def test_calls_and_results_of_earlier_turns_reach_the_template(monkeypatch: pyte
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+         "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}}},
+         "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": []}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "any", "tools": [{"type": "function", "function": {"name": "f"}}]}}},
          "tool_choice"),
         ({"tools": [{"type": "function", "function": {
             "name": "f", "strict": True, "parameters": {"type": "array"}}}]}, "tools"),
