@@ -7,17 +7,17 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.live.launch import CACHE_FLAGS, ROOT, Launch
+from tests.clients.conftest import DEMO, KEY, SERVER_PYTHON, launch_demo
+from tests.live.launch import ROOT, Launch
 
 pytest.importorskip("lm_eval", reason="no lm-eval here")
 
-DEMO = ROOT / "demo_model"
 NUM_ITEMS = 6
-SERVER_PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
 
 TASK = """\
 task: dictionary
@@ -58,29 +58,35 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture
+def float32_server(tmp_path: Path) -> Iterator[Launch]:
+    """Rounding is no excuse here."""
+    launch = launch_demo(tmp_path / "log", "--dtype", "float32")
+    try:
+        yield launch.wait_ready()
+    finally:
+        launch.clean_up()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fixture"), [("float32", "float32_server"), ("bfloat16", "demo_server")]
+)
 def test_loglikelihoods_equal_those_of_transformers(
-    items: Path, dtype: str, tmp_path: Path
+    items: Path, dtype: str, fixture: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = items.parent
-    mpirun = [str(Path(SERVER_PYTHON).parent / "mpirun"), "-np", "2", "--prepend-rank"]
-    flags = ["--model", str(DEMO), "--low-bit", "bf16", "--dtype", dtype, *CACHE_FLAGS]
-    server = Launch([*mpirun, SERVER_PYTHON], tmp_path / "log", *flags)
-    model = f"model=demo_model,base_url={server.url}/v1/completions,tokenizer={DEMO}"
+    url = request.getfixturevalue(fixture).url
+    model = f"model=demo_model,base_url={url}/v1/completions,tokenizer={DEMO}"
     home = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
-    try:
-        server.wait_ready()
-        run = subprocess.run(
-            [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
-             "--model_args", f"{model},add_bos_token=True,num_concurrent=4,max_retries=1",
-             "--include_path", str(folder), "--tasks", "dictionary", "--log_samples",
-             "--output_path", str(tmp_path / "out")],
-            env=os.environ | home | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-    finally:
-        server.clean_up()
+    run = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions",
+         "--model_args", f"{model},add_bos_token=True,num_concurrent=4,max_retries=1",
+         "--include_path", str(folder), "--tasks", "dictionary", "--log_samples",
+         "--output_path", str(tmp_path / "out")],
+        env=os.environ | home | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": KEY},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     told = {one["doc_id"]: one["resps"] for one in map(json.loads, samples.open())}
     reference = subprocess.run(
