@@ -90,24 +90,29 @@ class LogitAdjuster:
 
 def keep_allowed(logits: torch.Tensor, rows: list[int], masks: list[Any]) -> None:
     """Set the logits of all tokens that a row's mask does not allow to minus infinity."""
-    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8)
-    packed = packed.view(len(rows), -1).to(logits.device)
-    forbidden = _bits_not_set(logits.device)[packed.int()].flatten(1)
+    # `index_select` takes a fraction of the time of `[]` on a CPU.
+    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).to(logits.device)
+    forbidden = _bits_not_set(logits.device).index_select(0, packed.int()).view(torch.bool)
+    forbidden = forbidden.view(len(rows), -1)[:, : logits.shape[1]]
     # The model's vocabulary may be padded beyond the tokenizer's, which made the mask.
-    width = min(forbidden.shape[1], logits.shape[1])
-    forbidden = nn.functional.pad(forbidden[:, :width], (0, logits.shape[1] - width), value=True)
+    if num_missing := logits.shape[1] - forbidden.shape[1]:
+        forbidden = nn.functional.pad(forbidden, (0, num_missing), value=True)
     if len(rows) == len(logits):
         logits.masked_fill_(forbidden, NEVER)
         return
     index = torch.tensor(rows, device=logits.device)
-    logits[index] = logits[index].masked_fill_(forbidden, NEVER)
+    logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, NEVER))
 
 
 @cache
 def _bits_not_set(device: torch.device) -> torch.Tensor:
-    """[256, 8], for each byte which of its bits are 0, the lowest first."""
+    """[256], for each byte eight booleans in one number: which of its bits are 0, lowest first.
+
+    One number, because that is looked up sooner than eight elements.
+    """
     byte = torch.arange(256, device=device)[:, None]
-    return byte >> torch.arange(8, device=device) & 1 == 0
+    is_0 = byte >> torch.arange(8, device=device) & 1 == 0
+    return is_0.view(torch.int64).flatten()
 
 
 def penalize(

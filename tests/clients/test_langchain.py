@@ -19,7 +19,7 @@ def make(base_url: str, model: str = "demo_model", **options: Any) -> Any:
     return langchain_openai.ChatOpenAI(base_url=base_url, **settings)
 
 
-def add(a: int, b: Literal[1, 2]) -> int:
+def add(a: Literal[1, 2], b: Literal[1, 2]) -> int:
     """Add two numbers."""
     return a + b
 
@@ -41,10 +41,11 @@ def test_a_stream_brings_the_same_and_its_usage(base_url: str) -> None:
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_forced_call(base_url: str, streams: bool) -> None:
-    model = make(base_url, streaming=streams).bind_tools([add], tool_choice="add")
+    # Strict and with numbers to choose from: the demo model has not learned when to stop.
+    model = make(base_url, streaming=streams).bind_tools([add], tool_choice="add", strict=True)
     (call,) = model.invoke("1 + 2?").tool_calls
     assert call["name"] == "add"
-    assert isinstance(call["args"]["a"], int) and call["args"]["b"] in (1, 2)
+    assert {call["args"][name] for name in "ab"} <= {1, 2}
 
 
 @pytest.mark.parametrize("streams", [False, True])
