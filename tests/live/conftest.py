@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.live.launch import CACHE_FLAGS, ROOT, Launch, mpirun
+from tests.live.crowd import FLAGS, PROGRAM
+from tests.live.launch import CACHE_FLAGS, Launch, mpirun
 from tests.model.checkpoints import save_tiny_llama
 
 
@@ -58,10 +59,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """The embedded model on two ranks, in its own bfloat16, for those who need a real text."""
     log_path = tmp_path_factory.mktemp("demo_server") / "log"
-    flags = ["--model", str(ROOT / "demo_model"), "--low-bit", "bf16", "--max-num-seqs", "32"]
-    launch = Launch(
-        mpirun(2), log_path, *flags, "--kv-cache-memory", "64MiB", "--tool-call-parser", "hermes"
-    )
+    launch = Launch(mpirun(2), log_path, *FLAGS, "--tool-call-parser", "hermes", program=PROGRAM)
     try:
         yield launch.wait_ready()
     finally:
