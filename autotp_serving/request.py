@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal
+
+from autotp_serving.structure import Grammar, Structure
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-StructureKind = Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
-ToolFormat = Literal["hermes", "llama3"]
-Thoughts = Literal["begun", "possible"]
 
 MAX_LOGPROBS = 20
 """Most alternatives that are listed beside a token."""
@@ -23,57 +22,6 @@ class RequestError(ValueError):
     def __init__(self, field_name: str, message: str) -> None:
         super().__init__(message)
         self.field_name = field_name
-
-
-@dataclass(frozen=True)
-class CallableTool:
-    """A tool whose calls are held to a form.
-
-    Attributes:
-        name: what it is called by.
-        schema: JSON schema of its arguments, always an object's.
-        is_strict: False lets pass what the schema says and cannot be held to.
-    """
-
-    name: str
-    schema: str
-    is_strict: bool
-
-
-@dataclass(frozen=True)
-class ToolCalls:
-    """Calls of tools, as a model writes them into its answer.
-
-    Attributes:
-        form: how it writes them.
-        tools: what may be called.
-        is_required: the answer is nothing but calls; otherwise it may do without.
-        is_single: one call at most.
-    """
-
-    form: ToolFormat
-    tools: tuple[CallableTool, ...]
-    is_required: bool = False
-    is_single: bool = False
-
-
-@dataclass(frozen=True)
-class Structure:
-    """A form that an answer must have.
-
-    Attributes:
-        kind: what `source` is written in; "text" is free.
-        source: a JSON schema, a regular expression, a JSON list of texts, or a grammar (Lark or
-            GBNF); "" for text and json_object.
-        calls: calls of tools that the answer must or may have instead.
-        thoughts: free text up to `</think>` comes first: it has begun already in the prompt, or is
-            possible.
-    """
-
-    kind: StructureKind
-    source: str = ""
-    calls: ToolCalls | None = None
-    thoughts: Thoughts | None = None
 
 
 @dataclass(frozen=True)
@@ -183,34 +131,6 @@ class SamplingParams:
             and self.logprobs is None
             and not (self.has_penalties or self.logit_bias or self.min_tokens)
         )
-
-
-class Guide(Protocol):
-    """Follows one answer through the structure it must have."""
-
-    error: str | None
-    """Why no answer can be completed any more; None while it can."""
-
-    @property
-    def is_ready(self) -> bool:
-        """True when `allowed` can be told at once, or nearly so."""
-        ...
-
-    def allowed(self) -> bytes:
-        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32."""
-        ...
-
-    def accept(self, token_id: int) -> bool:
-        """Take the token that was chosen; True when the answer is complete with it."""
-        ...
-
-
-class Grammar(Protocol):
-    """A structure made ready for use, shared by all requests that ask for it."""
-
-    def start(self) -> Guide:
-        """Begin an answer."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from dataclasses import replace
 from autotp_serving import SamplingParams
 from autotp_serving.config import ConfigError
 from autotp_serving.ranks import GroupFailure, LaunchError, is_first_rank
-from autotp_serving.request import RequestError, Structure
+from autotp_serving.request import RequestError
+from autotp_serving.structure import Structure
 from benchmarks.offline import (
     TimedLLM,
     add_flag,

@@ -42,7 +42,7 @@ FOLDERS = {"api", "engine", "model", "low_bit", "devices"}
 WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed"}
 LAZY_EXCEPTIONS = {"tokenizer.py": {"transformers"}, "native_build.py": {"torch"}}
-STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "plan.py"}
+STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structure.py", "plan.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py"},
     "deepspeed": {"collectives.py", "model/build.py", "model/meta_planner.py"},

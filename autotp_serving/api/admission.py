@@ -11,7 +11,8 @@ from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
-from autotp_serving.request import Request, RequestError, SamplingParams, Structure
+from autotp_serving.request import Request, RequestError, SamplingParams
+from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import Tokenizer
 
 MAX_INLINE_CHARS = 4096

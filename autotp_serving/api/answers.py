@@ -11,7 +11,8 @@ from typing import Any
 from autotp_serving.api.reasoning import CLOSE, OPEN, ThinkSplitter
 from autotp_serving.api.tool_calls import Delta, ToolCallParser, find_format
 from autotp_serving.config import ServingConfig
-from autotp_serving.request import RequestError, Thoughts, ToolFormat
+from autotp_serving.request import RequestError
+from autotp_serving.structure import Thoughts, ToolFormat
 from autotp_serving.tokenizer import Tokenizer
 
 PROMPT_TAIL_LEN = 8

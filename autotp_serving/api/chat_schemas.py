@@ -17,14 +17,8 @@ from autotp_serving.api.tool_schemas import (
     ToolCall,
     ToolChoice,
 )
-from autotp_serving.request import (
-    MAX_LOGPROBS,
-    RequestError,
-    Structure,
-    Thoughts,
-    ToolCalls,
-    ToolFormat,
-)
+from autotp_serving.request import MAX_LOGPROBS, RequestError
+from autotp_serving.structure import Structure, Thoughts, ToolCalls, ToolFormat
 
 
 class TextPart(StrictModel):

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple, only
-from autotp_serving.request import MAX_LOGPROBS, SamplingParams, Structure
+from autotp_serving.request import MAX_LOGPROBS, SamplingParams
+from autotp_serving.structure import Structure
 
 
 class GenerateRequest(SamplingFields):

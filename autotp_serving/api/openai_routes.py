@@ -21,7 +21,8 @@ from autotp_serving.api.responses import TokenStreamResponse
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ServingConfig
 from autotp_serving.request import Request as EngineRequest
-from autotp_serving.request import SamplingParams, Structure
+from autotp_serving.request import SamplingParams
+from autotp_serving.structure import Structure
 
 EVENT_TYPE = "text/event-stream"
 WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {

@@ -21,7 +21,8 @@ from autotp_serving.api.schemas import (
     check_unicode,
     only,
 )
-from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams, Structure
+from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
+from autotp_serving.structure import Structure
 
 MAX_CHOICES = 128
 LABEL = "for the caller's own books; asks nothing of the answer"

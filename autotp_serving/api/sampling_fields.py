@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field
 
 from autotp_serving.api.schemas import MAX_STOP_STRINGS
 from autotp_serving.api.structures import StructureFields
-from autotp_serving.request import RequestError, Structure
+from autotp_serving.request import RequestError
+from autotp_serving.structure import Structure
 
 MAX_BIASED_TOKENS = 1024
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from autotp_serving.api.schemas import NonEmptyText, StrictModel, Text
-from autotp_serving.request import RequestError, Structure
+from autotp_serving.request import RequestError
+from autotp_serving.structure import Structure
 
 MAX_CHOICE_TEXTS = 1024
 

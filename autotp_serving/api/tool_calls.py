@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from autotp_serving.api.reasoning import split_certain
-from autotp_serving.request import ToolFormat
+from autotp_serving.structure import ToolFormat
 
 Delta = dict[str, Any]
 

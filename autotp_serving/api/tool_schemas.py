@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from autotp_serving.api.schemas import StrictModel, Text
-from autotp_serving.request import CallableTool, RequestError
+from autotp_serving.request import RequestError
+from autotp_serving.structure import CallableTool
 
 MAX_TOOLS = 128
 

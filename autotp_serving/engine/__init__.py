@@ -5,12 +5,8 @@ Rank 0 only, plain Python over integers, never torch.
 
 from __future__ import annotations
 
-from autotp_serving.engine.engine import (
-    Engine,
-    EngineError,
-    EngineStats,
-    QueueFullError,
-    ShareFullError,
-)
+from autotp_serving.engine.alive import QueueFullError, ShareFullError
+from autotp_serving.engine.engine import Engine, EngineError
+from autotp_serving.engine.stats import EngineStats
 
 __all__ = ["Engine", "EngineError", "EngineStats", "QueueFullError", "ShareFullError"]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.alive import AliveRequests
 from autotp_serving.engine.outbox import Outbox
 from autotp_serving.engine.scheduler import Scheduler
 from autotp_serving.engine.sequence import Sequence
@@ -39,18 +39,6 @@ SECONDS_FOR_LAST_STEP = 10.0
 
 class EngineError(RuntimeError):
     """The engine takes no requests: it failed or shuts down. The message says why."""
-
-
-class QueueFullError(RuntimeError):
-    """As many requests wait as may wait; there is room after `num_finishes` others ended."""
-
-    def __init__(self, message: str, num_finishes: int = 1) -> None:
-        super().__init__(message)
-        self.num_finishes = num_finishes
-
-
-class ShareFullError(QueueFullError):
-    """One tenant holds its share of the queue already; others still get in."""
 
 
 class Engine:
@@ -85,12 +73,10 @@ class Engine:
         self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
         # Those that may run do not wait, even in the moment before the thread has seen them.
-        self._max_num_alive = config.max_num_seqs + config.max_queue_len
+        self._alive = AliveRequests(config.max_num_seqs + config.max_queue_len)
         self._on_failure = on_failure
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._alive: dict[str, Request] = {}
-        self._num_alive_of: Counter[str] = Counter()  # by tenant
         self._closed = False
         self._deadline: float | None = None
         self._num_steps = 0
@@ -129,11 +115,7 @@ class Engine:
                 raise EngineError(self.failure)
             if self._closed:
                 raise EngineError("the server is shutting down")
-            self._check_room(request.tenant)
-            if request.request_id in self._alive:
-                raise ValueError(f"request id {request.request_id} is in use")
-            self._alive[request.request_id] = request
-            self._num_alive_of[request.tenant] += 1
+            self._alive.add(request)
             self._inbox.put(partial(self._add, request))
 
     def abort(self, request_id: str) -> None:
@@ -228,28 +210,11 @@ class Engine:
         try:
             while self._deadline is None or (self.has_work and time.monotonic() < self._deadline):
                 self.step(wait=True)
-            for request in tuple(self._alive.values()):
+            for request in self._alive:
                 self._end(request, "abort")
             self._outbox.publish()
         except EngineError:
             return  # everyone has been told
-
-    def _check_room(self, tenant: str) -> None:
-        """Refuse what exceeds the queue, or a tenant's share of it.
-
-        A tenant may hold as many places as are free: one that floods leaves half of them, two
-        leave a third (dynamic thresholds, after Choudhury and Hahne 1998). So a newcomer gets in,
-        and nobody has to say how many there will be. Where all are one tenant, "", it has all.
-        """
-        num_free = self._max_num_alive - len(self._alive)
-        num_held = self._num_alive_of[tenant]  # a Counter adds no key by asking
-        if num_free <= 0:
-            raise QueueFullError(f"{len(self._alive)} requests run or wait already")
-        if tenant and num_held >= num_free:
-            raise ShareFullError(
-                f"{num_held} requests of this API key run or wait already: that is its share",
-                num_held - num_free + 1,
-            )
 
     def _read_inbox(self, wait: bool) -> None:
         if wait and not self.scheduler.has_work:
@@ -290,10 +255,7 @@ class Engine:
         self._outbox.close(request.request_id, reason)
         self._runner.release(request.request_id)
         with self._lock:
-            del self._alive[request.request_id]
-            self._num_alive_of[request.tenant] -= 1
-            if not self._num_alive_of[request.tenant]:
-                del self._num_alive_of[request.tenant]
+            self._alive.remove(request)
 
     def _fail(self, error: Exception) -> str:
         """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
@@ -302,7 +264,7 @@ class Engine:
         with self._lock:
             failure = self.failure = self.failure or failure
         try:
-            for request in tuple(self._alive.values()):
+            for request in self._alive:
                 self._end(request, "error", failure)
             self._outbox.publish()
         except Exception:

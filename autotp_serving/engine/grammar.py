@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
-from autotp_serving.request import Structure
+from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import Tokenizer
 
 MAX_SOURCE_LEN = 2**17

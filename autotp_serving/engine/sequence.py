@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from autotp_serving.request import FinishReason, Guide, Request, SamplingParams, TokenLogprobs
+from autotp_serving.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from autotp_serving.structure import Guide
 
 
 @dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autotp_serving.request import CallableTool, ToolCalls
+from autotp_serving.structure import CallableTool, ToolCalls
 
 HERMES_TAG = "<tool_call>"
 LLAMA_TAG = "<|python_tag|>"

@@ -10,7 +10,8 @@ import pytest
 
 from autotp_serving.engine import grammar
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
-from autotp_serving.request import Request, RequestError, SamplingParams, Structure
+from autotp_serving.request import Request, RequestError, SamplingParams
+from autotp_serving.structure import Structure
 from tests.engine.test_engine import Bench
 from tests.fakes import ByteTokenizer, FakeRunner
 

@@ -11,7 +11,7 @@ import pytest
 from autotp_serving import LLM, SamplingParams, Structure
 from autotp_serving.api.answers import join
 from autotp_serving.api.tool_calls import ToolCallParser
-from autotp_serving.request import CallableTool, ToolCalls
+from autotp_serving.structure import CallableTool, ToolCalls
 from tests.generated_schemas import check, make_schema
 
 DEMO = Path(__file__).parents[2] / "demo_model"

@@ -12,7 +12,8 @@ import torch
 from autotp_serving.engine.grammar import GrammarCompiler
 from autotp_serving.model.sampler import Sampler
 from autotp_serving.plan import SampleInput
-from autotp_serving.request import SamplingParams, Structure
+from autotp_serving.request import SamplingParams
+from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import HuggingFaceTokenizer
 from tests.generated_schemas import check, make_schema
 
