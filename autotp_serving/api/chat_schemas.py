@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest
-from autotp_serving.api.schemas import StrictModel, Text, only
+from autotp_serving.api.schemas import StrictModel, Text, at_most, only
 from autotp_serving.api.tool_schemas import (
     MAX_TOOLS,
     AllowedToolsChoice,
@@ -19,6 +19,9 @@ from autotp_serving.api.tool_schemas import (
 )
 from autotp_serving.request import MAX_LOGPROBS, RequestError
 from autotp_serving.structure import Structure, Thoughts, ToolCalls, ToolFormat
+
+MAX_MESSAGES = 2**14
+MAX_LABELS = 1024
 
 
 class TextPart(StrictModel):
@@ -34,10 +37,12 @@ class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="who says it; developer is another word for system"
     )
-    content: Text | list[TextPart] | None = Field(
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
         None, description="what is said, parts joined by lines; may be null beside tool_calls only"
     )
-    tool_calls: list[ToolCall] | None = Field(None, description="what an earlier answer called")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="what an earlier answer called"
+    )
     tool_call_id: Text | None = Field(None, description="which call a tool's message answers")
     name: Text | None = Field(None, description="for templates that tell speakers apart")
 
@@ -81,10 +86,14 @@ class ChatMessage(StrictModel):
         return message
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
+Labels = Annotated[dict[Text, Text], at_most(MAX_LABELS)]
+
+
 class ChatRequest(OpenAIRequest):
     """Body of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, description="the conversation so far")
+    messages: Messages = Field(description="the conversation so far")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     logprobs: bool | None = Field(None, description="give the tokens' logprobs; default false")
     top_logprobs: int | None = Field(
@@ -96,11 +105,11 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: bool | None = Field(
         None, description="go on with the last message's text"
     )
-    chat_template_kwargs: dict[Text, Any] | None = Field(
+    chat_template_kwargs: Annotated[dict[Text, Any], at_most(MAX_LABELS)] | None = Field(
         None, description="variables of the model's chat template"
     )
 
-    metadata: dict[Text, Text] | None = Field(None, description=LABEL)
+    metadata: Labels | None = Field(None, description=LABEL)
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 

@@ -25,6 +25,7 @@ from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
 from autotp_serving.structure import Structure
 
 MAX_CHOICES = 128
+MAX_PROMPTS = 2**14
 LABEL = "for the caller's own books; asks nothing of the answer"
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -33,6 +34,8 @@ def _parse_prompts(value: Any) -> list[str | list[int]]:
     """All prompts of a completion: text, a list of texts, token ids, or a list of such lists."""
     if isinstance(value, str) or _is_list_of(int, value):
         value = [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise ValueError(f"must be at most {MAX_PROMPTS} prompts, not {len(value)}")
     if not _is_list_of(str, value) and not (
         _is_list_of(list, value) and all(_is_list_of(int, part) for part in value)
     ):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from autotp_serving.api.schemas import MAX_STOP_STRINGS
+from autotp_serving.api.schemas import MAX_STOP_STRINGS, at_most
 from autotp_serving.api.structures import StructureFields
 from autotp_serving.request import RequestError
 from autotp_serving.structure import Structure
@@ -27,6 +27,7 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]],
     Field(max_length=MAX_BIASED_TOKENS),
+    at_most(MAX_BIASED_TOKENS),
     AfterValidator(_check_bias),
 ]
 

@@ -1,17 +1,30 @@
 """What all bodies are made of, checked at the door. Rank 0 only.
 
 Strict and closed: a wrong type or an unknown field is an error, so a typo never goes unnoticed.
+A body may be wrong in a million places, and listing them takes minutes and gigabytes: long lists
+end at their first mistake, and what has too many entries is refused before any is looked at.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from autotp_serving.api.errors import LONE_SURROGATE
+from autotp_serving.request import RequestError
 
 MAX_STOP_STRINGS = 64
+MAX_FIELDS = 128
+"""More than any body has."""
 
 
 def check_unicode(text: str) -> str:
@@ -36,6 +49,26 @@ class StrictModel(BaseModel):
     """A body that refuses unknown fields and converts no types."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_num_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            name = next(key for key in value if key not in known)
+            raise RequestError(name, "is not a field of this request, nor are others")
+        return value
+
+
+def at_most(num_entries: int) -> BeforeValidator:
+    """Refuse an object or list of more entries, unseen."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > num_entries:
+            raise ValueError(f"must have at most {num_entries} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def only(*values: Any) -> Any:

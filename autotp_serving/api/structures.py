@@ -8,14 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from autotp_serving.api.schemas import NonEmptyText, StrictModel, Text
+from autotp_serving.api.schemas import NonEmptyText, StrictModel, Text, at_most
 from autotp_serving.request import RequestError
 from autotp_serving.structure import Structure
 
 MAX_CHOICE_TEXTS = 1024
+MAX_KEYWORDS = 1024
 
 Choices = Annotated[list[NonEmptyText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)]
-JsonSchema = dict[Text, Any] | bool
+JsonSchema = Annotated[dict[Text, Any], at_most(MAX_KEYWORDS)] | bool
 
 
 class JsonSchemaFormat(StrictModel):

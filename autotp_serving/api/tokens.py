@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import Field, model_validator
 
 from autotp_serving.api.admission import Admission
-from autotp_serving.api.chat_schemas import ChatMessage
+from autotp_serving.api.chat_schemas import Messages
 from autotp_serving.api.openai_routes import ModelNames
 from autotp_serving.api.schemas import StrictModel, Text
 from autotp_serving.request import RequestError
@@ -19,8 +19,8 @@ class TokenizeRequest(StrictModel):
 
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
     prompt: Text | None = Field(None, description="text to tokenize")
-    messages: list[ChatMessage] | None = Field(
-        None, min_length=1, description="conversation to tokenize by the chat template"
+    messages: Messages | None = Field(
+        None, description="conversation to tokenize by the chat template"
     )
     add_special_tokens: bool = Field(True, description="for a prompt: begin with the model's BOS")
     add_generation_prompt: bool = Field(
@@ -38,7 +38,7 @@ class DetokenizeRequest(StrictModel):
     """Body of /detokenize."""
 
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
-    tokens: list[int] = Field(description="token ids; special ones have no text")
+    tokens: list[int] = Field(fail_fast=True, description="token ids; special ones have no text")
 
 
 def token_routes(admission: Admission, names: ModelNames) -> APIRouter:

@@ -69,6 +69,11 @@ class GrammarCompiler:
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
         """Begin to compile; the future raises GrammarError if that fails. Safe in any thread."""
+        tools = structure.calls.tools if structure.calls else ()
+        if len(structure.source) + sum(len(tool.schema) for tool in tools) > MAX_SOURCE_LEN:
+            refusal: Future[CompiledGrammar] = Future()  # not kept, since it may be megabytes
+            refusal.set_exception(GrammarError(f"is longer than {MAX_SOURCE_LEN} characters"))
+            return refusal
         with self._lock:
             future = self._cache.get(structure)
             if future is None:
@@ -92,9 +97,6 @@ class GrammarCompiler:
     def _compile(self, structure: Structure) -> CompiledGrammar:
         import llguidance
 
-        tools = structure.calls.tools if structure.calls else ()
-        if len(structure.source) + sum(len(tool.schema) for tool in tools) > MAX_SOURCE_LEN:
-            raise GrammarError(f"is longer than {MAX_SOURCE_LEN} characters")
         try:
             text = _to_llguidance(structure, self._has_llama_tag)
         except ValueError as error:

@@ -1,0 +1,84 @@
+"""Bodies that are wrong, or right, in a great many places: refused at once, for one reason."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from autotp_serving.api import guard
+from autotp_serving.api.chat_schemas import ChatRequest
+from autotp_serving.api.openai_schemas import CompletionRequest
+from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
+from autotp_serving.engine.grammar import MAX_SOURCE_LEN, GrammarCompiler, GrammarError
+from autotp_serving.structure import CallableTool, Structure, ToolCalls
+from tests.api import service
+from tests.fakes import ByteTokenizer
+
+MANY = 20_000
+ASK = {"messages": [{"role": "user", "content": "What is AI?"}]}
+NUMBERS = {str(number): 1 for number in range(MANY)}
+MAX_ERRORS = 4  # of the members of a union, one each
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 10_000}),
+        (ChatRequest, {"messages": ASK["messages"] * MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a", "tool_calls": [{}] * MANY}]}),
+        (ChatRequest, ASK | {f"field{number}": 1 for number in range(MANY)}),
+        (ChatRequest, ASK | {"metadata": NUMBERS}),
+        (ChatRequest, ASK | {"chat_template_kwargs": NUMBERS}),
+        (ChatRequest, ASK | {"logit_bias": dict.fromkeys(NUMBERS, "x")}),
+        (ChatRequest, ASK | {"guided_json": dict.fromkeys(NUMBERS, "\ud800")}),
+        (CompletionRequest, {"prompt": ["a"] * MANY}),
+        (TokenizeRequest, {"messages": [1] * 10_000}),
+        (DetokenizeRequest, {"tokens": ["a"] * MANY}),
+    ],
+)  # fmt: skip
+def test_mistakes_are_not_listed_by_the_thousand(
+    model: type[BaseModel], body: dict[str, Any]
+) -> None:
+    """15 million of them once took two minutes and 11 GB, in which nobody else was served."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= MAX_ERRORS
+
+
+def post(path: str, body: bytes) -> Any:
+    async def go() -> Any:
+        async with service.client() as (http, _):
+            return await http.post(path, content=body)
+
+    return asyncio.run(go())
+
+
+def test_the_first_of_many_unknown_fields_is_named() -> None:
+    fields = ", ".join(f'"field{number}": 1' for number in range(MANY))
+    reply = post("/v1/completions", f'{{"prompt": "a", {fields}}}'.encode())
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "field0")
+
+
+def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_JSON_VALUES", 1000)
+    reply = post("/v1/completions", b'{"prompt": [' + b"97," * 1000 + b"97]}")
+    assert reply.status_code == 413
+    assert "more than 1000 values" in reply.json()["error"]["message"]
+    assert post("/v1/completions", b'{"prompt": "' + b"a" * 300 + b'"}').status_code == 200
+
+
+@pytest.mark.parametrize("is_tool", [False, True])
+def test_a_structure_too_long_to_compile_is_not_kept(is_tool: bool) -> None:
+    text = "a" * (MAX_SOURCE_LEN + 1)
+    structure = Structure("regex", text)
+    if is_tool:
+        tool = CallableTool("f", text, is_strict=True)
+        structure = Structure("text", calls=ToolCalls("hermes", (tool,)))
+    compiler = GrammarCompiler(ByteTokenizer())
+    with pytest.raises(GrammarError, match="longer than"):
+        compiler.submit(structure).result()
+    assert not compiler._cache
