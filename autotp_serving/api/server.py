@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from autotp_serving.api.http_protocol import BoundedHttpProtocol
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 
@@ -94,6 +95,7 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         access_log=False,  # the guard writes its own line, with tokens and request id
         server_header=False,
         lifespan="on",
+        http=BoundedHttpProtocol,
         ws="none",
         timeout_graceful_shutdown=FLUSH_SECONDS,
         ssl_certfile=config.ssl_certfile,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from autotp_serving.api import guard
 from autotp_serving.api.chat_schemas import ChatRequest
+from autotp_serving.api.http_protocol import MAX_HEAD_BYTES
 from autotp_serving.api.openai_schemas import CompletionRequest
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
 from autotp_serving.engine.grammar import MAX_SOURCE_LEN, GrammarCompiler, GrammarError
 from autotp_serving.structure import CallableTool, Structure, ToolCalls
 from tests.api import service
+from tests.api.conftest import LiveServer
 from tests.fakes import ByteTokenizer
 
 MANY = 20_000
@@ -82,3 +86,50 @@ def test_a_structure_too_long_to_compile_is_not_kept(is_tool: bool) -> None:
     with pytest.raises(GrammarError, match="longer than"):
         compiler.submit(structure).result()
     assert not compiler._cache
+
+
+def send(live: LiveServer, *pieces: bytes) -> bytes:
+    """What the server answers to these bytes before it closes the connection."""
+    host, _, port = live.url.rpartition("//")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        answer = b""
+        try:
+            for piece in pieces:
+                client.sendall(piece)
+            while part := client.recv(2**16):
+                answer += part
+        except ConnectionError:  # closed while we were still sending
+            answer += client.recv(2**16) if not answer else b""
+        return answer
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /", b"a" * 2**16),
+        (b"GET /health HTTP/1.1\r\nX: ", b"a" * 2**16),
+        (b"GET /health HTTP/1.1\r\n", b"X: a\r\n" * 10_000),
+        (b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"a" * 2**16),
+        (b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+         b"X: a\r\n" * 10_000),
+    ],
+)  # fmt: skip
+def test_a_head_without_end_is_refused(live: LiveServer, start: bytes, more: bytes) -> None:
+    """Address, header, headers, chunk extension, trailers."""
+    host, _, port = live.url.rpartition("//")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(start)
+        with pytest.raises(ConnectionError):
+            for piece in repeat(more, 16 * MAX_HEAD_BYTES // len(more)):
+                client.sendall(piece)
+
+
+@pytest.mark.live
+def test_many_requests_on_one_connection_are_no_flood(live: LiveServer) -> None:
+    one = b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 30_000 + b"\r\n"
+    answer = send(live, (one + b"\r\n") * 40, one + b"Connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == 41
+    body = b'{"prompt": "' + b"a" * 200_000 + b'"}'
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    assert send(live, head % len(body), body).startswith(b"HTTP/1.1 200")
