@@ -30,9 +30,12 @@ enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 constexpr int64_t kWorthDecoding =
     F::kKind == Kind::kCodes && F::kHigh == 0 ? INT64_MAX : 2 * kMaxTokens;
 // Tokens made ready at once: their numbers stay near while the weights pass by. Where each group is
-// decoded for them, many share that; else as many as take a fifth of the L2 cache are best.
+// decoded for them, many share that; else as many are best as take a fifth of a 1 MiB L2 cache, or
+// half of it where two groups share what is fetched.
 constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
-constexpr int64_t kBytesAtOnce = 3 << 16;
+constexpr int64_t kBytesAtOnce = kInPairs<F> ? 8 << 16 : 3 << 16;
+// From this many tokens on, groups are multiplied two at a time; fewer wait for the weights anyway.
+constexpr int64_t kWorthPairing = 16;
 // From this many tokens on, AMX multiplies faster, though it always multiplies 16.
 constexpr int64_t kWorthTiles = 8;
 // Below this many activations a second thread costs more than it helps in making them ready.
@@ -87,6 +90,7 @@ struct Call {
     int64_t dtype;
     int threads;
     int64_t groups() const { return (weight.rows + kRows - 1) / kRows; }
+    int64_t whole_groups() const { return weight.rows / kRows; }
     int64_t tiles() const { return (weight.cols + kBlock - 1) / kBlock; }
 };
 
@@ -146,6 +150,36 @@ void multiply_tokens(const Call& call, const Group& group, int64_t row, const Bl
     for (int m = 0; m < kTokens; ++m) store(call, token + m, row, sums[m]);
 }
 
+// The same for two whole groups from `row` on and at most four tokens, which share a chunk.
+template <int kTokens>
+void multiply_pair_tokens(const Call& call, const Group (&groups)[2], int64_t row, const Block* x,
+                          int64_t place, int64_t token, int64_t count) {
+    if constexpr (kTokens > 1) {
+        if (count < kTokens) {
+            multiply_pair_tokens<kTokens - 1>(call, groups, row, x, place, token, count);
+            return;
+        }
+    }
+    Floats sums[2][kTokens];
+    const int64_t tiles = call.tiles();
+    multiply_pair<F, kTokens>(groups, x + place / kChunk * tiles, place % kChunk, tiles, sums);
+    for (int g = 0; g < 2; ++g) {
+        for (int m = 0; m < kTokens; ++m) store(call, token + m, row + g * kRows, sums[g][m]);
+    }
+}
+
+// Multiplies `count` tokens, made ready at `x` and from `start` on in the call, with two groups.
+void multiply_two_groups(const Call& call, int64_t index, const Block* x, int64_t start,
+                         int64_t count) {
+    const int64_t tiles = call.tiles();
+    const Group groups[2] = {find_group(call.weight, index, tiles),
+                             find_group(call.weight, index + 1, tiles)};
+    for (int64_t place = 0; place < count; place += kPairTokens) {
+        multiply_pair_tokens<kPairTokens>(call, groups, index * kRows, x, place, start + place,
+                                          count - place);
+    }
+}
+
 // Multiplies 16 tokens of a chunk, of which `count` are wanted.
 void multiply_sixteen(const Call& call, const Group& group, int64_t row, const Block* x,
                       int64_t place, int64_t token, int64_t count) {
@@ -183,18 +217,23 @@ void multiply_rows(const Call& call, int64_t index, const Block* x, int64_t star
 void run(const Call* calls, int64_t count_calls, int64_t tokens) {
     const Call& call = calls[0];
     const AutotpWeight& weight = call.weight;
-    int64_t groups = 0;
-    for (int64_t i = 0; i < count_calls; ++i) groups += calls[i].groups();
     const int64_t chunk_bytes = call.tiles() * sizeof(Block);
     const int64_t at_once = kWorthDecoding < INT64_MAX
                                 ? kTokensAtOnce
                                 : std::max<int64_t>(1, kBytesAtOnce / chunk_bytes) * kChunk;
     const int64_t chunks = (std::min(tokens, at_once) + kChunk - 1) / kChunk;
     Block* x = static_cast<Block*>(scratch<Block>(chunks * chunk_bytes));
-    const int share = static_cast<int>(std::max<int64_t>(1, groups / (call.threads * 8)));
     for (int64_t start = 0; start < tokens; start += at_once) {
         const int64_t count = std::min(at_once, tokens - start);
         const bool by_tiles = kHasTiles && count >= kWorthTiles && may_use_tiles();
+        const bool in_pairs = kInPairs<F> && !by_tiles && count >= kWorthPairing;
+        const int64_t together = in_pairs ? 2 : 1;
+        const auto count_pieces = [&](const Call& part) {
+            return (part.groups() + together - 1) / together;
+        };
+        int64_t pieces = 0;
+        for (int64_t i = 0; i < count_calls; ++i) pieces += count_pieces(calls[i]);
+        const int share = static_cast<int>(std::max<int64_t>(1, pieces / (call.threads * 8)));
 #pragma omp parallel for num_threads(call.threads) if (count * weight.cols >= kWorthSharing)
         for (int64_t place = 0; place < count; ++place) {
             prepare_token(call, start + place, place, x);
@@ -210,11 +249,21 @@ void run(const Call* calls, int64_t count_calls, int64_t tokens) {
             }
             if (by_tiles) start_tiles();
 #pragma omp for schedule(dynamic, share)
-            for (int64_t index = 0; index < groups; ++index) {
+            for (int64_t index = 0; index < pieces; ++index) {
                 const Call* part = calls;
-                int64_t group = index;
-                for (; group >= part->groups(); ++part) group -= part->groups();
-                multiply_rows(*part, group, x, start, count, tables, by_tiles);
+                int64_t piece = index;
+                for (; piece >= count_pieces(*part); ++part) piece -= count_pieces(*part);
+                const int64_t first = piece * together;
+                if constexpr (kInPairs<F>) {
+                    if (in_pairs && first + 2 <= part->whole_groups()) {
+                        multiply_two_groups(*part, first, x, start, count);
+                        continue;
+                    }
+                }
+                const int64_t end = std::min(first + together, part->groups());
+                for (int64_t group = first; group < end; ++group) {
+                    multiply_rows(*part, group, x, start, count, tables, by_tiles);
+                }
             }
             if (by_tiles) stop_tiles();
         }

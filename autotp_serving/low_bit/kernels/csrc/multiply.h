@@ -164,6 +164,67 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
     }
 }
 
+// Formats of which two groups at a time are multiplied with four tokens: each activation is fetched
+// once for both. That takes 32 registers.
+template <class F>
+constexpr bool kInPairs =
+    kMaxTokens >= 8 && F::kKind == Kind::kCodes && F::kHigh == 0 && !F::kMins;
+constexpr int kPairTokens = 4;
+
+// sums[g][m] = group g of two times token `first + m` of the chunk at `x`.
+template <class F, int kTokens>
+inline void multiply_pair(const Group (&groups)[2], const ByteBlock* x, int first, int64_t tiles,
+                          Floats (&sums)[2][kTokens]) {
+    for (int m = 0; m < kTokens; ++m) sums[0][m] = sums[1][m] = same_float(0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const ByteBlock& block = x[tile];
+        const int8_t(*codes)[kBlock] = block.codes + first;
+        const uint8_t* one = groups[0].codes + tile * F::kLowBytes;
+        const uint8_t* two = groups[1].codes + tile * F::kLowBytes;
+        Ints totals[2][kTokens];
+        const auto add_word = [&](Bytes first_codes, Bytes second_codes, int column) {
+            for (int m = 0; m < kTokens; ++m) {
+                const int32_t number = load_int32(codes[m] + column);
+                totals[0][m] = dot_bytes<F::kWide>(totals[0][m], first_codes, number);
+                totals[1][m] = dot_bytes<F::kWide>(totals[1][m], second_codes, number);
+            }
+        };
+        if constexpr (F::kLow == 4) {
+            // High nibbles first, sixteen times too large: two sets of totals would not fit.
+            const Bytes upper = same_bytes(0xf0), lower = same_bytes(0x0f);
+            for (int m = 0; m < kTokens; ++m) totals[0][m] = totals[1][m] = same_int(0);
+            unroll<kWords / 2>([&](auto word) {
+                add_word(both(load_bytes(one + word * 64), upper),
+                         both(load_bytes(two + word * 64), upper), word * 4 + kBlock / 2);
+            });
+            for (int m = 0; m < kTokens; ++m) {
+                const Ints base = same_int(block.base[first + m]);
+                totals[0][m] = add(sixteenth(totals[0][m]), base);
+                totals[1][m] = add(sixteenth(totals[1][m]), base);
+            }
+            unroll<kWords / 2>([&](auto word) {
+                add_word(both(load_bytes(one + word * 64), lower),
+                         both(load_bytes(two + word * 64), lower), word * 4);
+            });
+        } else {
+            for (int m = 0; m < kTokens; ++m) {
+                totals[0][m] = totals[1][m] = same_int(block.base[first + m]);
+            }
+            unroll<kWords>([&](auto word) {
+                add_word(load_codes<F, word>(one, nullptr, Bytes{}),
+                         load_codes<F, word>(two, nullptr, Bytes{}), word * 4);
+            });
+        }
+        for (int g = 0; g < 2; ++g) {
+            const Floats scales = load_scales<F>(groups[g], tile);
+            for (int m = 0; m < kTokens; ++m) {
+                const Floats factor = multiply(scales, same_float(block.scale[first + m]));
+                sums[g][m] = multiply_add(to_floats(totals[g][m]), factor, sums[g][m]);
+            }
+        }
+    }
+}
+
 // sums[m] = tiles of a decoded `group` times token m of the chunk at `x`, for all its tokens.
 template <class F>
 inline void multiply_chunk(const Group& group, const ByteBlock* x, int64_t tiles, Floats* to) {
