@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from starlette.responses import Response
@@ -11,6 +12,9 @@ from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.request import Request, RequestOutput
 
 Render = Callable[[Sequence[RequestOutput]], bytes]
+
+PATIENCE_SECONDS = 120.0
+"""A client that takes nothing of its stream for so long has left, whatever its connection says."""
 
 
 class TokenStreamResponse(Response):
@@ -40,16 +44,52 @@ class TokenStreamResponse(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._engine.open(self._requests, scope["state"]["record"].usage) as stream:
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": self.status_code,
-                    "headers": self.raw_headers,
-                }
-            )
-            async for outputs in stream:
-                body = self._render(outputs)
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": self._tail(), "more_body": False})
+        with _Patience() as patience:
+
+            async def send_body(body: bytes, *, is_last: bool = False) -> None:
+                patience.begin()
+                message = {"type": "http.response.body", "body": body, "more_body": not is_last}
+                await send(message)
+                patience.end()
+
+            with self._engine.open(self._requests, scope["state"]["record"].usage) as stream:
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
+                async for outputs in stream:
+                    body = self._render(outputs)
+                    if body:
+                        await send_body(body)
+            await send_body(self._tail(), is_last=True)
+
+
+class _Patience:
+    """Cancels the task it is made in once something lasts too long; a timer a stream, no more."""
+
+    def __enter__(self) -> _Patience:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since: float | None = None
+        self._timer = self._loop.call_later(PATIENCE_SECONDS, self._check)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def begin(self) -> None:
+        """Something begins that may last too long."""
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        """It did not."""
+        self._since = None
+
+    def _check(self) -> None:
+        if self._since is not None and self._loop.time() - self._since >= PATIENCE_SECONDS:
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(PATIENCE_SECONDS, self._check)

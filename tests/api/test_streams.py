@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from autotp_serving.api import responses
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.streams import AsyncEngine, Usage
 from autotp_serving.engine import EngineError, QueueFullError
 from autotp_serving.request import Request, RequestOutput, SamplingParams
+from tests.api import service
 
 
 class NotingEngine:
@@ -219,3 +221,34 @@ def test_outputs_after_the_loop_has_gone_are_dropped() -> None:
 
     engine = asyncio.run(go())
     engine.deliver([output("a", "x")])
+
+
+@pytest.mark.parametrize("num_taken", [1, 3, 6])  # of six pieces, the last of which only ends
+def test_a_client_that_stops_reading_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, num_taken: int
+) -> None:
+    """Its connection is open and full: nothing else would ever end its request."""
+    monkeypatch.setattr(responses, "PATIENCE_SECONDS", 0.05)
+    body = b'{"prompt": "What is AI?", "n_predict": 4, "ignore_eos": true}'
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": "/generate_stream",
+        "raw_path": b"/generate_stream", "query_string": b"", "headers": [], "root_path": "",
+    }  # fmt: skip
+    taken = []
+    received = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict[str, Any]:
+        return received.pop() if received else await asyncio.Event().wait()
+
+    async def send(message: dict[str, Any]) -> None:
+        if len(taken) == num_taken:
+            await asyncio.Event().wait()
+        taken.append(message)
+
+    async def go() -> None:
+        async with service.client() as (_, one):
+            await asyncio.wait_for(one.app(scope | {"app": one.app}, receive, send), 20)
+            assert one.engine.num_open == 0
+
+    asyncio.run(go())
+    assert len(taken) <= num_taken
