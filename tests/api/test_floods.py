@@ -99,7 +99,7 @@ def send(live: LiveServer, *pieces: bytes) -> bytes:
             while part := client.recv(2**16):
                 answer += part
         except ConnectionError:  # closed while we were still sending
-            answer += client.recv(2**16) if not answer else b""
+            return answer or b"reset"
         return answer
 
 
@@ -117,12 +117,8 @@ def send(live: LiveServer, *pieces: bytes) -> bytes:
 )  # fmt: skip
 def test_a_head_without_end_is_refused(live: LiveServer, start: bytes, more: bytes) -> None:
     """Address, header, headers, chunk extension, trailers."""
-    host, _, port = live.url.rpartition("//")[2].partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
-        client.sendall(start)
-        with pytest.raises(ConnectionError):
-            for piece in repeat(more, 16 * MAX_HEAD_BYTES // len(more)):
-                client.sendall(piece)
+    answer = send(live, start, *repeat(more, 16 * MAX_HEAD_BYTES // len(more)))
+    assert answer in (b"", b"reset") or answer.startswith(b"HTTP/1.1 4")
 
 
 @pytest.mark.live
