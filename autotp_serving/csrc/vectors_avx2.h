@@ -223,6 +223,11 @@ inline Floats divide(Floats a, Floats b) {
 inline Floats larger(Floats a, Floats b) {
     return {_mm256_max_ps(a.first, b.first), _mm256_max_ps(a.second, b.second)};
 }
+// Whether a lane of `a` is above that of `b`; NaN is not.
+inline bool any_above(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.first, b.first, _CMP_GT_OQ),
+                                           _mm256_cmp_ps(a.second, b.second, _CMP_GT_OQ))) != 0;
+}
 
 // Lanes from `from` up to but without `to` as they are, the others minus infinity.
 inline Floats keep_lanes(Floats a, int from, int to) {

@@ -152,6 +152,8 @@ inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 // `b` where one of them is NaN.
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+// Whether a lane of `a` is above that of `b`; NaN is not.
+inline bool any_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
 // Lanes from `from` up to but without `to` as they are, the others minus infinity.
 inline Floats keep_lanes(Floats a, int from, int to) {

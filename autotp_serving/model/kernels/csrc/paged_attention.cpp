@@ -72,7 +72,7 @@ struct Task {
 struct Work {
     float* sums;       // [rows, value_dim]
     float* peaks;      // [rows], largest logit so far
-    float* totals;     // [rows], sum of weights so far
+    float* totals;     // [rows, 16], sum of weights so far, by lane
     uint32_t* partial;  // [8, value_dim], the values of a group that the context ends in
     uint32_t* zeros;    // [8, value_dim], for groups beyond the context
 };
@@ -143,112 +143,141 @@ struct Row {
     int64_t index;  // among the task's rows
 };
 
-// Logits of `kCount` rows for a block of positions.
-template <int kCount>
+// Logits of `kCount` rows for the first `kVecs` vectors of a block of positions.
+template <int kCount, int kVecs>
 inline void find_logits(const AutotpAttention& call, const Row* rows, const Block& block,
-                        Floats (*to)[kVectors]) {
-    Floats logits[kCount][kVectors];
+                        Floats (*to)[kVecs]) {
+    Floats logits[kCount][kVecs];
     for (int r = 0; r < kCount; ++r) {
-        for (int v = 0; v < kVectors; ++v) logits[r][v] = same_float(0);
+        for (int v = 0; v < kVecs; ++v) logits[r][v] = same_float(0);
     }
     for (int64_t word = 0; word < call.head_dim / 2; ++word) {
-        Bytes keys[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
+        Bytes keys[kVecs];
+        for (int v = 0; v < kVecs; ++v) {
             keys[v] = load_bytes(block.keys[v] + word * kLanes);
         }
         for (int r = 0; r < kCount; ++r) {
             const int32_t query = load_int32(rows[r].query + 2 * word);
-            for (int v = 0; v < kVectors; ++v) {
+            for (int v = 0; v < kVecs; ++v) {
                 logits[r][v] = dot_pairs(logits[r][v], keys[v], query);
             }
         }
     }
     for (int r = 0; r < kCount; ++r) {
-        for (int v = 0; v < kVectors; ++v) to[r][v] = logits[r][v];
+        for (int v = 0; v < kVecs; ++v) to[r][v] = logits[r][v];
     }
 }
 
-// Turns a row's logits into weights, as bfloat16, and returns by how much earlier sums shrink.
-inline float find_weights(const AutotpAttention& call, const Row& row, int64_t start,
-                          const Work& work, Floats* logits, uint16_t* weights) {
+// Turns a row's logits into weights, as bfloat16. Where a logit is above all before, what has been
+// summed so far shrinks.
+template <int kVecs>
+inline void find_weights(const AutotpAttention& call, const Row& row, int64_t start,
+                         const Work& work, Floats* logits, uint16_t* weights) {
     const int64_t first = call.window ? row.position - call.window + 1 : 0;
     const int from = static_cast<int>(std::clamp<int64_t>(first - start, 0, kPositions));
     const int to =
         static_cast<int>(std::clamp<int64_t>(row.position + 1 - start, 0, kPositions));
     Floats peaks = same_float(kNothing);
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVecs; ++v) {
         if (call.softcap != 0) {
             logits[v] = cap(multiply(logits[v], same_float(call.scaling)), call.softcap);
             logits[v] = multiply(logits[v], same_float(kLog2e));
         } else {
             logits[v] = multiply(logits[v], same_float(call.scaling * kLog2e));
         }
-        if (from > 0 || to < kPositions) {
+        if (from > 0 || to < kVecs * kLanes) {
             logits[v] = keep_lanes(logits[v], from - v * kLanes, to - v * kLanes);
         }
         peaks = larger(logits[v], peaks);
     }
-    const float before = work.peaks[row.index];
-    const float peak = std::max(before, largest_lane(peaks));
-    Floats total = same_float(0);
-    for (int v = 0; v < kVectors; ++v) {
+    float peak = work.peaks[row.index];
+    float* totals = work.totals + row.index * kLanes;
+    Floats total = load_floats(totals);
+    if (any_above(peaks, same_float(peak))) {
+        const float before = peak;
+        peak = largest_lane(peaks);
+        work.peaks[row.index] = peak;
+        const Floats shrink = same_float(first_lane(power_of_two(same_float(before - peak))));
+        total = multiply(total, shrink);
+        float* sums = work.sums + row.index * call.value_dim;
+        for (int64_t col = 0; col < call.value_dim; col += kLanes) {
+            store_floats(sums + col, multiply(load_floats(sums + col), shrink), kLanes);
+        }
+    }
+    for (int v = 0; v < kVecs; ++v) {
         const Floats weight = power_of_two(subtract(logits[v], same_float(peak)));
         total = add(total, weight);
         store_bfloat16(weights + v * kLanes, weight, kLanes);
     }
-    const float shrink = first_lane(power_of_two(same_float(before - peak)));
-    work.peaks[row.index] = peak;
-    work.totals[row.index] = work.totals[row.index] * shrink + sum_lanes(total);
-    return shrink;
+    store_floats(totals, total, kLanes);
 }
 
-// sums = sums * shrink + weights times values, for `kCount` rows.
-template <int kCount>
-inline void add_values(const AutotpAttention& call, const Row* rows, const Block& block,
-                       const Work& work, const float* shrinks, const uint16_t (*weights)[kPositions]) {
-    constexpr int kCols = 4;  // vectors of columns at a time
-    for (int64_t col = 0; col < call.value_dim; col += kCols * kLanes) {
-        const int cols = static_cast<int>(
-            std::min<int64_t>(kCols, (call.value_dim - col) / kLanes));
-        Floats sums[kCount][kCols];
-        for (int r = 0; r < kCount; ++r) {
-            const float* from = work.sums + rows[r].index * call.value_dim + col;
-            for (int c = 0; c < kCols; ++c) {
-                sums[r][c] = c < cols ? multiply(load_floats(from + c * kLanes),
-                                                 same_float(shrinks[r]))
-                                      : same_float(0);
-            }
-        }
-        for (int pair = 0; pair < kPositions / 2; ++pair) {
-            const uint32_t* from = block.values[pair / (kLanes / 2)] +
-                                   pair % (kLanes / 2) * call.value_dim + col;
+// Adds weights times values to the sums of `kCount` rows, for `kCols` vectors of columns.
+template <int kCount, int kVecs, int kCols>
+inline void add_columns(const AutotpAttention& call, const Row* rows, const Block& block,
+                        const Work& work, const uint16_t (*weights)[kVecs * kLanes], int64_t col) {
+    Floats sums[kCount][kCols];
+    for (int r = 0; r < kCount; ++r) {
+        const float* from = work.sums + rows[r].index * call.value_dim + col;
+        for (int c = 0; c < kCols; ++c) sums[r][c] = load_floats(from + c * kLanes);
+    }
+    for (int v = 0; v < kVecs; ++v) {
+        const uint32_t* from = block.values[v] + col;
+        for (int pair = 0; pair < kLanes / 2; ++pair, from += call.value_dim) {
             Bytes values[kCols];
-            for (int c = 0; c < kCols; ++c) values[c] = load_bytes(from + (c < cols ? c : 0) * kLanes);
+            for (int c = 0; c < kCols; ++c) values[c] = load_bytes(from + c * kLanes);
             for (int r = 0; r < kCount; ++r) {
-                const int32_t weight = load_int32(weights[r] + 2 * pair);
+                const int32_t weight = load_int32(weights[r] + v * kLanes + 2 * pair);
                 for (int c = 0; c < kCols; ++c) {
                     sums[r][c] = dot_pairs(sums[r][c], values[c], weight);
                 }
             }
         }
-        for (int r = 0; r < kCount; ++r) {
-            float* to = work.sums + rows[r].index * call.value_dim + col;
-            for (int c = 0; c < cols; ++c) store_floats(to + c * kLanes, sums[r][c], kLanes);
-        }
+    }
+    for (int r = 0; r < kCount; ++r) {
+        float* to = work.sums + rows[r].index * call.value_dim + col;
+        for (int c = 0; c < kCols; ++c) store_floats(to + c * kLanes, sums[r][c], kLanes);
     }
 }
 
+// The same for all columns.
+template <int kCount, int kVecs>
+inline void add_values(const AutotpAttention& call, const Row* rows, const Block& block,
+                       const Work& work, const uint16_t (*weights)[kVecs * kLanes]) {
+    constexpr int kCols = 4;
+    int64_t col = 0;
+    for (; col + kCols * kLanes <= call.value_dim; col += kCols * kLanes) {
+        add_columns<kCount, kVecs, kCols>(call, rows, block, work, weights, col);
+    }
+    for (; col < call.value_dim; col += kLanes) {
+        add_columns<kCount, kVecs, 1>(call, rows, block, work, weights, col);
+    }
+}
+
+// Not inlined, as gcc 12 else runs out of registers and takes a third longer.
+template <int kCount, int kVecs>
+__attribute__((noinline)) void attend_vectors(const AutotpAttention& call, const Row* rows,
+                                              int64_t start, const Block& block,
+                                              const Work& work) {
+    Floats logits[kCount][kVecs];
+    find_logits<kCount, kVecs>(call, rows, block, logits);
+    alignas(64) uint16_t weights[kCount][kVecs * kLanes];
+    for (int r = 0; r < kCount; ++r) {
+        find_weights<kVecs>(call, rows[r], start, work, logits[r], weights[r]);
+    }
+    add_values<kCount, kVecs>(call, rows, block, work, weights);
+}
+
+// Lets rows attend to a block; what lies behind the last row's position is left out by vectors.
 template <int kCount>
 void attend_block(const AutotpAttention& call, const Row* rows, int64_t start,
                   const Block& block, const Work& work) {
-    Floats logits[kCount][kVectors];
-    find_logits<kCount>(call, rows, block, logits);
-    alignas(64) uint16_t weights[kCount][kPositions];
-    float shrinks[kCount];
-    for (int r = 0; r < kCount; ++r) {
-        shrinks[r] = find_weights(call, rows[r], start, work, logits[r], weights[r]);
+    switch ((rows[kCount - 1].position - start) / kLanes) {
+        case 0: return attend_vectors<kCount, 1>(call, rows, start, block, work);
+        case 1: return attend_vectors<kCount, 2>(call, rows, start, block, work);
+        case 2: return attend_vectors<kCount, 3>(call, rows, start, block, work);
+        default: return attend_vectors<kCount, kVectors>(call, rows, start, block, work);
     }
-    add_values<kCount>(call, rows, block, work, shrinks, weights);
 }
 
 void run_task(const AutotpAttention& call, const Task& task) {
@@ -256,13 +285,13 @@ void run_task(const AutotpAttention& call, const Task& task) {
     const int64_t rows = (task.stop_token - task.first_token) * group;
     const int64_t group_words = kLanes / 2 * call.value_dim;
     Scratch scratch;
-    scratch.start(4 * (rows * (call.value_dim + 2) + 2 * group_words) + 64 * 8);
+    scratch.start(4 * (rows * (call.value_dim + 1 + kLanes) + 2 * group_words) + 64 * 8);
     const Work work{scratch.take<float>(rows * call.value_dim), scratch.take<float>(rows),
-                    scratch.take<float>(rows), scratch.take<uint32_t>(group_words),
+                    scratch.take<float>(rows * kLanes), scratch.take<uint32_t>(group_words),
                     scratch.take<uint32_t>(group_words)};
     std::fill_n(work.sums, rows * call.value_dim, 0.0f);
     std::fill_n(work.peaks, rows, kNothing);
-    std::fill_n(work.totals, rows, 0.0f);
+    std::fill_n(work.totals, rows * kLanes, 0.0f);
     std::fill_n(work.zeros, group_words, 0u);
 
     const int64_t stop = call.starts[task.sequence + 1];
@@ -291,21 +320,22 @@ void run_task(const AutotpAttention& call, const Task& task) {
         // Rows of tokens before the block see nothing of it.
         const int64_t unseeing = std::max<int64_t>(0, start - position(task.first_token));
         int64_t index = std::min(rows, unseeing * group);
-        for (; index + kRowsAtOnce <= rows; index += kRowsAtOnce) {
-            Row some[kRowsAtOnce];
-            for (int r = 0; r < kRowsAtOnce; ++r) some[r] = make_row(index + r);
-            attend_block<kRowsAtOnce>(call, some, start, here, work);
-        }
-        for (; index < rows; ++index) {
-            const Row row = make_row(index);
-            attend_block<1>(call, &row, start, here, work);
-        }
+        const auto attend = [&](auto count) {
+            Row some[count];
+            for (; index + count <= rows; index += count) {
+                for (int r = 0; r < count; ++r) some[r] = make_row(index + r);
+                attend_block<count>(call, some, start, here, work);
+            }
+        };
+        attend(std::integral_constant<int, kRowsAtOnce>());
+        attend(std::integral_constant<int, 1>());
     }
     for (int64_t index = 0; index < rows; ++index) {
         const int64_t token = task.first_token + index / group;
         const int64_t head = task.kv_head * group + index % group;
         uint16_t* to = call.out + (token * call.heads + head) * call.value_dim;
-        const Floats inverse = same_float(1.0f / work.totals[index]);
+        const float total = sum_lanes(load_floats(work.totals + index * kLanes));
+        const Floats inverse = same_float(1.0f / total);
         for (int64_t col = 0; col < call.value_dim; col += kLanes) {
             const Floats sums = load_floats(work.sums + index * call.value_dim + col);
             store_bfloat16(to + col, multiply(sums, inverse), kLanes);
