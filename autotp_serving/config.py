@@ -18,6 +18,8 @@ class ConfigError(ValueError):
 
 DEFAULT_LOW_BIT = "sym_int4"
 
+KV_CACHE_DTYPES = ("auto", "int8")
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -231,6 +233,12 @@ class ServingConfig:
         parse=parse_bytes,
         unit="BYTES",
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "type of keys and values in the KV cache; auto: that of activations; int8: with a float32 "
+        "scale for each token and key/value head, about half the memory",
+        unit="TYPE",
+    )
     block_size: int = setting(16, "tokens in one page of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
     profile: str | None = setting(
@@ -255,6 +263,11 @@ class ServingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} is not there: write int8, which takes as "
+                "little memory as fp8, or auto, for the type of activations (--dtype)"
+            )
         if self.device_memory is not None and not self.plan:
             raise ConfigError("--device-memory is for --plan: leave it out, or add --plan")
         if not 0.0 <= self.drain_seconds < float("inf"):

@@ -229,18 +229,61 @@ inline bool any_above(Floats a, Floats b) {
                                            _mm256_cmp_ps(a.second, b.second, _CMP_GT_OQ))) != 0;
 }
 
-// Lanes from `from` up to but without `to` as they are, the others minus infinity.
-inline Floats keep_lanes(Floats a, int from, int to) {
+// Lanes from `from` up to but without `to` as they are, the others `otherwise`.
+inline Floats keep_lanes(Floats a, int from, int to, float otherwise) {
     const auto keep = [&](__m256 half, int first) {
         const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
                                                _mm256_set1_epi32(first));
         const __m256i inside = _mm256_andnot_si256(
             _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lanes),
             _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lanes));
-        return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), half,
-                                _mm256_castsi256_ps(inside));
+        return _mm256_blendv_ps(_mm256_set1_ps(otherwise), half, _mm256_castsi256_ps(inside));
     };
     return {keep(a.first, 0), keep(a.second, 8)};
+}
+
+// The bits of |a|, in the order of the numbers; those of NaN are above all others.
+inline Ints magnitude_bits(Floats a) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(_mm256_castps_si256(a.first), mask),
+            _mm256_and_si256(_mm256_castps_si256(a.second), mask)};
+}
+inline Ints larger_int(Ints a, Ints b) {
+    return {_mm256_max_epi32(a.first, b.first), _mm256_max_epi32(a.second, b.second)};
+}
+inline int32_t largest_int(Ints a) {
+    const __m256i eight = _mm256_max_epi32(a.first, a.second);
+    const __m128i upper = _mm256_extracti128_si256(eight, 1);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), upper);
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+}
+
+// To the nearest integers, halves to even; they must fit. NaN becomes 0.
+inline void store_as_int8(int8_t* to, Floats a) {
+    int32_t values[16];
+    store_bytes(values, {_mm256_cvtps_epi32(a.first), _mm256_cvtps_epi32(a.second)});
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<int8_t>(values[i]);
+}
+inline void store_as_int16(uint16_t* to, Floats a) {
+    int32_t values[16];
+    store_bytes(values, {_mm256_cvtps_epi32(a.first), _mm256_cvtps_epi32(a.second)});
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint16_t>(values[i]);
+}
+
+// 32 numbers of 8 bits as 16 pairs of 16 bits.
+inline Bytes load_int8_pairs(const int8_t* from) {
+    const auto load = [](const int8_t* half) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
+    };
+    return {load(from), load(from + 16)};
+}
+// Adds the products of pairs of 16-bit numbers with the pair in `x`.
+inline Ints dot_int16_pairs(Ints sum, Bytes pairs, int32_t x) {
+    const __m256i both_of_x = _mm256_set1_epi32(x);
+    return {_mm256_add_epi32(sum.first, _mm256_madd_epi16(pairs.first, both_of_x)),
+            _mm256_add_epi32(sum.second, _mm256_madd_epi16(pairs.second, both_of_x))};
 }
 
 inline Floats add(Floats a, Floats b) {

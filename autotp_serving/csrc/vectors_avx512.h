@@ -155,13 +155,38 @@ inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 // Whether a lane of `a` is above that of `b`; NaN is not.
 inline bool any_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
-// Lanes from `from` up to but without `to` as they are, the others minus infinity.
-inline Floats keep_lanes(Floats a, int from, int to) {
+// Lanes from `from` up to but without `to` as they are, the others `otherwise`.
+inline Floats keep_lanes(Floats a, int from, int to, float otherwise) {
     const auto below = [](int lane) {
         return lane <= 0 ? 0u : lane >= 16 ? 0xffffu : (1u << lane) - 1;
     };
     return _mm512_mask_blend_ps(static_cast<__mmask16>(below(to) & ~below(from)),
-                                _mm512_set1_ps(-__builtin_inff()), a);
+                                _mm512_set1_ps(otherwise), a);
+}
+
+// The bits of |a|, in the order of the numbers; those of NaN are above all others.
+inline Ints magnitude_bits(Floats a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+}
+inline Ints larger_int(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline int32_t largest_int(Ints a) { return _mm512_reduce_max_epi32(a); }
+
+// To the nearest integers, halves to even; they must fit. NaN becomes 0.
+inline void store_as_int8(int8_t* to, Floats a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+inline void store_as_int16(uint16_t* to, Floats a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
+}
+
+// 32 numbers of 8 bits as 16 pairs of 16 bits.
+inline Bytes load_int8_pairs(const int8_t* from) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// Adds the products of pairs of 16-bit numbers with the pair in `x`.
+inline Ints dot_int16_pairs(Ints sum, Bytes pairs, int32_t x) {
+    return _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(x));
 }
 
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }

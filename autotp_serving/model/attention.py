@@ -100,14 +100,12 @@ def paged_attention(
     _refuse_unknown(module, attention_mask, kwargs)
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = context.cache.write(module.layer_idx, context.slots, key, value)
+    pools = context.cache.write(module.layer_idx, context.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if context.kernel is not None:
-        output = context.kernel(query, keys, values, scaling, sliding_window, softcap)
+        output = context.kernel(query, pools, scaling, sliding_window, softcap)
         return output[None], None
-    output = context.portable.attend(
-        query, (key, value), (keys, values), scaling, sliding_window, softcap
-    )
+    output = context.portable.attend(query, (key, value), pools, scaling, sliding_window, softcap)
     return output[None], None
 
 

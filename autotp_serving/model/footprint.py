@@ -14,6 +14,7 @@ from typing import Any
 from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import Format
 from autotp_serving.low_bit.plan import LowBitPlan
+from autotp_serving.model.kv_sizes import count_head_bytes
 from autotp_serving.plan import MAX_SCORED_ROWS
 from autotp_serving.ranks import Control
 
@@ -124,10 +125,9 @@ def find_footprint(
             steps.append(weight.read_bytes + 2 * weight.kept_bytes)
         load_bytes = max(load_bytes, held + max(steps))
         held += weight.kept_bytes if on_cpu else 0
-    kv_shape = _find_kv_numbers(shapes.text_config, control)
     return Footprint(
         weights={key: size for key, size in weights.items() if size},
-        kv_bytes_per_block=kv_shape * config.block_size * shapes.itemsize,
+        kv_bytes_per_block=config.block_size * _count_kv_bytes(shapes, config, control),
         activation_bytes=estimate_activations(shapes, config, control, max_model_len),
         load_bytes=load_bytes,
     )
@@ -174,11 +174,14 @@ def _find_kind(name: str) -> str:
     return "other"
 
 
-def _find_kv_numbers(config: Any, control: Control) -> int:
-    """Numbers of one token's keys and values over all layers: AutoTP deals heads out in turn."""
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+def _count_kv_bytes(shapes: ModelShapes, config: ServingConfig, control: Control) -> int:
+    """Bytes of one token's keys and values over all layers: AutoTP deals heads out in turn."""
+    text, head_dim = shapes.text_config, _head_dim(shapes.text_config)
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     own_heads = num_heads // control.size + (control.rank < num_heads % control.size)
-    return 2 * own_heads * _head_dim(config) * config.num_hidden_layers
+    is_int8 = config.kv_cache_dtype == "int8"
+    head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
+    return own_heads * head_bytes * text.num_hidden_layers
 
 
 def _head_dim(config: Any) -> int:
@@ -209,7 +212,8 @@ def estimate_activations(
 
     Counted are the tensors that transformers' code holds at its widest points: the norm in
     float32; queries, keys and values with the temporaries of their rotation, the context's keys
-    and values gathered for one sequence and repeated per query head, and its mask; gate, up and
+    and values gathered for one sequence (of int8: codes, and codes times scales in float32) and
+    repeated per query head, and its mask; gate, up and
     product of the MLP; logits with a float32 copy for sampling. Not counted: the allocator's
     waste, and what kernels use inside.
     """
@@ -232,7 +236,8 @@ def estimate_activations(
     copies = 1 if control.size == 1 else 2
     norm = num_tokens * hidden * (2 * size + 8)
     rotation = num_tokens * (2 * hidden + 4 * queries + 4 * keys) * size
-    context = max_model_len * (2 * keys + 2 * queries) * size
+    gathered = 5 * keys if config.kv_cache_dtype == "int8" else 0
+    context = max_model_len * ((2 * keys + 2 * queries) * size + gathered)
     mask = min(num_tokens, max_model_len) * max_model_len
     attention = num_tokens * (2 * hidden + 2 * queries + 2 * keys) * size + context + mask
     mlp = num_tokens * (2 * hidden + 3 * wide) * size

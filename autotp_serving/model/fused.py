@@ -144,11 +144,11 @@ class FusedForward:
         for layer in self._layers:
             x = ops.rms_norm(hidden, added, layer.input_norm.weight, layer.input_norm.epsilon)
             qkv = layer.qkv(x)
-            keys, values = self._cache.layer(layer.index)
-            ops.rotate_and_store(qkv, rotary, context.slots, keys, values, layer.head_norms)
+            pools = self._cache.layer(layer.index)
+            ops.rotate_and_store(qkv, rotary, context.slots, pools, layer.head_norms)
             heads = qkv.view(len(qkv), -1, layer.head_dim)
-            query = heads[:, : heads.shape[1] - 2 * keys.shape[1]]
-            attended = context.kernel(query, keys, values, layer.scaling, layer.sliding_window)
+            query = heads[:, : heads.shape[1] - 2 * pools.keys.shape[1]]
+            attended = context.kernel(query, pools, layer.scaling, layer.sliding_window)
             added = layer.output(attended.view(len(qkv), -1))
             x = ops.rms_norm(hidden, added, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
             added = layer.down(ops.silu_multiply(layer.gate_up(x)))

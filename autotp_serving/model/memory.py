@@ -13,6 +13,7 @@ from autotp_serving.devices import Device
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.kv_cache import KVCacheShape
+from autotp_serving.model.kv_pools import Pools
 from autotp_serving.model.self_check import check_unproved
 from autotp_serving.plan import MAX_SCORED_ROWS, StepPlan
 from autotp_serving.ranks import Control
@@ -30,13 +31,14 @@ class CacheProbe:
     block_size: int
     head_shapes: dict[int, tuple[int, int, int]]
     has_kernel: bool = False
+    is_int8: bool = False
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pools:
         """Note the shapes; a prefill without earlier context reads nothing back."""
         self.head_shapes[layer] = (key.shape[1], key.shape[2], value.shape[2])
-        return key, value
+        return Pools(key, value)
 
 
 def probe_model(
@@ -80,7 +82,8 @@ def probe_model(
         with refuse_by_name(model.config):
             check_unproved(model, device.torch_device)
     head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
-    return KVCacheShape(head_shapes, config.block_size, model.dtype), peak
+    is_int8 = config.kv_cache_dtype == "int8"
+    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8), peak
 
 
 def count_blocks(
@@ -123,9 +126,10 @@ def count_blocks(
         )
     if control.rank == 0:
         logger.info(
-            "KV cache: %d pages of %d tokens, %d MiB per rank",
+            "KV cache: %d pages of %d tokens in %s, %d MiB per rank",
             num_blocks,
             config.block_size,
+            str(shape.stored_dtype).removeprefix("torch."),
             num_blocks * shape.bytes_per_block >> 20,
         )
     return num_blocks

@@ -43,9 +43,10 @@ def format_plan(
         add(f"{part}, {name}", [item.weights.get((part, name), 0) for item in footprints])
     add("weights together", [item.weight_bytes for item in footprints])
     per_token = [item.kv_bytes_per_block / config.block_size for item in footprints]
-    add("KV cache, a token", per_token)
+    cache = "KV cache, int8" if config.kv_cache_dtype == "int8" else "KV cache"
+    add(f"{cache}, a token", per_token)
     add(
-        f"KV cache, {blocks * config.block_size} tokens",
+        f"{cache}, {blocks * config.block_size} tokens",
         [blocks * item.kv_bytes_per_block for item in footprints],
     )
     add(

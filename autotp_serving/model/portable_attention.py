@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.kv_pools import Pools
 from autotp_serving.plan import StepPlan
 
 
@@ -20,7 +21,8 @@ class Prefill:
 
     Attributes:
         context_slots: [context_len] cache slots of its context, or None when the context is just
-            these rows, which are then used as they are.
+            these rows, which are then used as they are, unless the cache rounds them: then a
+            prompt at once must see what it would see in pieces.
     """
 
     start: int
@@ -73,7 +75,7 @@ class PortableAttention:
                 decode_tables.append(table)
             else:
                 slots = None
-                if context_len > query_len:
+                if context_len > query_len or cache.is_int8:
                     slots = find_slots(table)[:context_len].to(device)
                 prefills.append(Prefill(start, stop, context_len, slots))
             start = stop
@@ -98,7 +100,7 @@ class PortableAttention:
         self,
         query: torch.Tensor,
         new: tuple[torch.Tensor, torch.Tensor],
-        pools: tuple[torch.Tensor, torch.Tensor],
+        pools: Pools,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
@@ -108,28 +110,25 @@ class PortableAttention:
         Args:
             query: [num_tokens, num_heads, head_dim].
             new: the tokens' own keys and values, [num_tokens, num_kv_heads, head_dim].
-            pools: the layer's keys and values, [num_slots, num_kv_heads, head_dim], with the new.
+            pools: the layer's, with the new.
 
         Returns:
             [num_tokens, num_heads, value_head_dim].
         """
-        key, value = new
-        keys, values = pools
-        output = query.new_empty((query.shape[0], query.shape[1], value.shape[-1]))
+        output = query.new_empty((query.shape[0], query.shape[1], new[1].shape[-1]))
         for prefill in self.prefills:
             rows = slice(prefill.start, prefill.stop)
             slots = prefill.context_slots
+            if slots is None:
+                key, value = (numbers[rows] for numbers in new)
+            else:
+                key, value = pools.read(slots, query.dtype)
             output[rows] = _attend_prefill(
-                query[rows],
-                key[rows] if slots is None else keys[slots],
-                value[rows] if slots is None else values[slots],
-                scaling,
-                sliding_window,
-                softcap,
+                query[rows], key, value, scaling, sliding_window, softcap
             )
         if self.decodes is not None:
             output[self.decodes.rows] = _attend_decodes(
-                query, keys, values, self.decodes, scaling, sliding_window, softcap
+                query, pools, self.decodes, scaling, sliding_window, softcap
             )
         return output
 
@@ -169,8 +168,7 @@ def _attend_prefill(
 
 def _attend_decodes(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pools: Pools,
     decodes: Decodes,
     scaling: float,
     sliding_window: int | None,
@@ -183,10 +181,11 @@ def _attend_decodes(
     """
     rows = query[decodes.rows]
     num_seqs, num_heads, _ = rows.shape
-    num_kv_heads = keys.shape[1]
+    key, value = (
+        numbers.transpose(1, 2) for numbers in pools.read(decodes.context_slots, query.dtype)
+    )
+    num_kv_heads = key.shape[1]
     rows = rows.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, -1)
-    key = keys[decodes.context_slots].transpose(1, 2)
-    value = values[decodes.context_slots].transpose(1, 2)
     position = torch.arange(key.shape[2], device=query.device)
     visible = position < decodes.context_lens[:, None]
     if sliding_window is not None:

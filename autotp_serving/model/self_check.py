@@ -19,6 +19,7 @@ from torch import nn
 from autotp_serving.config import ConfigError
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.head import VocabParallelHead
+from autotp_serving.model.kv_pools import Pools
 from autotp_serving.plan import StepPlan
 
 CHECK_NAME = "autotp_check"
@@ -38,6 +39,7 @@ class _Recorder:
 
     block_size = 16
     has_kernel = False
+    is_int8 = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -45,9 +47,9 @@ class _Recorder:
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pools:
         """A prefill without earlier context reads nothing back."""
-        return key, value
+        return Pools(key, value)
 
 
 def check_unproved(model: nn.Module, device: torch.device) -> None:

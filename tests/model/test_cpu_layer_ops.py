@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from autotp_serving.model.kernels import cpu_layer_ops
-from autotp_serving.model.kernels.cpu_attention import pool_shapes
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, load_layer_ops
+from autotp_serving.model.kv_pools import quantize
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
+from tests.model.test_cpu_attention import make_pools
 
 ONE_STEP = 2.0**-8  # of bfloat16, relative
 
@@ -70,9 +71,12 @@ def test_rms_norm_of_extremes(ops: LayerOps) -> None:
     assert out[1].isnan().all() and out[0].isfinite().all()
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 32), (90, 8, 2, 64), (5, 3, 3, 96)])
-def test_rotate_and_store(ops: LayerOps, shape: tuple[int, int, int, int], has_norms: bool) -> None:
+def test_rotate_and_store(
+    ops: LayerOps, shape: tuple[int, int, int, int], has_norms: bool, is_int8: bool
+) -> None:
     torch.manual_seed(0)
     tokens, heads, kv_heads, size = shape
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size).bfloat16()
@@ -80,16 +84,14 @@ def test_rotate_and_store(ops: LayerOps, shape: tuple[int, int, int, int], has_n
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     slots = torch.randperm(tokens + 7)[:tokens]
     num_slots = -(-(tokens + 7) // 16) * 16
-    pools = [
-        torch.full(shape, 9.0).bfloat16() for shape in pool_shapes(num_slots, kv_heads, size, size)
-    ]
+    pools = make_pools(num_slots, kv_heads, (size, size), is_int8)
     norms = None
     if has_norms:
         norms = (*torch.randn(2, size).bfloat16(), 1e-6)
     query, key, value = qkv.clone().view(tokens, -1, size).split([heads, kv_heads, kv_heads], 1)
-    ops.rotate_and_store(qkv, (cos, sin), slots, *pools, norms)
-    keys = pools[0].permute(0, 3, 1, 2, 4).reshape(num_slots, kv_heads, size)
-    values = pools[1].permute(0, 2, 4, 1, 3).reshape(num_slots, kv_heads, size)
+    ops.rotate_and_store(qkv, (cos, sin), slots, pools, norms)
+    keys = pools.keys.permute(0, 3, 1, 2, 4).reshape(num_slots, kv_heads, size)
+    values = pools.values.permute(0, 2, 4, 1, 3).reshape(num_slots, kv_heads, size)
 
     def rotate(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is not None:
@@ -101,8 +103,19 @@ def test_rotate_and_store(ops: LayerOps, shape: tuple[int, int, int, int], has_n
     bound = 2.5 * ONE_STEP * (4.0 if not has_norms else 12.0)
     ours = qkv.view(tokens, -1, size)[:, :heads].double()
     assert (ours - rotate(query, norms and norms[0])).abs().max() < bound
-    assert (keys[slots].double() - rotate(key, norms and norms[1])).abs().max() < bound
-    assert torch.equal(values[slots], value)
+    rotated_key = rotate(key, norms and norms[1])
+    if is_int8:
+        # Rounding once more: by half of a 127th of the largest number of a head.
+        key_scales = pools.key_scales.transpose(1, 2).reshape(num_slots, kv_heads)[slots]
+        codes, scales = quantize(value)
+        assert torch.equal(values[slots], codes)
+        value_scales = pools.value_scales.transpose(1, 2).reshape(num_slots, kv_heads)[slots]
+        assert torch.equal(value_scales, scales)
+        read = keys[slots].double() * key_scales[..., None]
+        assert ((read - rotated_key).abs().amax(-1) < bound + 0.51 * key_scales).all()
+    else:
+        assert (keys[slots].double() - rotated_key).abs().max() < bound
+        assert torch.equal(values[slots], value)
     unused = torch.ones(num_slots, dtype=torch.bool)
     unused[slots] = False
     assert bool((keys[unused] == 9).all() and (values[unused] == 9).all())

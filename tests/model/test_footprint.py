@@ -44,6 +44,9 @@ def test_planned_weights_are_those_loaded(tmp_path: Path, low_bit: str, tied: bo
     (planned,) = find_footprints(config, read_model_config(config), 1, 2048, on_cpu=True)
     assert planned.weight_bytes == count_loaded(load(config))
     assert planned.kv_bytes_per_block == 3 * 2 * 4 * 32 * 2 * 16  # layers, k and v, heads, ...
+    config = replace(config, kv_cache_dtype="int8")
+    (planned,) = find_footprints(config, read_model_config(config), 1, 2048, on_cpu=True)
+    assert planned.kv_bytes_per_block == 3 * 2 * 4 * (32 + 4) * 16
 
 
 def test_room_is_what_weights_and_activations_leave() -> None:

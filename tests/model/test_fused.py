@@ -55,12 +55,14 @@ def make_plan(parts: tuple[tuple[int, int], ...]) -> StepPlan:
     return StepPlan(token_ids, positions, slots, lens, contexts, tables, list(range(sum(lens))))
 
 
-def load(folder: Path, low_bit: str, dtype: str) -> tuple[torch.nn.Module, KVCache]:
+def load(
+    folder: Path, low_bit: str, dtype: str, is_int8: bool = False
+) -> tuple[torch.nn.Module, KVCache]:
     config = ServingConfig(model_path=str(folder), low_bit=low_bit, dtype=dtype)
     model_config = read_model_config(config)
     model = load_model(config, model_config, LocalControl(), CPU, lambda tensor: tensor)
     heads = (COMMON["num_key_value_heads"], model_config.head_dim, model_config.head_dim)
-    shape = KVCacheShape((heads,) * COMMON["num_hidden_layers"], BLOCK_SIZE, model.dtype)
+    shape = KVCacheShape((heads,) * COMMON["num_hidden_layers"], BLOCK_SIZE, model.dtype, is_int8)
     return model, KVCache(shape, 16, CPU)
 
 
@@ -90,6 +92,16 @@ def test_as_near_to_float32_as_transformers(tmp_path: Path, family: str, low_bit
         assert find_error(theirs, exact) < 0.3
 
 
+def test_with_an_int8_cache_as_near_to_float32_as_transformers_code(tmp_path: Path) -> None:
+    folder = save_family("llama", tmp_path)
+    model, cache = load(folder, "bf16", "bfloat16", is_int8=True)
+    fused, plain = run(fuse(model, cache)), run(PlainForward(model, cache))
+    reference = run(PlainForward(*load(folder, "bf16", "float32")))
+    for ours, theirs, exact in zip(fused, plain, reference, strict=True):
+        assert find_error(ours, exact) < 1.3 * find_error(theirs, exact)
+        assert find_error(theirs, exact) < 0.3
+
+
 @pytest.mark.parametrize(
     ("family", "dtype", "changes"),
     [
@@ -107,9 +119,14 @@ def test_what_is_not_for_it_is_left_to_transformers(
     assert fuse(*load(folder, "bf16", dtype)) is None
 
 
-@pytest.mark.parametrize("family", ["llama-tied-bias", "mistral", "qwen3"])
-def test_halves_in_one_call_are_the_operations_one_by_one(tmp_path: Path, family: str) -> None:
-    model, cache = load(save_family(family, tmp_path), "sym_int4", "bfloat16")
+@pytest.mark.parametrize(
+    ("family", "is_int8"),
+    [("llama-tied-bias", False), ("mistral", False), ("qwen3", False), ("qwen3", True)],
+)
+def test_halves_in_one_call_are_the_operations_one_by_one(
+    tmp_path: Path, family: str, is_int8: bool
+) -> None:
+    model, cache = load(save_family(family, tmp_path), "sym_int4", "bfloat16", is_int8)
     halves, operations = fuse(model, cache), fuse(model, cache, by_operation=True)
     assert halves._halves is not None and operations._halves is None
     for ours, expected in zip(run(halves), run(operations), strict=True):

@@ -74,3 +74,21 @@ def test_tokens_equal_those_of_transformers(
     assert run_program("generate_program", num_ranks, model_path, job, tmp_path) == expected
     # DeepSpeed left 69 MB of host memory a rank behind at every start, 17 GB in two hours.
     assert list_shared_memory() <= names_before
+
+
+def test_an_int8_cache_gives_the_same_tokens_at_any_number_of_ranks(
+    model_path: Path, tmp_path: Path
+) -> None:
+    """A token's cache depends on that token and head alone: not on ranks, chunks, pages, batch."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 3:
+        pytest.skip("3 ranks need as many CUDA cards")
+    prompts, lens = make_prompts(256)
+    settings = {"low_bit": "bf16", "dtype": "float32", "kv_cache_dtype": "int8"}
+    small = {"max_num_batched_tokens": 96, "max_num_seqs": 4, "max_model_len": 768}
+    pools = {"kv_cache_memory": 40 * 2**20}
+    job = {"prompts": prompts, "max_tokens": lens, "settings": settings | small | pools}
+    at_two = run_program("generate_program", 2, model_path, job, tmp_path)
+    assert [len(tokens) for tokens in at_two] == lens
+    assert run_program("generate_program", 3, model_path, job, tmp_path) == at_two
+    job["settings"] = settings | {"enable_prefix_caching": False, "max_model_len": 768}
+    assert run_program("generate_program", 1, model_path, job, tmp_path) == at_two

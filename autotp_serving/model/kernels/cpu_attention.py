@@ -1,7 +1,8 @@
 """Attention over the paged cache by csrc/, for AVX-512 and AVX2. Every rank on CPU.
 
-bfloat16 keys and values are read where they lie, page by page. A token's result is bitwise the
-same with any number of threads, in any batch and however its prompt was cut into chunks.
+Keys and values, bfloat16 or int8, are read where they lie, page by page. A token's result is
+bitwise the same with any number of threads, in any batch and however its prompt was cut into
+chunks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autotp_serving.model.kv_pools import Pools
 from autotp_serving.native_build import BuildError, best_isa, build_library, isa_flags
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,26 @@ GROUP = 16
 SOURCE = Path(__file__).parent / "csrc" / "paged_attention.cpp"
 
 
+LARGEST_INT8_HEAD = 512
+"""Beyond it the sum of a query's 16-bit words times 8-bit codes would not fit in 32 bits."""
+
+
+class PoolPointers(ctypes.Structure):
+    """AutotpPools of csrc/kv_layout.h."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+    )
+
+    @staticmethod
+    def of(pools: Pools) -> PoolPointers:
+        """Where a layer's pools, in the kernel's order, lie; without scales they are bfloat16."""
+        return PoolPointers(*(tensor.data_ptr() for tensor in pools.tensors))
+
+
 class _Attention(ctypes.Structure):
     """AutotpAttention of csrc/paged_attention.h."""
 
@@ -34,8 +56,7 @@ class _Attention(ctypes.Structure):
         ("query", ctypes.c_void_p),
         ("query_token_stride", ctypes.c_int64),
         ("query_head_stride", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
+        ("pools", PoolPointers),
         ("out", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
@@ -54,45 +75,53 @@ class _Attention(ctypes.Structure):
 
 
 def can_attend(
-    dtype: torch.dtype, device: torch.device, head_dim: int, value_dim: int, block_size: int
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    value_dim: int,
+    block_size: int,
+    is_int8: bool,
 ) -> bool:
-    """Whether `CpuAttention` takes a cache of this kind."""
+    """Whether `CpuAttention` takes a cache of this kind; `dtype` is that of the activations."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
         and head_dim % 32 == 0
         and value_dim % 16 == 0
         and block_size % GROUP == 0
+        and not (is_int8 and max(head_dim, value_dim) > LARGEST_INT8_HEAD)
         and load_library() is not None
     )
 
 
 def pool_shapes(
     num_slots: int, num_kv_heads: int, head_dim: int, value_dim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a layer's keys and values in the order that the products take.
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]:
+    """The shapes of a layer's keys and values in the order that the products take, and of scales.
 
     16 slots make a group; within it words are of two numbers of a key, and of two slots' values:
-    keys [group, head, head_dim / 2, slot of 16, 2], values [group, head, slot / 2, value_dim, 2].
+    keys [group, head, head_dim / 2, slot of 16, 2], values [group, head, slot / 2, value_dim, 2];
+    scales of either are [group, head, slot of 16].
     """
     groups = num_slots // GROUP
     return (
         (groups, num_kv_heads, head_dim // 2, GROUP, 2),
         (groups, num_kv_heads, GROUP // 2, value_dim, 2),
-    )
+    ), (groups, num_kv_heads, GROUP)
 
 
-def store(slots: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+def store(slots: Tensor, key: Tensor, value: Tensor, pools: Pools) -> None:
     """Store tokens' keys and values in a layer's pools.
 
     Args:
         slots: [num_tokens] int64.
         key: [num_tokens, num_kv_heads, head_dim] bfloat16; only its last dimension must be dense.
         value: [num_tokens, num_kv_heads, value_dim], likewise.
-        keys, values: as `pool_shapes` has them.
+        pools: as `pool_shapes` has them.
     """
     key = key if key.stride(2) == 1 else key.contiguous()
     value = value if value.stride(2) == 1 else value.contiguous()
+    pointers = PoolPointers.of(pools)
     load_library().autotp_store(
         key.data_ptr(),
         key.stride(0),
@@ -101,8 +130,7 @@ def store(slots: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tenso
         value.stride(0),
         value.stride(1),
         slots.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
+        ctypes.addressof(pointers),
         *key.shape,
         value.shape[2],
     )
@@ -152,8 +180,7 @@ class CpuAttention:
     def __call__(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        pools: Pools,
         scaling: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
@@ -163,7 +190,7 @@ class CpuAttention:
         Args:
             query: [num_tokens, num_heads, head_dim] bfloat16, the sequences' tokens one after
                 another. Only its last dimension must be dense.
-            keys, values: the layer's pools, as `pool_shapes` has them.
+            pools: the layer's, as `pool_shapes` has them.
             sliding_window: how many of the latest positions are visible; None for all.
             softcap: logits become softcap * tanh(logits / softcap); None for as they are.
 
@@ -173,13 +200,14 @@ class CpuAttention:
         num_tokens, num_heads, head_dim = query.shape
         if query.stride(2) != 1:
             query = query.contiguous()
-        out = query.new_empty(num_tokens, num_heads, values.shape[3])
+        value_dim = pools.values.shape[3]
+        out = query.new_empty(num_tokens, num_heads, value_dim)
         call = self._call
         call.query = query.data_ptr()
         call.query_token_stride, call.query_head_stride, _ = query.stride()
-        call.keys, call.values, call.out = keys.data_ptr(), values.data_ptr(), out.data_ptr()
-        call.heads, call.kv_heads = num_heads, keys.shape[1]
-        call.head_dim, call.value_dim = head_dim, values.shape[3]
+        call.pools, call.out = PoolPointers.of(pools), out.data_ptr()
+        call.heads, call.kv_heads = num_heads, pools.keys.shape[1]
+        call.head_dim, call.value_dim = head_dim, value_dim
         call.window, call.scaling, call.softcap = sliding_window or 0, scaling, softcap or 0.0
         if self._attend(self.address, torch.get_num_threads()):
             raise MemoryError(f"no memory to attend with {num_tokens} tokens")
@@ -203,7 +231,7 @@ def load_library(isa: str | None = None) -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.autotp_store.argtypes = (
         *(pointer, number, number, pointer, number, number),
-        *(pointer, pointer, pointer, number, number, number, number),
+        *(pointer, pointer, number, number, number, number),
     )
     library.autotp_store.restype = None
     return library

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autotp_serving.model.kernels.cpu_attention import PoolPointers
+from autotp_serving.model.kv_pools import Pools
 from autotp_serving.native_build import BuildError, best_isa, build_library, isa_flags
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,7 @@ class Rotation(ctypes.Structure):
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
+        ("pools", PoolPointers),
         ("query_norm", ctypes.c_void_p),
         ("key_norm", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
@@ -90,8 +91,7 @@ class LayerOps:
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
         slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        pools: Pools,
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> None:
         """Norm where asked for, and rotate, queries and keys; store keys and values in the cache.
@@ -101,19 +101,18 @@ class LayerOps:
                 altered.
             rotary: cos and sin, [num_tokens, head_dim], a multiple of 32.
             slots: [num_tokens] int64.
-            keys, values: a layer's pools, as `cpu_attention.pool_shapes` has them.
+            pools: a layer's, as `cpu_attention.pool_shapes` has them.
             norms: of queries and of keys, [head_dim] each, and their epsilon.
         """
         cos, sin = rotary
-        num_kv_heads, head_dim = keys.shape[1], 2 * keys.shape[2]
+        num_kv_heads, head_dim = pools.keys.shape[1], 2 * pools.keys.shape[2]
         query_norm, key_norm, epsilon = norms or (None, None, 0.0)
         call = Rotation(
             qkv.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             slots.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            PoolPointers.of(pools),
             None if query_norm is None else query_norm.data_ptr(),
             None if key_norm is None else key_norm.data_ptr(),
             qkv.shape[0],

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from autotp_serving.low_bit.kernels.cpu import CpuMatmul
-from autotp_serving.model.kernels.cpu_attention import CpuAttention
+from autotp_serving.model.kernels.cpu_attention import CpuAttention, PoolPointers
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, Rotation
+from autotp_serving.model.kv_pools import Pools
 
 
 class _Product(ctypes.Structure):
@@ -107,18 +108,16 @@ class HalvedLayer:
     input_norm: tuple[Tensor, float]
     mlp_norm: tuple[Tensor, float]
     head_norms: tuple[Tensor, Tensor, float] | None
-    pools: tuple[Tensor, Tensor]
+    pools: Pools
     scaling: float
     sliding_window: int | None
 
     def describe(self) -> _Layer:
         """As C++ takes it."""
-        keys, values = self.pools
-        num_kv_heads, head_dim = keys.shape[1], 2 * keys.shape[2]
+        num_kv_heads, head_dim = self.pools.keys.shape[1], 2 * self.pools.keys.shape[2]
         query_norm, key_norm, epsilon = self.head_norms or (None, None, 0.0)
         rotation = Rotation(
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
+            pools=PoolPointers.of(self.pools),
             query_norm=None if query_norm is None else query_norm.data_ptr(),
             key_norm=None if key_norm is None else key_norm.data_ptr(),
             heads=self.qkv.matmul.rows // head_dim - 2 * num_kv_heads,

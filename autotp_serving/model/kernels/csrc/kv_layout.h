@@ -2,33 +2,84 @@
 //
 // Slots stand in groups of 16, a page being one or more groups. A group's keys of one head are
 // words of two numbers, [head_dim / 2][16 slots]; its values are words of two slots' numbers,
-// [8 pairs of slots][value_dim]. Groups are [kv_heads] of these.
+// [8 pairs of slots][value_dim]. Groups are [kv_heads] of these. Numbers are bfloat16, or int8 with
+// a float for each slot and head, [kv_heads][16 slots] of a group, that they are multiplied by.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include ISA_VECTORS
+
+#include "bfloat16.h"
+
 constexpr int64_t kGroupSlots = 16;
 
-// Where the keys, or values, of a group's head begin; `size` is that of the head.
+// A layer's keys and values; without scales they are bfloat16.
+struct AutotpPools {
+    void* keys;
+    void* values;
+    float* key_scales;
+    float* value_scales;
+};
+
+// Where the keys, or values, of a group's head begin; `size` is that of the head, 1 for scales.
 inline int64_t find_head(int64_t group, int64_t head, int64_t kv_heads, int64_t size) {
     return (group * kv_heads + head) * size * kGroupSlots;
 }
 
-// Stores a token's key of one head, `head_dim` numbers.
-inline void store_key(const uint16_t* key, uint16_t* keys, int64_t slot, int64_t head,
-                      int64_t kv_heads, int64_t head_dim) {
-    uint16_t* to = keys + find_head(slot / kGroupSlots, head, kv_heads, head_dim);
-    to += slot % kGroupSlots * 2;
-    for (int64_t word = 0; word < head_dim / 2; ++word) {
-        std::memcpy(to + word * kGroupSlots * 2, key + word * 2, 4);
+// Rounds a row to int8 by its largest number and returns what to multiply the codes by; NaN if one
+// is. `size` is a multiple of 16. As `quantize` of kv_pools.py.
+inline float quantize(const uint16_t* row, int8_t* codes, int64_t size) {
+    constexpr float kLargestCode = 127, kSmallestDivisor = 1e-30f;
+    Ints magnitudes = same_int(0);
+    for (int64_t i = 0; i < size; i += kGroupSlots) {
+        magnitudes = larger_int(magnitudes, magnitude_bits(load_bfloat16(row + i)));
+    }
+    const float largest = as_float(static_cast<uint32_t>(largest_int(magnitudes)));
+    const Floats inverse = same_float(kLargestCode / std::max(largest, kSmallestDivisor));
+    for (int64_t i = 0; i < size; i += kGroupSlots) {
+        store_as_int8(codes + i, multiply(load_bfloat16(row + i), inverse));
+    }
+    return largest / kLargestCode;
+}
+
+// Puts a row's numbers into a slot of a group: words of `word` numbers, `stride` numbers apart.
+template <int kWord, class Number>
+inline void scatter(const Number* from, Number* to, int64_t size, int64_t stride) {
+    for (int64_t i = 0; i < size; i += kWord) {
+        std::memcpy(to + i / kWord * stride, from + i, kWord * sizeof(Number));
     }
 }
 
-// Stores a token's value of one head, `value_dim` numbers.
-inline void store_value(const uint16_t* value, uint16_t* values, int64_t slot, int64_t head,
-                        int64_t kv_heads, int64_t value_dim) {
-    uint16_t* to = values + find_head(slot / kGroupSlots, head, kv_heads, value_dim);
-    to += slot % kGroupSlots / 2 * value_dim * 2 + slot % 2;
-    for (int64_t col = 0; col < value_dim; ++col) to[col * 2] = value[col];
-}
+// Stores a token's keys and values of one head.
+struct HeadWriter {
+    const AutotpPools& pools;
+    int64_t slot, head, kv_heads;
+
+    void store_key(const uint16_t* key, int64_t size) const {
+        store(key, size, pools.keys, pools.key_scales, [&](const auto* from, auto* to) {
+            scatter<2>(from, to + slot % kGroupSlots * 2, size, kGroupSlots * 2);
+        });
+    }
+    void store_value(const uint16_t* value, int64_t size) const {
+        store(value, size, pools.values, pools.value_scales, [&](const auto* from, auto* to) {
+            scatter<1>(from, to + slot % kGroupSlots / 2 * size * 2 + slot % 2, size, 2);
+        });
+    }
+
+  private:
+    template <class Scatter>
+    void store(const uint16_t* row, int64_t size, void* pool, float* scales,
+               const Scatter& scatter_row) const {
+        const int64_t group = slot / kGroupSlots;
+        const int64_t start = find_head(group, head, kv_heads, size);
+        if (!scales) return scatter_row(row, static_cast<uint16_t*>(pool) + start);
+        constexpr int64_t kPiece = 512;  // of a row's codes
+        int8_t codes[kPiece];
+        scales[find_head(group, head, kv_heads, 1) + slot % kGroupSlots] =
+            quantize(row, codes, size);
+        scatter_row(codes, static_cast<int8_t*>(pool) + start);
+    }
+};

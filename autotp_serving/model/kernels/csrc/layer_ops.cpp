@@ -21,8 +21,7 @@ struct AutotpRotation {
     const uint16_t* cos;  // [tokens, head_dim]
     const uint16_t* sin;
     const int64_t* slots;  // [tokens]
-    uint16_t* keys;        // see kv_layout.h
-    uint16_t* values;
+    AutotpPools pools;
     const uint16_t* query_norm;  // [head_dim] each, or null
     const uint16_t* key_norm;
     int64_t tokens, heads, kv_heads, head_dim;
@@ -164,11 +163,13 @@ void autotp_rotate_and_store(const AutotpRotation* call, int64_t threads) {
             const uint16_t* norm = is_query ? call->query_norm : call->key_norm;
             if (norm) normalize(from, norm, from, size, call->epsilon);
             rotate(from, cos, sin, size);
-            if (!is_query) store_key(from, call->keys, slot, head - heads, kv_heads, size);
+            if (!is_query) {
+                HeadWriter{call->pools, slot, head - heads, kv_heads}.store_key(from, size);
+            }
         }
         const uint16_t* value = row + (heads + kv_heads) * size;
         for (int64_t head = 0; head < kv_heads; ++head) {
-            store_value(value + head * size, call->values, slot, head, kv_heads, size);
+            HeadWriter{call->pools, slot, head, kv_heads}.store_value(value + head * size, size);
         }
     }
 }
@@ -212,8 +213,7 @@ int autotp_attention_half(const AutotpLayer* layer, const AutotpStep* step, int6
     attention.query = step->joined;
     attention.query_token_stride = layer->qkv.rows;
     attention.query_head_stride = rotation.head_dim;
-    attention.keys = rotation.keys;
-    attention.values = rotation.values;
+    attention.pools = rotation.pools;
     attention.out = step->narrowed;
     attention.heads = rotation.heads;
     attention.kv_heads = rotation.kv_heads;

@@ -4,11 +4,12 @@
 
 #include <cstdint>
 
+#include "kv_layout.h"
+
 struct AutotpAttention {
     const uint16_t* query;  // [tokens, heads, head_dim]
     int64_t query_token_stride, query_head_stride;
-    const uint16_t* keys;  // see kv_layout.h
-    const uint16_t* values;
+    AutotpPools pools;
     uint16_t* out;          // [tokens, heads, value_dim]
     const int32_t* tables;  // [sequences, table_stride], pages
     int64_t table_stride;
