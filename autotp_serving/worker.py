@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
 from autotp_serving.model.start_check import StartCheck
+from autotp_serving.placement import find_place, read_topology, stay_on
 from autotp_serving.ranks import Control
 from autotp_serving.step_times import StepTimes
 
@@ -50,6 +52,28 @@ class Worker:
     max_model_len: int
 
 
+def take_place(control: Control) -> None:
+    """Go to this rank's cores before it loads, with a thread for each; all ranks must call it.
+
+    OMP_NUM_THREADS, where it is set, has the last word on the threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # only Linux has it
+        return
+    own = frozenset(os.sched_getaffinity(0))
+    here = socket.gethostname()
+    ranks = control.all_gather((here, control.rank, own))
+    local = sorted((rank, mask) for host, rank, mask in ranks if host == here)
+    masks = [mask for _, mask in local]
+    index = [rank for rank, _ in local].index(control.rank)
+    place = find_place(read_topology(own), masks, index)
+    if place.cpus is not None:
+        stay_on(place.cpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(place.threads)
+    threads = torch.get_num_threads()
+    logger.info("Rank %d %s, %d thread(s)", control.rank, place.describe(), threads)
+
+
 def start_worker(config: ServingConfig, control: Control) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
 
@@ -64,11 +88,10 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
         device = open_device(config.device, control.local_rank)
     except DeviceError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
-    if device.kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        num_cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, num_cores // control.local_size))
     times = StepTimes()
     all_reduce = join_collectives(control, device.kind, device.backend, times)
+    if device.kind == "cpu":
+        take_place(control)
     check_agreement(config, control)
     checker = StartCheck(config, control, device, max_model_len)
     model = load_model(

@@ -51,13 +51,14 @@ def test_cores_are_shared_out(tree):
     assert int(tree.environment["OMP_NUM_THREADS"]) == max(1, cores // 2)
 
 
-def test_ranks_are_bound_to_memory_nodes_where_there_are_several(tree):
-    tree.fake("lscpu", "#!/bin/sh\nseq 0 1\n")
-    tree.run("run_demo.sh")
-    assert "-bind-to numa" in " ".join(tree.arguments)
-    tree.fake("lscpu", "#!/bin/sh\necho 0\n")
-    tree.run("run_demo.sh")
-    assert "-bind-to" not in tree.arguments
+def test_each_memory_node_gets_a_rank(tree):
+    """Ranks find their cores by themselves."""
+    for nodes, ranks in ((1, 2), (2, 2), (4, 4)):
+        tree.fake("lscpu", f"#!/bin/sh\nseq 1 {nodes}\n")
+        tree.run("run_demo.sh")
+        assert tree.arguments[:3] == ["-np", str(ranks), "--prepend-rank"]
+    tree.run("run_demo.sh", NUM_RANKS="2")
+    assert tree.arguments[:2] == ["-np", "2"]
 
 
 def test_exit_code_of_the_group_is_the_script_s(tree):
