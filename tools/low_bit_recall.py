@@ -2,7 +2,8 @@
 
     python tools/low_bit_recall.py                    print the table of docs/low_bit.md
     python tools/low_bit_recall.py --write            put it there
-    python tools/low_bit_recall.py --formats bf16 sym_int8
+    python tools/low_bit_recall.py --formats bf16 sym_int8 --kv-cache-dtype int8
+    CXX=none python tools/low_bit_recall.py --formats sym_int4    without compiled kernels
 
 Recall: of the 300 random entries of demo_model/recall_sample.json, how many are answered with the
 right opening and the first 24 tokens of the definition. Perplexity: per token of the questions and
@@ -17,6 +18,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,12 +33,13 @@ DEFINITION_TOKENS = 24
 HEADER = "| format | bits per weight | recall | perplexity |\n|---|---:|---:|---:|"
 
 
-def measure(low_bit: str) -> tuple[float, float]:
-    """Recall from 0 to 1 and perplexity of the demo model in a format."""
+def measure(low_bit: str, **settings: Any) -> tuple[float, float]:
+    """Recall from 0 to 1 and perplexity of the demo model in a format; `settings` are LLM's."""
     entries = json.loads((DEMO / "recall_sample.json").read_text())
     sample = entries["random"]
     texts = [f"{entry['question']} {entry['answer']}" for entry in entries["common"]]
-    with LLM(str(DEMO), low_bit=low_bit, kv_cache_memory=2**28, max_num_seqs=32) as llm:
+    settings |= {"low_bit": low_bit, "kv_cache_memory": 2**28, "max_num_seqs": 32}
+    with LLM(str(DEMO), **settings) as llm:
 
         def encode(text: str) -> list[int]:
             return llm.tokenizer.encode(text, add_special_tokens=False)
@@ -62,11 +65,12 @@ def main() -> None:
     """Measure each format and print its line when it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=["bf16", *FORMATS])
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--write", action="store_true", help="put the table into docs/low_bit.md")
     arguments = parser.parse_args()
     lines = [HEADER]
     for name in arguments.formats:
-        recall, perplexity = measure(name)
+        recall, perplexity = measure(name, kv_cache_dtype=arguments.kv_cache_dtype)
         bits = bits_per_weight(name)
         lines.append(f"| `{name}` | {bits:g} | {100 * recall:.1f} % | {perplexity:.2f} |")
         print(lines[-1], flush=True)
