@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.checkpoint import SHAPE, make_checkpoint
-from benchmarks.peers.environments import HOME, PeerError, say
+from benchmarks.peers.environments import HOME, ROOT, PeerError, say
 from benchmarks.peers.ours import count_cache_bytes, describe_ours, launch_ours
 from benchmarks.peers.plot import draw_tables
 from benchmarks.peers.processes import Launch, Server, set_session_nice
@@ -189,6 +189,13 @@ def run_sitting(
                 sittings.append([make_record(one, results[one.launch.name]) for one in servers])
 
 
+def shorten(word: str) -> str:
+    """Without the folders of this machine."""
+    for folder in (Path(sys.executable).parent, ROOT):
+        word = word.removeprefix(f"{folder}/")
+    return word
+
+
 def make_record(server: Server, measured: Mapping[str, list[Measurement]]) -> dict[str, Any]:
     """What a file holds of one server's part in a sitting."""
     return {
@@ -198,7 +205,7 @@ def make_record(server: Server, measured: Mapping[str, list[Measurement]]) -> di
             task: [{**one.figures, "others": one.others} for one in measurements]
             for task, measurements in measured.items()
         },
-        "command": list(server.launch.words),
+        "command": [shorten(word) for word in server.launch.words],
     }
 
 

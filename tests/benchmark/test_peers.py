@@ -283,6 +283,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     assert [[row["name"], row["rounds"]["short"]] for row in sittings[0]] == [
         ["ours", [{"decode_tok_s": 1.0, "others": 0.0}]], ["peer", []],
     ]  # fmt: skip
+    assert [row["command"][:2] for row in sittings[0]] == 2 * [[Path(sys.executable).name, "-c"]]
     report = make_report("day", [], []) | {"sittings": sittings}
     (table,) = merge_reports([report])
     assert table.rows[0].figures["decode_tok_s"] == 1.0
