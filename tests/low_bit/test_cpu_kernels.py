@@ -26,6 +26,7 @@ from autotp_serving.low_bit.linear import LowBitLinear, make_matmul
 from autotp_serving.low_bit.numerics import largest_weight
 from autotp_serving.low_bit.tensor import LowBitTensor, concat_rows, dequantize, quantize
 from autotp_serving.native_build import ISAS, BuildError, build_library, processor_flags
+from tests.compiler import can_compile, needs_compiler
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 
@@ -46,9 +47,10 @@ def threads() -> Iterator[None]:
 
 
 def find_matmul(format: Format, isa: str) -> Callable[[Tensor, LowBitTensor], Tensor]:
-    library = load_library(format, isa)
-    if library is None:
+    if not can_compile():
         pytest.skip("no C++ compiler")
+    library = load_library(format, isa)
+    assert library is not None, "it does not compile: see the log"
     return lambda x, tensor: CpuMatmul(library, tensor)(x)
 
 
@@ -235,7 +237,7 @@ def test_tiles_are_the_same_bytes(format: Format, rows: int, cols: int) -> None:
 def test_layer_keeps_one_copy_and_saves_the_formats_order() -> None:
     torch.manual_seed(0)
     tensor = quantize(torch.randn(40, 128), FORMATS["asym_int4"])
-    if load_library(tensor.format) is None:
+    if not can_compile():
         pytest.skip("no C++ compiler")
     layer = LowBitLinear(tensor)
     assert isinstance(layer.weight, TiledTensor)
@@ -313,7 +315,7 @@ exec g++ "$@"
 """
 
 
-@pytest.mark.skipif(load_library(FORMATS["sym_int4"]) is None, reason="no C++ compiler")
+@needs_compiler
 def test_a_killed_build_does_not_stop_the_next(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its lock nor half a library stays behind; torch's stale lock file goes too."""
     compiler, source = tmp_path / "compiler", tmp_path / "code" / "one.cpp"

@@ -25,6 +25,7 @@ from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.kv_pools import Pools, quantize
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
 from autotp_serving.plan import StepPlan
+from tests.compiler import can_compile, needs_compiler
 
 NUM_PAGES = 200
 MIXED = ((1, 1), (1, 64), (1, 65), (5, 5), (37, 300), (1, 500), (130, 130), (64, 128))
@@ -34,8 +35,9 @@ MIXED = ((1, 1), (1, 64), (1, 65), (5, 5), (37, 300), (1, 500), (130, 130), (64,
 def isa(request: pytest.FixtureRequest) -> str:
     if not ISAS[request.param].needs <= processor_flags():
         pytest.skip(f"no {request.param} here")
-    if load_library(request.param) is None:
+    if not can_compile():
         pytest.skip("no C++ compiler")
+    assert load_library(request.param) is not None, "it does not compile: see the log"
     return request.param
 
 
@@ -252,7 +254,7 @@ def test_int8_stays_near_the_attention_that_nobody_rounded(
     does not cancel them out; a sink takes nearly all weight and has values near zero, so that the
     output is what a thousand small weights make of the others.
     """
-    if is_kernel and load_library() is None:
+    if is_kernel and not can_compile():
         pytest.skip("no C++ compiler")
     torch.manual_seed(1)
     context, heads, kv_heads, size = 1000, 8, 2, 64
@@ -284,7 +286,7 @@ def test_int8_stays_near_the_attention_that_nobody_rounded(
     assert error < bound
 
 
-@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step's plan through both."""
@@ -312,7 +314,7 @@ def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_store_puts_numbers_where_attention_reads_them(is_int8: bool) -> None:
     """Of int8, the codes and scales are those of the portable path."""

@@ -12,6 +12,7 @@ from autotp_serving.model.kernels import cpu_layer_ops
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, load_layer_ops
 from autotp_serving.model.kv_pools import quantize
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
+from tests.compiler import can_compile
 from tests.model.test_cpu_attention import make_pools
 
 ONE_STEP = 2.0**-8  # of bfloat16, relative
@@ -21,9 +22,10 @@ ONE_STEP = 2.0**-8  # of bfloat16, relative
 def ops(request: pytest.FixtureRequest) -> LayerOps:
     if not ISAS[request.param].needs <= processor_flags():
         pytest.skip(f"no {request.param} here")
-    ops = load_layer_ops(request.param)
-    if ops is None:
+    if not can_compile():
         pytest.skip("no C++ compiler")
+    ops = load_layer_ops(request.param)
+    assert ops is not None, "it does not compile: see the log"
     return ops
 
 

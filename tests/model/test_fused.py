@@ -11,11 +11,11 @@ from torch import Tensor
 from autotp_serving.config import ServingConfig
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused import FusedForward, fuse, join_linears
-from autotp_serving.model.kernels.cpu_layer_ops import load_layer_ops
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import LocalControl
+from tests.compiler import needs_compiler
 from tests.model.families import COMMON, save_family
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ FUSED = (
 # prompt beside a decode, decodes alone, one sequence alone.
 STEPS = (((0, 40), (0, 7)), ((40, 1), (7, 30)), ((41, 1), (37, 1)), ((42, 20), (38, 1)))
 
-pytestmark = pytest.mark.skipif(load_layer_ops() is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 def make_plan(parts: tuple[tuple[int, int], ...]) -> StepPlan:

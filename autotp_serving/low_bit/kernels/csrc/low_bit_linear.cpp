@@ -150,9 +150,10 @@ void multiply_tokens(const Call& call, const Group& group, int64_t row, const Bl
     for (int m = 0; m < kTokens; ++m) store(call, token + m, row, sums[m]);
 }
 
-// The same for two whole groups from `row` on and at most four tokens, which share a chunk.
-template <int kTokens>
-void multiply_pair_tokens(const Call& call, const Group (&groups)[2], int64_t row, const Block* x,
+// The same for two whole groups from `row` on and at most four tokens, which share a chunk. A
+// template of the block, so that formats which do not come in pairs have none of it.
+template <int kTokens, class X>
+void multiply_pair_tokens(const Call& call, const Group (&groups)[2], int64_t row, const X* x,
                           int64_t place, int64_t token, int64_t count) {
     if constexpr (kTokens > 1) {
         if (count < kTokens) {
@@ -169,7 +170,8 @@ void multiply_pair_tokens(const Call& call, const Group (&groups)[2], int64_t ro
 }
 
 // Multiplies `count` tokens, made ready at `x` and from `start` on in the call, with two groups.
-void multiply_two_groups(const Call& call, int64_t index, const Block* x, int64_t start,
+template <class X>
+void multiply_two_groups(const Call& call, int64_t index, const X* x, int64_t start,
                          int64_t count) {
     const int64_t tiles = call.tiles();
     const Group groups[2] = {find_group(call.weight, index, tiles),
