@@ -29,20 +29,32 @@ inline int64_t find_head(int64_t group, int64_t head, int64_t kv_heads, int64_t 
     return (group * kv_heads + head) * size * kGroupSlots;
 }
 
-// Rounds a row to int8 by its largest number and returns what to multiply the codes by; NaN if one
-// is. `size` is a multiple of 16. As `quantize` of kv_pools.py.
-inline float quantize(const uint16_t* row, int8_t* codes, int64_t size) {
-    constexpr float kLargestCode = 127, kSmallestDivisor = 1e-30f;
+constexpr float kSmallestDivisor = 1e-30f;
+
+// Rounds a row by its largest number to whole ones up to `largest_code`, in 8 or 16 bits, and
+// returns what to multiply them by; NaN if one is. `size` is a multiple of 16.
+template <class Code>
+inline float round_row(const uint16_t* row, Code* codes, int64_t size, float largest_code) {
     Ints magnitudes = same_int(0);
     for (int64_t i = 0; i < size; i += kGroupSlots) {
         magnitudes = larger_int(magnitudes, magnitude_bits(load_bfloat16(row + i)));
     }
     const float largest = as_float(static_cast<uint32_t>(largest_int(magnitudes)));
-    const Floats inverse = same_float(kLargestCode / std::max(largest, kSmallestDivisor));
+    const Floats inverse = same_float(largest_code / std::max(largest, kSmallestDivisor));
     for (int64_t i = 0; i < size; i += kGroupSlots) {
-        store_as_int8(codes + i, multiply(load_bfloat16(row + i), inverse));
+        const Floats numbers = multiply(load_bfloat16(row + i), inverse);
+        if constexpr (sizeof(Code) == 1) {
+            store_as_int8(codes + i, numbers);
+        } else {
+            store_as_int16(codes + i, numbers);
+        }
     }
-    return largest / kLargestCode;
+    return largest / largest_code;
+}
+
+// As `quantize` of kv_pools.py.
+inline float quantize(const uint16_t* row, int8_t* codes, int64_t size) {
+    return round_row(row, codes, size, 127);
 }
 
 // Puts a row's numbers into a slot of a group: words of `word` numbers, `stride` numbers apart.

@@ -140,21 +140,7 @@ struct Int8Cache {
     }
 };
 
-constexpr float kLargestWord = 32767, kSmallestDivisor = 1e-30f;
-
-// Rounds a query's numbers to 16 bits and returns what to multiply them by; NaN if one is.
-inline float round_query(const uint16_t* query, uint16_t* to, int64_t size) {
-    Ints magnitudes = same_int(0);
-    for (int64_t i = 0; i < size; i += kLanes) {
-        magnitudes = larger_int(magnitudes, magnitude_bits(load_bfloat16(query + i)));
-    }
-    const float largest = as_float(static_cast<uint32_t>(largest_int(magnitudes)));
-    const Floats inverse = same_float(kLargestWord / std::max(largest, kSmallestDivisor));
-    for (int64_t i = 0; i < size; i += kLanes) {
-        store_as_int16(to + i, multiply(load_bfloat16(query + i), inverse));
-    }
-    return largest / kLargestWord;
-}
+constexpr float kLargestWord = 32767;
 
 // Finds the block from position `start` on. Beyond `stop`, the context's end, is whatever others
 // left behind: no row sees the logits, but a value that is NaN no weight of zero takes away.
@@ -402,7 +388,8 @@ void run_task(const AutotpAttention& call, const Task& task) {
     };
     for (int64_t index = 0; Cache::kHasScales && index < rows; ++index) {
         units[index] =
-            round_query(make_row(index).query, work.queries + index * query_size, query_size);
+            round_row(make_row(index).query, work.queries + index * query_size, query_size,
+                      kLargestWord);
     }
     const int64_t last = position(task.stop_token - 1) + 1;
     int64_t start = 0;
