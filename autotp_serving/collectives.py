@@ -76,6 +76,13 @@ def join_collectives(
     return all_reduce
 
 
+def broadcast_tokens(token_ids: Any) -> None:
+    """Give every rank, in place, what rank 0 has in a tensor; once `join_collectives` is done."""
+    import torch.distributed
+
+    torch.distributed.broadcast(token_ids, src=0)
+
+
 def _sum_in_shared_memory(times: StepTimes) -> Callable[[Any], Any]:
     """DeepSpeed's shared-memory sum itself: the way to it through DeepSpeed's modules takes about
     as long as a small sum.

@@ -16,9 +16,10 @@ from torch import nn
 
 from autotp_serving.agreement import check_agreement
 from autotp_serving.channel import PlanChannel
-from autotp_serving.collectives import join_collectives
+from autotp_serving.collectives import broadcast_tokens, join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
+from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import check_heads, find_max_model_len
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused import fuse
@@ -102,9 +103,20 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     cache = KVCache(shape, num_blocks, device.torch_device)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     fused = fuse(model, cache, by_operation=config.profile is not None)
-    runner = ModelRunner(fused or PlainForward(model, cache), times)
+    state = BatchState(
+        config.max_num_seqs,
+        -(-max_model_len // config.block_size),
+        config.block_size,
+        device.torch_device,
+    )
+    broadcast = None
+    if device.max_in_flight > 1:
+        broadcast = broadcast_tokens if control.size > 1 else lambda tokens: None
+    runner = ModelRunner(fused or PlainForward(model, cache), state, times, broadcast)
     channel = PlanChannel(control)
-    lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
+    lead = None
+    if control.rank == 0:
+        lead = LeadRunner(runner, cache, channel, control.size, device)
     if config.profile is not None:
         from autotp_serving.model.profile import StepProfiler
 

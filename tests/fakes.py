@@ -1,18 +1,20 @@
 """Stand-ins for model and tokenizer, so that the whole control side runs in seconds without torch.
 
-`FakeRunner` keeps a real paged memory and checks every read, so a wrong slot, block table or stale
-page fails the test that caused it. Its default model answers any prompt with letters that depend
-on every token before them: `generate` computes the same text without pages, as the reference.
+`FakeRunner` keeps rows and a real paged memory and checks every read, so a wrong row, block table
+or stale page fails the test that caused it, with one step in flight or two. Its default model
+answers any prompt with letters that depend on every token before them: `generate` computes the
+same text without pages, as the reference.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from autotp_serving.plan import MAX_SCORED_ROWS, SampleInput, ScoreInput, StepPlan, StepResult
+from autotp_serving.batch import MAX_SCORED_ROWS, Batch, SampleInput, ScoreInput, StepResult
 from autotp_serving.request import TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
@@ -113,11 +115,12 @@ def generate(
 
 
 class FakeRunner:
-    """Obeys plans as a model would, and asserts that each plan and each page it reads is right.
+    """Runs batches as a model would, and asserts that each batch and each page it reads is right.
 
     A slot remembers (position, token, chain), where the chain depends on all tokens before: as
     real keys and values do. Old context is read before anything is written, so a page that is
-    shared before the step that fills it has run is caught too.
+    shared before the step that fills it has run is caught too; so is a page that is handed on
+    while a step in flight may write it, and a token that is not sent and not in flight.
 
     Args:
         num_blocks: pages in the pool.
@@ -126,6 +129,8 @@ class FakeRunner:
         delay: seconds each step takes.
         fail_at_step: raise RuntimeError in the step of this index, from 0.
     """
+
+    max_in_flight = 1  # tests set it to 2, here or on one runner
 
     def __init__(
         self,
@@ -141,63 +146,75 @@ class FakeRunner:
         self.next_token = next_token
         self.delay = delay
         self.fail_at_step = fail_at_step
-        self.plans: list[StepPlan] = []
+        self.batches: list[Batch] = []
         self.rank_times = [RankTimes(), RankTimes()]
         self.samples: list[SampleInput] = []
         self.kept: set[str] = set()  # requests sampled and not released
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
+        self._tables: dict[int, list[int]] = {}  # by row
+        self._last_tokens: dict[int, int] = {}
+        self._forwarded: tuple[Batch, dict[int, list[int]]] | None = None
+        # Of each step in flight: its result, rows that got a token, the pages it writes by row.
+        self._in_flight: deque[tuple[StepResult, set[int], dict[int, int]]] = deque()
 
-    def execute(
-        self,
-        plan: StepPlan,
-        samples: Sequence[SampleInput],
-        scores: Sequence[ScoreInput] = (),
-    ) -> StepResult:
-        """Check the plan, write its tokens into the pages, choose and score."""
-        if len(self.plans) == self.fail_at_step:
+    def forward(self, batch: Batch) -> None:
+        """Check the batch and write its tokens into the pages."""
+        if len(self.batches) == self.fail_at_step:
             raise RuntimeError("rank 1 is gone")
         if self.delay:
             time.sleep(self.delay)
-        assert StepPlan.from_bytes(plan.to_bytes()) == plan, "the plan does not survive the wire"
-        self.plans.append(plan)
-        self.samples.extend(samples)
-        times = RankTimes(len(self.plans), 0.5 * len(self.plans), 2 * len(self.plans), 4096, 0.25)
-        self.rank_times = [times, times]
-        self._check_shape(plan, samples, scores)
+        assert self._forwarded is None, "the step before was not sampled"
+        assert len(self._in_flight) < self.max_in_flight, "too many steps in flight"
+        assert Batch.from_bytes(batch.to_bytes()) == batch, "the batch does not survive the wire"
+        self.batches.append(batch)
+        num_steps = len(self.batches)
+        self.rank_times = [RankTimes(num_steps, 0.5 * num_steps, 2 * num_steps, 4096, 0.25)] * 2
+        self._check_shape(batch)
+        self._grow_tables(batch)
+        token_ids = self._complete_tokens(batch)
+        tables = [self._tables[row] for row in batch.rows]
         contexts = [
-            self._read(table, context_len - query_len)
-            for table, context_len, query_len in zip(
-                plan.block_tables, plan.context_lens, plan.query_lens, strict=True
-            )
+            self._read(table, start) for table, start in zip(tables, batch.starts, strict=True)
         ]
-        chosen: dict[int, list[int]] = {}
-        row = 0
+        seen: dict[int, list[int]] = {}  # by flattened token, what its logits come from
+        ends: list[int] = []
+        written: set[int] = set()
+        index = 0
         for table, query_len, (tokens, chain) in zip(
-            plan.block_tables, plan.query_lens, contexts, strict=True
+            tables, batch.query_lens, contexts, strict=True
         ):
-            for index in range(row, row + query_len):
-                position, token = plan.positions[index], plan.token_ids[index]
-                assert position == len(tokens), f"position {position}, expected {len(tokens)}"
-                assert plan.slots[index] == self._slot(table, position), "token in a wrong slot"
+            for token in token_ids[index : index + query_len]:
+                slot = self._slot(table, len(tokens))
+                assert slot not in written, "two tokens in one slot"
+                written.add(slot)
                 chain = hash((chain, token))
+                self._memory[slot] = (len(tokens), token, chain)
                 tokens.append(token)
-                self._memory[plan.slots[index]] = (position, token, chain)
-                if index in plan.logit_rows:
-                    chosen[index] = list(tokens)
-            row += query_len
-        rows = iter(plan.logit_rows)
+                seen[index] = list(tokens)
+                index += 1
+            ends.append(index - 1)
+        self._forwarded = (batch, seen)
+        self._ends, self._written = ends, written
+
+    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+        """Choose and score; the tokens wait in the rows, the result until it is collected."""
+        assert self._forwarded is not None, "nothing was forwarded"
+        (batch, seen), self._forwarded = self._forwarded, None
+        self.samples.extend(samples)
         result = StepResult([], [], [])
-        for sample in samples:
-            context = chosen[next(rows)]
+        for index, sample in zip(batch.sampled, samples, strict=True):
+            context = seen[self._ends[index]]
             if sample.params.has_penalties:
                 assert list(sample.token_ids) == context, "penalties see other tokens"
             token = obey(self.next_token(context, sample), sample)
             num_top = sample.params.logprobs
-            result.token_ids.append(token)
-            result.logprobs.append(None if num_top is None else logprobs(context, token, num_top))
+            result.token_ids.append([token])
+            result.logprobs.append(None if num_top is None else [logprobs(context, token, num_top)])
             self.kept.add(sample.request_id)
+            self._last_tokens[batch.rows[index]] = max(0, token)
+        rows = iter(batch.score_rows)
         for score in scores:
-            contexts = [chosen[next(rows)] for _ in score.target_ids]
+            contexts = [seen[next(rows)] for _ in score.target_ids]
             for context, following in pairwise(contexts):
                 assert following[:-1] == context, "rows of one score out of order"
             result.scores.append(
@@ -206,29 +223,70 @@ class FakeRunner:
                     for context, target in zip(contexts, score.target_ids, strict=True)
                 ]
             )
-        return result
+        assert next(rows, None) is None, "a row that nobody scores"
+        sampled = {batch.rows[index] for index in batch.sampled}
+        writers = {}
+        for row, start, query_len in zip(batch.rows, batch.starts, batch.query_lens, strict=True):
+            first, last = start // self.block_size, (start + query_len - 1) // self.block_size
+            writers |= dict.fromkeys(self._tables[row][first : last + 1], row)
+        self._in_flight.append((result, sampled, writers))
+
+    def collect(self) -> StepResult:
+        """The oldest step's result."""
+        return self._in_flight.popleft()[0]
 
     def release(self, request_id: str) -> None:
         """Forget a request."""
         self.kept.discard(request_id)
 
-    def _check_shape(
-        self, plan: StepPlan, samples: Sequence[SampleInput], scores: Sequence[ScoreInput]
-    ) -> None:
-        num_tokens = len(plan.token_ids)
-        assert num_tokens > 0, "an empty step"
-        assert len(plan.positions) == len(plan.slots) == sum(plan.query_lens) == num_tokens
-        assert len(plan.query_lens) == len(plan.context_lens) == len(plan.block_tables)
-        assert min(plan.query_lens) >= 1
-        assert len(set(plan.slots)) == num_tokens, "two tokens in one slot"
-        num_scored = sum(len(score.target_ids) for score in scores)
-        assert len(plan.logit_rows) == len(samples) + num_scored
-        assert num_scored <= MAX_SCORED_ROWS, "more logits than there is memory for"
-        assert all(0 <= row < num_tokens for row in plan.logit_rows)
-        for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True):
-            assert len(table) == -(-context_len // self.block_size), "table does not fit context"
+    def _check_shape(self, batch: Batch) -> None:
+        num_seqs = batch.num_seqs
+        assert num_seqs > 0, "an empty step"
+        assert len(set(batch.rows)) == num_seqs, "two sequences in one row"
+        assert len(batch.starts) == len(batch.query_lens) == len(batch.num_known) == num_seqs
+        assert min(batch.query_lens) >= 1 and min(batch.starts) >= 0
+        assert sum(batch.num_known) == len(batch.token_ids)
+        assert batch.sampled == sorted(set(batch.sampled))
+        assert all(0 <= index < num_seqs for index in batch.sampled)
+        assert len(batch.score_rows) <= MAX_SCORED_ROWS, "more logits than there is memory for"
+        assert all(0 <= row < sum(batch.query_lens) for row in batch.score_rows)
+
+    def _grow_tables(self, batch: Batch) -> None:
+        """Take the new pages into the rows' tables, which must then cover the contexts."""
+        new_blocks = iter(batch.new_blocks)
+        for index, first, count in zip(
+            batch.grown, batch.first_blocks, batch.num_new_blocks, strict=True
+        ):
+            row = batch.rows[index]
+            blocks = [next(new_blocks) for _ in range(count)]
+            for *_, writers in self._in_flight:
+                strangers = [block for block in blocks if writers.get(block, row) != row]
+                assert not strangers, f"pages {strangers} may still be written by another row"
+            table = self._tables.setdefault(row, [])
+            assert first <= len(table), "a gap in a table"
+            table[first:] = blocks
+        assert next(new_blocks, None) is None, "pages that belong to nobody"
+        for row, start, query_len in zip(batch.rows, batch.starts, batch.query_lens, strict=True):
+            table = self._tables[row]
+            assert len(table) >= -(-(start + query_len) // self.block_size), "a table is too short"
             assert len(set(table)) == len(table), "a page twice in one table"
             assert all(0 <= block < self.num_blocks for block in table)
+
+    def _complete_tokens(self, batch: Batch) -> list[int]:
+        """The flattened tokens, those that the engine does not know yet taken from the rows."""
+        known = iter(batch.token_ids)
+        token_ids: list[int] = []
+        for row, query_len, num_known in zip(
+            batch.rows, batch.query_lens, batch.num_known, strict=True
+        ):
+            assert query_len - 1 <= num_known <= query_len
+            token_ids.extend(next(known) for _ in range(num_known))
+            if num_known < query_len:
+                assert any(row in sampled for _, sampled, _ in self._in_flight), (
+                    f"row {row} has no token in flight"
+                )
+                token_ids.append(self._last_tokens[row])
+        return token_ids
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size

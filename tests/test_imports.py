@@ -42,7 +42,7 @@ FOLDERS = {"api", "engine", "model", "low_bit", "devices"}
 WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed"}
 LAZY_EXCEPTIONS = {"tokenizer.py": {"transformers"}, "native_build.py": {"torch"}}
-STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structure.py", "plan.py"}
+STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structure.py", "batch.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py"},
     "deepspeed": {"collectives.py", "model/build.py", "model/meta_planner.py"},
@@ -165,7 +165,7 @@ def test_no_room_reaches_where_it_must_not(path: Path) -> None:
         ("brand_new.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
         ("brand_new.py", f"import {PACKAGE}.engine.engine"),
         ("config.py", "import yaml"),
-        ("plan.py", "def f():\n    import numpy"),
+        ("batch.py", "def f():\n    import numpy"),
         ("devices/cpu.py", "import psutil"),
         ("devices/cpu.py", f"from {PACKAGE}.ranks import Control"),
         ("low_bit/linear.py", f"from {PACKAGE}.model.loader import load_model"),

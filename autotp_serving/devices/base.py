@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -32,11 +33,14 @@ class Device(Protocol):
         kind: "cpu", "cuda" or "xpu", the word torch and DeepSpeed use.
         torch_device: where tensors of this rank live.
         backend: the torch.distributed backend of its collectives.
+        max_in_flight: steps that may be begun before the oldest is collected: 2 where work is
+            queued, so that one is ready when the other ends.
     """
 
     kind: str
     torch_device: torch.device
     backend: str
+    max_in_flight: int
 
     @staticmethod
     def is_present() -> bool:
@@ -58,6 +62,26 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
         ...
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy a tensor to the host; the function waits for it and returns it."""
+        ...
+
+
+def fetch_by_event(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """`Device.fetch` where work is queued: into pinned memory, behind what is queued by now."""
+    import torch
+
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.Event(tensor.device)
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def has_card_files() -> bool:

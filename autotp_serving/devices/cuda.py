@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from autotp_serving.devices.base import DeviceError, Memory
+from autotp_serving.devices.base import DeviceError, Memory, fetch_by_event
 
 
 class CudaDevice:
@@ -12,6 +14,7 @@ class CudaDevice:
 
     kind = "cuda"
     backend = "nccl"
+    max_in_flight = 2
 
     def __init__(self, local_rank: int) -> None:
         count = torch.cuda.device_count()
@@ -47,3 +50,7 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait for the card."""
         torch.cuda.synchronize(self.torch_device)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """See Device."""
+        return fetch_by_event(tensor)

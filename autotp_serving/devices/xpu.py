@@ -7,17 +7,19 @@ older torch, oneccl_bind_pt registers the backend "ccl" when it is imported.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from autotp_serving.devices.base import DeviceError, Memory
+from autotp_serving.devices.base import DeviceError, Memory, fetch_by_event
 
 
 class XpuDevice:
     """The Intel GPU with this rank's number on its host."""
 
     kind = "xpu"
+    max_in_flight = 2
 
     def __init__(self, local_rank: int) -> None:
         if not self.is_present():
@@ -74,3 +76,7 @@ class XpuDevice:
     def synchronize(self) -> None:
         """Wait for the card."""
         torch.xpu.synchronize(self.torch_device)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """See Device."""
+        return fetch_by_event(tensor)

@@ -101,15 +101,26 @@ class BlockManager:
             block_table.append(self._allocate())
         return True
 
-    def register(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> None:
+    def shrink(self, block_table: list[int], num_tokens: int) -> None:
+        """Give up the pages at a table's end that `num_tokens` tokens do not need.
+
+        They were taken for tokens that did not come to stay, such as refused drafts.
+        """
+        for _ in range(len(block_table) - self.num_blocks_for(num_tokens)):
+            self._drop(block_table.pop())
+
+    def register(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> bool:
         """Make page `index` of a table known by its `token_ids`, a full page of them.
 
         Call it once the step that fills the page has run, and for page after page in order.
         Where another page has the same content already, the table takes that one instead, so
         that equal prompts which arrived together end up sharing memory.
+
+        Returns:
+            Whether the table changed.
         """
         if not self._enable_prefix_caching:
-            return
+            return False
         assert len(token_ids) == self.block_size
         block = block_table[index]
         parent = self._content_of[block_table[index - 1]] if index else NO_PARENT
@@ -126,6 +137,8 @@ class BlockManager:
             self._num_holders[known] += 1
             block_table[index] = known
             self._drop(block)
+            return True
+        return False
 
     def release(self, block_table: list[int], *, forget: bool = False) -> None:
         """Give up all pages of a table and empty it.

@@ -10,23 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
+from autotp_serving.batch import Runner
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.alive import AliveRequests
 from autotp_serving.engine.outbox import Outbox
 from autotp_serving.engine.scheduler import Scheduler
-from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.stats import EngineStats
-from autotp_serving.plan import Runner
+from autotp_serving.engine.step import Progress, Step
 from autotp_serving.request import (
     FinishReason,
     Request,
     RequestError,
     RequestOutput,
-    TokenLogprobs,
 )
 from autotp_serving.step_times import RankTimes
 from autotp_serving.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class Engine:
     """Takes requests, runs them in steps, hands out their outputs.
 
     Args:
-        runner: executes plans on all ranks.
+        runner: runs batches on all ranks.
         tokenizer: decodes, and knows the end tokens.
         config: the server's settings.
         max_model_len: most tokens of prompt and answer together.
@@ -79,14 +79,15 @@ class Engine:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closed = False
         self._deadline: float | None = None
+        self._in_flight: deque[Step] = deque()
         self._num_steps = 0
         self._last_step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not had its last output."""
-        return bool(self._alive)
+        """True while a submitted request has not had its last output, or a step is in flight."""
+        return bool(self._alive or self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs come through `on_outputs`.
@@ -175,7 +176,10 @@ class Engine:
                 self.failure = f"the engine failed: {message}"
 
     def step(self, *, wait: bool = False) -> None:
-        """Take in what is in the inbox, run one step, hand out its outputs.
+        """Take in what is in the inbox, begin steps, collect the oldest, hand out its outputs.
+
+        As many are begun as may be in flight: with one it is begun and collected here, with two
+        the next already runs while the outputs of this one are written.
 
         Args:
             wait: with nothing to run, sleep until there is a note in the inbox.
@@ -188,17 +192,15 @@ class Engine:
         try:
             self._read_inbox(wait)
             started = time.perf_counter()
-            step = self.scheduler.schedule()
-            if step is not None:
-                result = self._runner.execute(step.plan, step.samples, step.scores)
-                self.scheduler.update(step, result)
-                for row, sequence in enumerate(step.sampled):
-                    self._emit(sequence, result.logprobs[row] if result.logprobs else None)
-                for sequence in dict.fromkeys((*step.read, *step.scored)):
-                    if sequence.finish_reason is not None and sequence not in step.sampled:
-                        self._emit(sequence)
-                self._num_steps += 1
-                self.last_step_time = time.monotonic()
+            while len(self._in_flight) < self._runner.max_in_flight:
+                step = self.scheduler.schedule()
+                if step is None:
+                    break
+                self._in_flight.append(step)
+                self._runner.forward(step.batch)
+                self._runner.sample(step.samples, step.scores)
+            if self._in_flight:
+                self._collect()
             self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
         except Exception as error:
@@ -215,6 +217,12 @@ class Engine:
             self._outbox.publish()
         except EngineError:
             return  # everyone has been told
+        try:
+            while self._in_flight:
+                self._collect()
+        except Exception as error:
+            logger.exception("the last step failed")
+            self._fail(error)
 
     def _read_inbox(self, wait: bool) -> None:
         if wait and not self.scheduler.has_work:
@@ -234,11 +242,19 @@ class Engine:
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
 
-    def _emit(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
-        """Write the output of a sequence that got a token in this step or ended with it."""
-        has_token = sequence.num_output_tokens > 0 and sequence.finish_reason != "error"
-        token = sequence.token_ids[-1] if has_token else None
-        reason = self._outbox.add(sequence, token, logprobs)
+    def _collect(self) -> None:
+        """Wait for the oldest step in flight and write what it did."""
+        result = self._runner.collect()
+        step = self._in_flight.popleft()
+        for progress in self.scheduler.update(step, result):
+            self._emit(progress)
+        self._num_steps += 1
+        self.last_step_time = time.monotonic()
+
+    def _emit(self, progress: Progress) -> None:
+        """Write the output of a sequence that got a token in a step or ended with it."""
+        sequence = progress.sequence
+        reason = self._outbox.add(progress)
         if reason is not None:
             if sequence.finish_reason is None:
                 self.scheduler.finish(sequence, reason)
@@ -264,6 +280,8 @@ class Engine:
         with self._lock:
             failure = self.failure = self.failure or failure
         try:
+            self._in_flight.clear()
+            self.scheduler.drop_steps()
             for request in self._alive:
                 self._end(request, "error", failure)
             self._outbox.publish()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from autotp_serving.engine.detokenizer import Detokenizer
 from autotp_serving.engine.sequence import Sequence
-from autotp_serving.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from autotp_serving.engine.step import Progress
+from autotp_serving.request import FinishReason, Request, RequestOutput
 from autotp_serving.tokenizer import Tokenizer
 
 
@@ -42,32 +43,33 @@ class Outbox:
             self._tokenizer, request.prompt_token_ids, request.params
         )
 
-    def add(
-        self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None = None
-    ) -> FinishReason | None:
+    def add(self, progress: Progress) -> FinishReason | None:
         """Write what a step did for a sequence.
-
-        Args:
-            token: what was sampled; None if the sequence ended without.
-            logprobs: the token's, if they were asked for.
 
         Returns:
             Why the request ends with this output, which may be a stop string that only the text
             shows; None while it goes on.
         """
+        sequence, token_ids = progress.sequence, progress.token_ids
         reason = sequence.finish_reason
         detokenizer = self._detokenizers[sequence.request_id]
-        has_text = token is not None and sequence.ends_in_text
-        text = detokenizer.add(token) if has_text else ""
-        if detokenizer.stopped:
-            reason = "stop"
+        num_tokens = len(token_ids)
+        num_in_text = num_tokens if sequence.ends_in_text else num_tokens - 1
+        text = ""
+        for count, token in enumerate(token_ids[: max(0, num_in_text)], start=1):
+            text += detokenizer.add(token)
+            if detokenizer.stopped:
+                reason = "stop"
+                num_tokens = count
+                break
         if reason is not None:
             text += detokenizer.flush()
+        # Tokens after a stop string are no part of the answer.
+        num_output_tokens = sequence.num_output_tokens - (len(token_ids) - num_tokens)
+        self.num_generated_tokens += num_tokens
         prompt_logprobs = None
-        is_first = token is not None and sequence.num_output_tokens == 1
-        if token is not None:
-            self.num_generated_tokens += 1
-        if is_first or (token is None and reason == "length"):
+        is_first = num_tokens and num_output_tokens == num_tokens
+        if is_first or (not num_tokens and reason == "length"):
             self.num_prompt_tokens += sequence.num_prompt_tokens
             if sequence.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(sequence.prompt_logprobs)
@@ -75,14 +77,14 @@ class Outbox:
             RequestOutput(
                 sequence.request_id,
                 text,
-                token_ids=() if token is None else (token,),
+                token_ids=tuple(token_ids[:num_tokens]),
                 finish_reason=reason,
                 error=sequence.error,
                 num_prompt_tokens=sequence.num_prompt_tokens,
-                num_output_tokens=sequence.num_output_tokens,
+                num_output_tokens=num_output_tokens,
                 num_cached_tokens=sequence.num_cached_tokens,
                 queue_seconds=sequence.queue_seconds,
-                logprobs=() if token is None or logprobs is None else (logprobs,),
+                logprobs=tuple(progress.logprobs[:num_tokens]) if progress.logprobs else (),
                 prompt_logprobs=prompt_logprobs,
             )
         )

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 
+from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.block_manager import BlockManager
-from autotp_serving.engine.sequence import Sequence, make_stream
-from autotp_serving.engine.step import Step, write_step
+from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
+from autotp_serving.engine.step import Progress, Step, build_step
 from autotp_serving.engine.waiting import WaitingQueue
-from autotp_serving.plan import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.request import FinishReason, Request, RequestError
 
 INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences and their pages.
+    """Owns the waiting and the running sequences, their rows and their pages.
 
     The running list is in order of admission: that takes the head of the queue, and preemption
     puts the latest back there. So only the latest can be in the middle of its prompt, and
     preempting from the end never hits one that is already planned.
+
+    Steps may be begun before the last is collected. What such a step brings for a sequence that
+    has ended meanwhile is dropped, and the pages that it may still write are free only then.
+    Nothing is preempted while a step is in flight: the engine first collects.
 
     Args:
         config: limits of a step, prefix caching, seed.
@@ -54,11 +59,21 @@ class Scheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_begun = 0
+        self._in_flight: deque[Step] = deque()
+        # Of sequences that ended with a step in flight: its number, pages, whether to forget them.
+        self._leftovers: deque[tuple[int, list[int], bool]] = deque()
 
     @property
     def has_work(self) -> bool:
-        """True while a sequence runs or waits."""
-        return bool(self._sequences)
+        """True while a sequence runs or waits, or a step is in flight."""
+        return bool(self._sequences or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps begun and not collected."""
+        return len(self._in_flight)
 
     def check_fits(self, request: Request) -> None:
         """Refuse what could never run, even alone. Reads constants only: safe in any thread.
@@ -78,25 +93,31 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue a request that `check_fits` let pass."""
-        stream = make_stream(request.params.seed, self._config.seed, self.num_arrivals)
+        draw_key = make_draw_key(request.params.seed, self._config.seed, self.num_arrivals)
         eos_token_ids = frozenset() if request.params.ignore_eos else self._eos_token_ids
-        sequence = Sequence(request, stream, eos_token_ids.union(request.params.stop_token_ids))
+        sequence = Sequence(request, draw_key, eos_token_ids.union(request.params.stop_token_ids))
         self.num_arrivals += 1
         self._sequences[request.request_id] = sequence
         self.waiting.append(sequence)
         return sequence
 
     def schedule(self) -> Step | None:
-        """Plan the next step, or None when there is nothing to run.
+        """Begin the next step, or None when there is nothing to run before another is collected.
 
         A sequence whose guide does not know yet what may come next sits the step out, unless there
-        is nothing else to do.
+        is nothing else to do; so does one whose next token depends on one that is in flight.
         """
         chunks = self._choose_chunks()
-        while not chunks and (late := [one for one in self.running if not one.is_ready]):
-            late[0].guide.allowed()
-            chunks = self._choose_chunks()
-        return write_step(chunks, self.blocks.block_size) if chunks else None
+        if not self._in_flight:
+            while not chunks and (late := [one for one in self.running if not one.is_ready]):
+                late[0].guide.allowed()
+                chunks = self._choose_chunks()
+        if not chunks:
+            return None
+        self._num_begun += 1
+        step = build_step(self._num_begun, chunks)
+        self._in_flight.append(step)
+        return step
 
     def _choose_chunks(self) -> list[tuple[Sequence, int]]:
         """Sequences that run next, each with how many of its tokens."""
@@ -105,47 +126,84 @@ class Scheduler:
         # An answer's next token goes first, so a long prompt never stops those that stream.
         # Preemption shortens the list at its end while this loop walks towards it.
         for sequence in self.running:
-            is_next = sequence.num_uncomputed_tokens == 1 and sequence.is_ready
-            if is_next and self._make_room(sequence):
+            if sequence.num_unscheduled_tokens != 1 or not sequence.is_ready:
+                continue
+            if self._make_room(sequence):
                 chunks.append((sequence, 1))
                 budget -= 1
+            elif self._in_flight:
+                return []  # what is in flight may give pages back; else someone has to go
         self._num_score_rows_left = MAX_SCORED_ROWS
-        if self.running and self.running[-1].num_uncomputed_tokens > 1:
+        if self.running and self.running[-1].num_unscheduled_tokens > 1:
             budget = self._add_prefill(chunks, self.running[-1], budget)
         while budget > 0 and (sequence := self._admit()):
             budget = self._add_prefill(chunks, sequence, budget)
         return chunks
 
-    def update(self, step: Step, result: StepResult) -> None:
-        """Take in what the runner returned.
+    def update(self, step: Step, result: StepResult) -> list[Progress]:
+        """Take in what the runner returned for the oldest step in flight.
 
         Sequences that are done get their `finish_reason` and give back their pages.
+
+        Returns:
+            What the step did for sequences that got a token in it or ended with it.
         """
-        for sequence, query_len in zip(step.sequences, step.plan.query_lens, strict=True):
-            sequence.num_computed_tokens += query_len
-            self._register_full_blocks(sequence)
+        assert self._in_flight.popleft() is step, "steps are collected in the order they began"
+        self._free_leftovers(step.number)
+        late = {one for one in step.sequences if one.finish_reason is not None}
+        for sequence, query_len in zip(step.sequences, step.batch.query_lens, strict=True):
+            if sequence.finish_reason is None:
+                sequence.num_computed_tokens += query_len
+                self._register_full_blocks(sequence)
         for sequence, logprobs in zip(step.scored, result.scores, strict=True):
             sequence.prompt_logprobs.extend(logprobs)
-            if any(math.isnan(one.logprob) for one in logprobs):
+            is_nan = any(math.isnan(one.logprob) for one in logprobs)
+            if is_nan and sequence.finish_reason is None:
                 self._fail(sequence, INVALID_NUMBERS)
-        for sequence, token in zip(step.sampled, result.token_ids, strict=True):
-            if sequence.finish_reason is None:
-                self._take_token(sequence, token)
         for sequence in step.read:
             if sequence.finish_reason is None:
                 self.finish(sequence, "length")
+        every = result.logprobs or [None] * len(step.sampled)
+        progress = []
+        for sequence, token_ids, logprobs in zip(
+            step.sampled, result.token_ids, every, strict=True
+        ):
+            sequence.num_pending_tokens -= 1
+            if sequence not in late:
+                num_taken = self._take_tokens(sequence, token_ids)
+                taken = logprobs and logprobs[:num_taken]
+                progress.append(Progress(sequence, token_ids[:num_taken], taken))
+        for sequence in dict.fromkeys((*step.read, *step.scored)):
+            is_over = sequence.finish_reason is not None and sequence not in late
+            if is_over and sequence not in step.sampled:
+                progress.append(Progress(sequence, []))
+        return progress
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence wherever it is: the one way out, its pages are available at once."""
+        """End a sequence wherever it is: the one way out, its pages are available at once.
+
+        If a step in flight may still write them, then once that is collected.
+        """
         assert sequence.finish_reason is None
         sequence.finish_reason = reason
         del self._sequences[sequence.request_id]
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
         # After numbers that are not finite, its pages may be what is broken.
-        self.blocks.release(sequence.block_table, forget=reason == "error")
+        forget = reason == "error"
+        if sequence.row == NO_ROW:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._return_row(sequence)
+        if self._in_flight and sequence.last_step >= self._in_flight[0].number:
+            self._leftovers.append((sequence.last_step, sequence.block_table, forget))
+            sequence.block_table = []
+        else:
+            self.blocks.release(sequence.block_table, forget=forget)
+
+    def drop_steps(self) -> None:
+        """Expect nothing more of the steps in flight: the runner has failed."""
+        self._in_flight.clear()
+        self._free_leftovers(self._num_begun)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a request by its id; None when there is no such request (any more)."""
@@ -161,17 +219,31 @@ class Scheduler:
         for seq in self.waiting:
             assert not seq.block_table, f"{seq.request_id} waits and holds pages"
             assert seq.num_computed_tokens == seq.num_registered_blocks == 0
+            assert seq.num_scheduled_tokens == seq.num_pending_tokens == seq.num_sent_blocks == 0
+            assert seq.row == NO_ROW
+        rows = [*self._free_rows, *(seq.row for seq in self.running)]
+        assert sorted(rows) == list(range(self._config.max_num_seqs)), "a row is lost"
         for seq in self.running:
             assert seq.num_computed_tokens < seq.num_tokens
-            assert self.blocks.num_blocks_for(seq.num_computed_tokens) <= len(seq.block_table)
+            assert seq.num_unscheduled_tokens >= 0
+            assert seq.num_computed_tokens <= seq.num_scheduled_tokens
+            assert self.blocks.num_blocks_for(seq.num_scheduled_tokens) <= len(seq.block_table)
+            assert seq.num_sent_blocks <= len(seq.block_table)
+            num_samples = sum(seq in step.sampled for step in self._in_flight)
+            assert seq.num_pending_tokens == num_samples
             num_full_blocks = seq.num_computed_tokens // self.blocks.block_size
             assert seq.num_registered_blocks == num_full_blocks
-        self.blocks.check_integrity(seq.block_table for seq in self.running)
+        tables = [seq.block_table for seq in self.running]
+        self.blocks.check_integrity([*tables, *(table for _, table, _ in self._leftovers)])
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Get pages for one more token, at the cost of later ones; False if it had to go."""
-        while not self.blocks.grow(sequence.block_table, sequence.num_tokens):
-            if self._preempt() is sequence:
+        """Get pages for one more token, at the cost of later ones; False if it had to go.
+
+        Also False, and nobody has to go, while a step is in flight.
+        """
+        num_tokens = sequence.num_tokens + sequence.num_pending_tokens
+        while not self.blocks.grow(sequence.block_table, num_tokens):
+            if self._in_flight or self._preempt() is sequence:
                 return False
         return True
 
@@ -179,6 +251,9 @@ class Scheduler:
         """Send the latest back to the head of the queue, to be computed anew."""
         victim = self.running.pop()
         self.blocks.release(victim.block_table)
+        self._return_row(victim)
+        victim.num_sent_blocks = 0
+        victim.num_scheduled_tokens = 0
         victim.num_computed_tokens = 0
         victim.num_registered_blocks = 0
         victim.num_preemptions += 1
@@ -199,10 +274,12 @@ class Scheduler:
         if num_needed > self.blocks.num_available:
             return None
         self.running.append(self.waiting.pop())
+        sequence.row = self._free_rows.pop()
         self.blocks.take(sequence.block_table, matched)
         self.blocks.grow(sequence.block_table, sequence.num_tokens)
         sequence.num_registered_blocks = len(matched)
         sequence.num_computed_tokens = len(matched) * self.blocks.block_size
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens
         if sequence.num_preemptions == 0:
             sequence.queue_seconds = time.monotonic() - sequence.request.arrival_time
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -219,21 +296,47 @@ class Scheduler:
             Tokens left for others: none, unless the prompt is complete, because only the last in
             the running list may be in the middle of one.
         """
-        query_len = min(budget, sequence.num_uncomputed_tokens)
+        query_len = min(budget, sequence.num_unscheduled_tokens)
         if sequence.num_unscored_tokens:
             query_len = min(query_len, self._num_score_rows_left)
             self._num_score_rows_left -= query_len
         if query_len:
             chunks.append((sequence, query_len))
-        return budget - query_len if query_len == sequence.num_uncomputed_tokens else 0
+        return budget - query_len if query_len == sequence.num_unscheduled_tokens else 0
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
         while (sequence.num_registered_blocks + 1) * block_size <= sequence.num_computed_tokens:
             index = sequence.num_registered_blocks
             tokens = sequence.token_ids[index * block_size : (index + 1) * block_size]
-            self.blocks.register(sequence.block_table, index, tokens)
+            if self.blocks.register(sequence.block_table, index, tokens):
+                sequence.num_sent_blocks = min(sequence.num_sent_blocks, index)
             sequence.num_registered_blocks += 1
+
+    def _return_row(self, sequence: Sequence) -> None:
+        """Ranks take steps in order, so that the next in the row cannot disturb one in flight."""
+        self._free_rows.append(sequence.row)
+        sequence.row = NO_ROW
+
+    def _free_leftovers(self, number: int) -> None:
+        """Free the pages that no step after that of this number may write."""
+        while self._leftovers and self._leftovers[0][0] <= number:
+            _, block_table, forget = self._leftovers.popleft()
+            self.blocks.release(block_table, forget=forget)
+
+    def _take_tokens(self, sequence: Sequence, token_ids: list[int]) -> int:
+        """Append sampled tokens up to the one with which the sequence ends, if it does.
+
+        Returns:
+            How many are part of the answer: none of a sequence that failed.
+        """
+        num_taken = 0
+        for token in token_ids:
+            if sequence.finish_reason is not None:
+                break
+            self._take_token(sequence, token)
+            num_taken += 1
+        return 0 if sequence.finish_reason == "error" else num_taken
 
     def _take_token(self, sequence: Sequence, token: int) -> None:
         """Append a sampled token and see whether the sequence ends with it."""

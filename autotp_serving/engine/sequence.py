@@ -1,12 +1,17 @@
-"""A request while it runs: its tokens, its pages, its random stream. Rank 0 only."""
+"""A request while it runs: its tokens, its row, its blocks, its draws. Rank 0 only."""
 
 from __future__ import annotations
 
-import random
+import hashlib
 from dataclasses import dataclass, field
 
+from autotp_serving.batch import SampleInput
 from autotp_serving.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from autotp_serving.structure import Guide
+
+NO_ROW = -1
+
+MASK_64 = 2**64 - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -15,11 +20,16 @@ class Sequence:
 
     Attributes:
         request: what was asked, never changed.
-        uniforms: the request's own stream of draws in [0, 1), one per output position.
+        draw_key: what its draws depend on beside the output position; see `draw_uniform`.
         end_token_ids: tokens that end the text.
         token_ids: prompt, then output.
         block_table: pages that hold or will hold keys and values, in order of position.
-        num_computed_tokens: tokens whose keys and values are in the pages.
+        row: where the ranks keep its block table and latest tokens; NO_ROW unless it runs.
+        num_sent_blocks: leading blocks of the table that the ranks know.
+        num_scheduled_tokens: tokens that run in the steps begun so far, or are in the cache.
+        num_computed_tokens: those of them whose keys and values are known to be in the blocks.
+        num_pending_tokens: tokens sampled by steps that are begun and not collected.
+        last_step: number of the step that it took part in last.
         num_registered_blocks: leading pages that others may reuse.
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
         queue_seconds: how long it waited before it first began to run.
@@ -32,11 +42,16 @@ class Sequence:
     """
 
     request: Request
-    uniforms: random.Random
+    draw_key: int
     end_token_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
+    row: int = NO_ROW
+    num_sent_blocks: int = 0
+    num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    last_step: int = 0
     num_registered_blocks: int = 0
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
@@ -46,6 +61,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     ends_in_text: bool = True
     error: str | None = None
+    _plain_sample: SampleInput | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -80,14 +96,41 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens that still have to run before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed_tokens
+    def num_unscheduled_tokens(self) -> int:
+        """Tokens, pending ones included, that must yet run before another can be sampled."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_scheduled_tokens
 
     @property
     def is_ready(self) -> bool:
-        """True when a token can be sampled as soon as there are logits."""
+        """True when a token can be sampled as soon as there are logits.
+
+        While one is pending, that is so where another may follow and is chosen without knowing it.
+        """
+        if self.num_pending_tokens:
+            num_tokens = self.num_output_tokens + self.num_pending_tokens
+            is_free = self.guide is None and not self.params.has_penalties
+            return is_free and num_tokens < self.params.max_tokens
         return self.guide is None or self.guide.is_ready
+
+    def make_sample(self) -> SampleInput:
+        """What the sampler needs for the next token; takes the guide's mask, if there is one."""
+        params = self.params
+        if params.is_plain and self.guide is None:
+            if self._plain_sample is None:
+                self._plain_sample = SampleInput(
+                    params, 0.0, self.request_id, self.token_ids, self.num_prompt_tokens
+                )
+            return self._plain_sample
+        position = self.num_output_tokens + self.num_pending_tokens
+        return SampleInput(
+            params,
+            draw_uniform(self.draw_key, position),
+            self.request_id,
+            self.token_ids,
+            self.num_prompt_tokens,
+            tuple(self.end_token_ids) if position < params.min_tokens else (),
+            None if self.guide is None else self.guide.allowed(),
+        )
 
     @property
     def num_unscored_tokens(self) -> int:
@@ -97,11 +140,24 @@ class Sequence:
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
 
-def make_stream(seed: int | None, server_seed: int, index: int) -> random.Random:
-    """Make a request's stream of draws from its own seed, or else the server's and its number.
-
-    Text seeds, because `Random(-1)` and `Random(1)` are the same stream.
+def make_draw_key(seed: int | None, server_seed: int, index: int) -> int:
+    """The 64 bits that a request's draws depend on: its own seed's, or else the server's and its
+    number's, so that near seeds have nothing in common.
     """
     if seed is not None:
-        return random.Random(f"request seed {seed}")
-    return random.Random(f"server seed {server_seed}, request {index}")
+        text = f"request seed {seed}"
+    else:
+        text = f"server seed {server_seed}, request {index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def draw_uniform(key: int, position: int) -> float:
+    """A request's draw for one output position, in [0, 1) with 53 bits.
+
+    A function of the two rather than a stream: preemption, drafts and steps in flight may ask
+    again or ahead. This is SplitMix64 (Steele, Lea and Flood 2014), whose state is a counter.
+    """
+    bits = (key + (position + 1) * 0x9E3779B97F4A7C15) & MASK_64
+    bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) & MASK_64
+    bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) & MASK_64
+    return ((bits ^ bits >> 31) >> 11) * 2.0**-53

@@ -1,82 +1,97 @@
-"""One step as the engine sees it: the plan for the ranks, and whom it serves. Rank 0 only."""
+"""One step as the engine sees it: the batch for the ranks, and whom it serves. Rank 0 only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from autotp_serving.batch import Batch, SampleInput, ScoreInput
 from autotp_serving.engine.sequence import Sequence
-from autotp_serving.plan import SampleInput, ScoreInput, StepPlan
+from autotp_serving.request import TokenLogprobs
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
-    """A plan together with whom it serves.
+    """A batch together with whom it serves.
 
     Attributes:
-        plan: what the runner executes.
-        samples: [num_samples], what the sampler needs for the first rows of `plan.logit_rows`.
-        scores: [num_scores], what is known of the rows after those.
-        sequences: [num_seqs], in the plan's order.
+        number: steps are numbered from 1 in the order in which they run.
+        batch: what the runner runs.
+        samples: [num_samples], what the sampler needs for each of the batch's `sampled`.
+        scores: [num_scores], what is known of the batch's `score_rows`.
+        sequences: [num_seqs], in the batch's order.
         sampled: [num_samples], the sequences that get a token.
         scored: [num_scores], the sequences that get prompt logprobs.
         read: sequences that end with this step, as they want nothing but their prompt's logprobs.
     """
 
-    plan: StepPlan
-    samples: list[SampleInput]
-    scores: list[ScoreInput]
-    sequences: list[Sequence]
-    sampled: list[Sequence]
-    scored: list[Sequence]
-    read: list[Sequence]
+    number: int
+    batch: Batch
+    samples: list[SampleInput] = field(default_factory=list)
+    scores: list[ScoreInput] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)
+    scored: list[Sequence] = field(default_factory=list)
+    read: list[Sequence] = field(default_factory=list)
 
 
-def write_step(chunks: list[tuple[Sequence, int]], block_size: int) -> Step:
-    """Write the plan that runs so many tokens of each sequence, their pages being ready."""
-    plan = StepPlan([], [], [], [], [], [], [])
-    step = Step(plan, [], [], [], [], [], [])
-    score_rows: list[int] = []
-    for sequence, query_len in chunks:
-        first_row = len(plan.token_ids)
-        start = sequence.num_computed_tokens
+@dataclass(slots=True)
+class Progress:
+    """What a step did for one sequence.
+
+    Attributes:
+        token_ids: the tokens it got; none if it ended without one.
+        logprobs: one for each of them, if they were asked for.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
+    """Write the batch that runs so many tokens of each sequence, their blocks being ready.
+
+    From then on the sequences' tokens count as scheduled, and those to be sampled as pending.
+    """
+    batch = Batch([], [], [], [], [])
+    step = Step(number, batch)
+    num_tokens = 0
+    for index, (sequence, query_len) in enumerate(chunks):
+        start = sequence.num_scheduled_tokens
         end = start + query_len
-        # Copies: a plan may still be under way when the next step changes the sequence.
-        table = sequence.block_table[: -(-end // block_size)]
-        plan.token_ids.extend(sequence.token_ids[start:end])
-        plan.positions.extend(range(start, end))
-        plan.slots.extend(
-            table[position // block_size] * block_size + position % block_size
-            for position in range(start, end)
-        )
-        plan.query_lens.append(query_len)
-        plan.context_lens.append(end)
-        plan.block_tables.append(table)
+        known = sequence.token_ids[start:end]
+        batch.rows.append(sequence.row)
+        batch.starts.append(start)
+        batch.query_lens.append(query_len)
+        batch.num_known.append(len(known))
+        batch.token_ids.extend(known)
+        if len(sequence.block_table) > sequence.num_sent_blocks:
+            _send_blocks(batch, index, sequence)
         step.sequences.append(sequence)
-        if end == sequence.num_tokens:
+        if end == sequence.num_tokens + sequence.num_pending_tokens:
             if sequence.params.max_tokens:
-                plan.logit_rows.append(len(plan.token_ids) - 1)
-                step.samples.append(_sample_input(sequence))
+                batch.sampled.append(index)
+                step.samples.append(sequence.make_sample())
                 step.sampled.append(sequence)
+                sequence.num_pending_tokens += 1
             else:
                 step.read.append(sequence)
         if sequence.num_unscored_tokens:
-            score_rows += _add_scores(step, sequence, start, end, first_row)
-    plan.logit_rows.extend(score_rows)
+            batch.score_rows.extend(_add_scores(step, sequence, start, end, num_tokens))
+        sequence.num_scheduled_tokens = end
+        sequence.last_step = number
+        num_tokens += query_len
     return step
 
 
-def _sample_input(sequence: Sequence) -> SampleInput:
-    params = sequence.params
-    bans_end = sequence.num_output_tokens < params.min_tokens
-    return SampleInput(
-        params,
-        sequence.uniforms.random(),
-        sequence.request_id,
-        sequence.token_ids,
-        sequence.num_prompt_tokens,
-        tuple(sequence.end_token_ids) if bans_end else (),
-        None if sequence.guide is None else sequence.guide.allowed(),
-    )
+def _send_blocks(batch: Batch, index: int, sequence: Sequence) -> None:
+    """Tell the ranks what they do not know of a sequence's block table."""
+    first = sequence.num_sent_blocks
+    batch.grown.append(index)
+    batch.first_blocks.append(first)
+    batch.num_new_blocks.append(len(sequence.block_table) - first)
+    batch.new_blocks.extend(sequence.block_table[first:])
+    sequence.num_sent_blocks = len(sequence.block_table)
 
 
 def _add_scores(step: Step, sequence: Sequence, start: int, end: int, first_row: int) -> range:

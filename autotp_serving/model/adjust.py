@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp_serving.plan import SampleInput
+from autotp_serving.batch import SampleInput
 
 NEVER = float("-inf")
 

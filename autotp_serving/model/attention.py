@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kernels.cpu_attention import CpuAttention
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.portable_attention import PortableAttention
-from autotp_serving.plan import StepPlan
 
 ATTENTION_NAME = "autotp_paged"
 
@@ -40,15 +40,13 @@ class AttentionContext:
     portable: PortableAttention | None
 
     @staticmethod
-    def from_plan(plan: StepPlan, cache: KVCache) -> AttentionContext:
-        """Turn a plan's lists into what attention takes, on the cache's device."""
-        new_slots = torch.tensor(plan.slots, dtype=torch.int64, device=cache.device)
+    def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
+        """What attention over this cache needs of a step's inputs."""
         if cache.has_kernel:
-            kernel = CpuAttention(
-                plan.block_tables, plan.context_lens, plan.query_lens, cache.block_size
-            )
-            return AttentionContext(cache, new_slots, kernel, None)
-        return AttentionContext(cache, new_slots, None, PortableAttention.from_plan(plan, cache))
+            kernel = CpuAttention(inputs, cache.block_size)
+            return AttentionContext(cache, inputs.slots, kernel, None)
+        portable = PortableAttention.of(inputs, cache.block_size, cache.is_int8)
+        return AttentionContext(cache, inputs.slots, None, portable)
 
 
 def register_paged_attention() -> None:

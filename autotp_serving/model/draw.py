@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from autotp_serving.plan import SampleInput
+from autotp_serving.batch import SampleInput
 
 MIN_TEMPERATURE = 1e-6
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from autotp_serving.batch import MAX_SCORED_ROWS
 from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import Format
 from autotp_serving.low_bit.plan import LowBitPlan
 from autotp_serving.model.kv_sizes import count_head_bytes
-from autotp_serving.plan import MAX_SCORED_ROWS
 from autotp_serving.ranks import Control
 
 KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.plan import StepPlan
 
 
 class PlainForward:
@@ -17,17 +17,16 @@ class PlainForward:
         self._model = model
         self._cache = cache
 
-    def __call__(self, plan: StepPlan) -> torch.Tensor:
-        """Run the plan's tokens.
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Run the step's tokens.
 
         Returns:
             Logits [num_logit_rows, vocab_size], in the model's type.
         """
-        device = self._cache.device
         return self._model(
-            input_ids=torch.tensor([plan.token_ids], device=device),
-            position_ids=torch.tensor([plan.positions], device=device),
+            input_ids=inputs.token_ids[None],
+            position_ids=inputs.positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(plan.logit_rows, dtype=torch.int64, device=device),
-            attention_context=AttentionContext.from_plan(plan, self._cache),
+            logits_to_keep=inputs.logit_rows,
+            attention_context=AttentionContext.of(inputs, self._cache),
         ).logits[0]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from autotp_serving.low_bit.kernels.cpu import CpuMatmul
 from autotp_serving.low_bit.linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps, load_layer_ops
 from autotp_serving.model.kernels.cpu_layers import HalvedLayer, HalvedLayers, Product
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.plan import StepPlan
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Whose layers are: norm, attention, sum, norm, gated MLP, sum."""
@@ -106,7 +106,7 @@ class Layer:
 
 
 class FusedForward:
-    """Runs plans as `PlainForward` does, quicker; made by `fuse`."""
+    """Runs steps as `PlainForward` does, quicker; made by `fuse`."""
 
     def __init__(self, model: nn.Module, cache: KVCache, ops: LayerOps, by_operation: bool) -> None:
         decoder = model.model
@@ -120,18 +120,18 @@ class FusedForward:
         halves = [] if by_operation else [layer.halve(cache) for layer in self._layers]
         self._halves = HalvedLayers(ops, halves) if halves and all(halves) else None
 
-    def __call__(self, plan: StepPlan) -> Tensor:
+    def __call__(self, inputs: StepInputs) -> Tensor:
         """See PlainForward."""
         ops = self._ops
-        context = AttentionContext.from_plan(plan, self._cache)
-        hidden = self._embedding(torch.tensor(plan.token_ids))
-        cos, sin = self._rotary(hidden, torch.tensor([plan.positions]))
+        context = AttentionContext.of(inputs, self._cache)
+        hidden = self._embedding(inputs.token_ids)
+        cos, sin = self._rotary(hidden, inputs.positions[None])
         rotary = (cos[0].contiguous(), sin[0].contiguous())
         if self._halves is not None:
             added = self._halves.run(hidden, rotary, context.slots, context.kernel)
         else:
             added = self._run_operations(hidden, rotary, context)
-        rows = torch.tensor(plan.logit_rows, dtype=torch.int64)
+        rows = inputs.logit_rows
         hidden, added = hidden[rows], added[rows]
         return self._head(ops.rms_norm(hidden, added, self._norm.weight, self._norm.epsilon))
 

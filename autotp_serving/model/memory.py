@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from autotp_serving.batch import MAX_SCORED_ROWS
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
-from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
+from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.kv_cache import KVCacheShape
 from autotp_serving.model.kv_pools import Pools
 from autotp_serving.model.self_check import check_unproved
-from autotp_serving.plan import MAX_SCORED_ROWS, StepPlan
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -54,26 +55,12 @@ def probe_model(
     probe = CacheProbe(device.torch_device, config.block_size, {})
     num_tokens = CPU_PROBE_TOKENS if device.kind == "cpu" else config.max_num_batched_tokens
     lens = [min(max_model_len, num_tokens)] * max(1, num_tokens // max_model_len)
-    positions = [position for length in lens for position in range(length)]
-    plan = StepPlan(
-        token_ids=[0] * len(positions),
-        positions=positions,
-        slots=[0] * len(positions),
-        query_lens=lens,
-        context_lens=lens,
-        block_tables=[[] for _ in lens],
-        logit_rows=list(range(min(len(positions), config.max_num_seqs + MAX_SCORED_ROWS))),
-    )
+    inputs = StepInputs.of_prompts([[0] * length for length in lens], device.torch_device)
+    inputs = replace(inputs, logit_rows=inputs.logit_rows[: config.max_num_seqs + MAX_SCORED_ROWS])
     device.reset_peak_memory()
     before = device.peak_memory()
     with refuse_by_name(model.config), torch.inference_mode():
-        model(
-            input_ids=torch.tensor([plan.token_ids], device=device.torch_device),
-            position_ids=torch.tensor([plan.positions], device=device.torch_device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(plan.logit_rows, device=device.torch_device),
-            attention_context=AttentionContext.from_plan(plan, probe),
-        )
+        PlainForward(model, probe)(inputs)
     device.synchronize()
     peak = max(0, device.peak_memory() - before)
     device.reset_peak_memory()

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_pools import Pools
-from autotp_serving.plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -54,46 +53,45 @@ class PortableAttention:
     decodes: Decodes | None
 
     @staticmethod
-    def from_plan(plan: StepPlan, cache: KVCache) -> PortableAttention:
-        """Turn a plan's lists into index tensors on the cache's device."""
-        device, block_size = cache.device, cache.block_size
-        offsets = torch.arange(block_size)
+    def of(inputs: StepInputs, block_size: int, is_int8: bool) -> PortableAttention:
+        """Find the cache slots of all contexts, on the inputs' device."""
+        device = inputs.slots.device
+        offsets = torch.arange(block_size, device=device)
 
-        def find_slots(table: list[int]) -> torch.Tensor:
-            pages = torch.tensor(table, dtype=torch.int64)
-            return (pages[:, None] * block_size + offsets).flatten()
+        def find_slots(tables: torch.Tensor) -> torch.Tensor:
+            """[..., num_blocks] to [..., num_blocks * block_size]."""
+            return (tables.long()[..., None] * block_size + offsets).flatten(-2)
 
-        prefills, decode_rows, decode_lens, decode_tables = [], [], [], []
-        start = 0
-        for query_len, context_len, table in zip(
-            plan.query_lens, plan.context_lens, plan.block_tables, strict=True
+        prefills, decode_rows, decode_seqs = [], [], []
+        longest = start = 0
+        for index, (query_len, context_len) in enumerate(
+            zip(inputs.host_query_lens, inputs.host_context_lens, strict=True)
         ):
             stop = start + query_len
             if query_len == 1:
                 decode_rows.append(start)
-                decode_lens.append(context_len)
-                decode_tables.append(table)
+                decode_seqs.append(index)
+                longest = max(longest, context_len)
             else:
                 slots = None
-                if context_len > query_len or cache.is_int8:
-                    slots = find_slots(table)[:context_len].to(device)
+                if context_len > query_len or is_int8:
+                    num_blocks = -(-context_len // block_size)
+                    table = inputs.block_tables[inputs.rows[index : index + 1], :num_blocks]
+                    slots = find_slots(table)[0, :context_len]
                 prefills.append(Prefill(start, stop, context_len, slots))
             start = stop
         decodes = None
         if decode_rows:
-            num_pages = max(map(len, decode_tables))
-            padded = [table + [0] * (num_pages - len(table)) for table in decode_tables]
-            pages = torch.tensor(padded, dtype=torch.int64)
-            slots = (pages[:, :, None] * block_size + offsets).flatten(1)[:, : max(decode_lens)]
+            chosen = torch.tensor(decode_seqs, device=device)
+            num_blocks = -(-longest // block_size)
+            tables = inputs.block_tables[inputs.rows[chosen], :num_blocks]
+            slots = find_slots(tables)[:, :longest]
+            context_lens = inputs.context_lens[chosen].long()
             # A NaN survives the mask, so what is masked must be this sequence's own: NaN of one
             # request, or left behind by one, then spoils no other.
-            is_own = torch.arange(slots.shape[1]) < torch.tensor(decode_lens)[:, None]
+            is_own = torch.arange(slots.shape[1], device=device) < context_lens[:, None]
             slots = torch.where(is_own, slots, slots[:, :1])
-            decodes = Decodes(
-                torch.tensor(decode_rows, device=device),
-                slots.to(device),
-                torch.tensor(decode_lens, device=device),
-            )
+            decodes = Decodes(torch.tensor(decode_rows, device=device), slots, context_lens)
         return PortableAttention(tuple(prefills), decodes)
 
     def attend(

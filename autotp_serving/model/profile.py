@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp_serving.batch import Batch
 from autotp_serving.devices import Device
 from autotp_serving.low_bit.kernels.cpu import CpuMatmul
 from autotp_serving.low_bit.linear import LowBitLinear
-from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.kernels.cpu_attention import CpuAttention
 from autotp_serving.model.kernels.cpu_layer_ops import LayerOps
 from autotp_serving.model.runner import LeadRunner, ModelRunner
 from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ PARTS = {
     "norms, rotation, activation": [
         (LayerOps, "rms_norm"), (LayerOps, "rotate_and_store"), (LayerOps, "silu_multiply"),
     ],
-    "plan to tensors": [(AttentionContext, "from_plan")],
+    "batch to tensors": [(BatchState, "apply")],
     "sampling": [(Sampler, "sample")],
 }  # fmt: skip
 COLLECTIVES = "collectives"
 REST = "rest of the pass"
-HOST = "host: scheduling, plans, text"
+HOST = "host: scheduling, batches, text"
 FORWARD = "pass"
 
 
@@ -177,36 +177,35 @@ class StepProfiler:
             self._undo.append(functools.partial(delattr, owner, name))
         setattr(owner, name, value)
 
-    def _run(self, run: Callable[[StepPlan], torch.Tensor], plan: StepPlan) -> torch.Tensor:
-        """One forward pass; all ranks see the same plans, so all count the same steps."""
-        self._begin_step(plan)
+    def _run(self, run: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
+        """One forward pass; all ranks see the same batches, so all count the same steps."""
+        self._begin_step(batch)
         if not self._is_timing:
             if self._trace is None:
-                return run(plan)
+                return run(batch)
             with torch.profiler.record_function("forward pass"):
-                return run(plan)
+                return run(batch)
         self.clock.enter(FORWARD)
         try:
-            return run(plan)
+            return run(batch)
         finally:
             self.clock.leave()
 
-    def _begin_step(self, plan: StepPlan) -> None:
+    def _begin_step(self, batch: Batch) -> None:
         """Close the step before, and decide what happens to this one."""
         now = time.perf_counter()
-        is_decode = bool(plan.query_lens) and max(plan.query_lens) == 1
         if self._is_timing and self._last_start is not None:
             self._step_seconds += min(now - self._last_start, LONGEST_PAUSE)
         self._is_timing = False
         self._last_start = now
-        if not is_decode:
+        if not batch.is_decode:
             return
         self._num_seen += 1
         number = self._num_seen - WARM_UP_STEPS
         if 0 < number <= TIMED_STEPS:
             self._is_timing = True
             self._num_timed += 1
-            self._num_sequences += len(plan.query_lens)
+            self._num_sequences += batch.num_seqs
         elif number == TIMED_STEPS + 1:
             self._write_breakdown()
             self._start_trace()
@@ -227,7 +226,7 @@ class StepProfiler:
         seconds = dict(self.clock.seconds)
         seconds[REST] = seconds.pop(FORWARD, 0.0)
         whole = max(self._step_seconds, sum(seconds.values()))
-        name = HOST if self._lead is not None else "waiting for rank 0's next plan"
+        name = HOST if self._lead is not None else "waiting for rank 0's next batch"
         seconds[name] = whole - sum(seconds.values())
         lines = [
             f"rank {self._rank}, {self._device.kind}: {steps} decode steps of "

@@ -1,85 +1,128 @@
-"""Run step plans on the model. `ModelRunner` on every rank, `LeadRunner` on rank 0."""
+"""Run batches on the model. `ModelRunner` on every rank, `LeadRunner` on rank 0."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from autotp_serving.batch import Batch, SampleInput, ScoreInput, StepResult
 from autotp_serving.channel import PlanChannel
+from autotp_serving.devices import Device
+from autotp_serving.model.batch_state import BatchState, StepInputs
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.model.logprobs import score_prompts
-from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import SampleInput, ScoreInput, StepPlan, StepResult
+from autotp_serving.model.sampler import Sampled, Sampler
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 
 STOP_MESSAGE = b""
 
 
 class ModelRunner:
-    """This rank's forward pass; what its steps cost is in `times`."""
+    """This rank's part of a step; what its steps cost is in `times`.
 
-    def __init__(self, forward: Callable[[StepPlan], torch.Tensor], times: StepTimes) -> None:
+    Args:
+        forward: maps a step's inputs to logits [num_logit_rows, vocab_size].
+        state: what this rank keeps of the running sequences.
+        broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
+            the host knows every token before it is needed, as with one step in flight.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[StepInputs], torch.Tensor],
+        state: BatchState,
+        times: StepTimes,
+        broadcast: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         self.times = times
         self._forward = forward
+        self._state = state
+        self._broadcast = broadcast
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, batch: Batch) -> torch.Tensor:
         """Run one forward pass; all ranks must do so together.
 
         Returns:
             Logits [num_logit_rows, vocab_size], in the model's type.
         """
         started = time.perf_counter()
-        logits = self._forward(plan)
+        logits = self._forward(self._state.apply(batch))
         self.times.add_step(time.perf_counter() - started)
         return logits
 
+    def share_tokens(self, batch: Batch, token_ids: torch.Tensor | None = None) -> None:
+        """Put the tokens that rank 0 chose into every rank's state, where steps overlap.
+
+        Args:
+            token_ids: [num_samples] int64, on rank 0.
+        """
+        if self._broadcast is None or not batch.sampled:
+            return
+        if token_ids is None:
+            device = self._state.last_token_ids.device
+            token_ids = torch.empty(len(batch.sampled), dtype=torch.int64, device=device)
+        self._broadcast(token_ids)
+        self._state.put_tokens(batch, token_ids[:, None])
+
     def follow(self, channel: PlanChannel) -> None:
-        """On ranks other than 0: obey plans until rank 0 says stop."""
+        """On ranks other than 0: obey batches until rank 0 says stop."""
         while (message := channel.receive()) != STOP_MESSAGE:
-            self.run(StepPlan.from_bytes(message))
+            batch = Batch.from_bytes(message)
+            self.run(batch)
+            self.share_tokens(batch)
             channel.report(self.times.snapshot().to_bytes())
         channel.stop_watching()
 
 
 class LeadRunner:
-    """Rank 0's runner: tells the other ranks, runs with them, samples."""
+    """Rank 0's runner: tells the other ranks, runs with them, samples. See `Runner`."""
 
     def __init__(
-        self, runner: ModelRunner, cache: KVCache, channel: PlanChannel, num_ranks: int
+        self,
+        runner: ModelRunner,
+        cache: KVCache,
+        channel: PlanChannel,
+        num_ranks: int,
+        device: Device,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
-        self._sampler = Sampler()
+        self._sampler = Sampler(device.fetch)
+        self._forwarded: tuple[Batch, torch.Tensor] | None = None
+        self._in_flight: deque[Sampled] = deque()
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
+        self.max_in_flight = device.max_in_flight
 
-    def execute(
-        self,
-        plan: StepPlan,
-        samples: Sequence[SampleInput],
-        scores: Sequence[ScoreInput] = (),
-    ) -> StepResult:
-        """See Runner: one step on all ranks, then choose and score on this one.
+    def forward(self, batch: Batch) -> None:
+        """See Runner.
 
         Raises:
             ConnectionError: naming the rank that is gone.
         """
-        self._channel.send(plan.to_bytes())
-        try:
-            logits = self._runner.run(plan)
-        except RuntimeError as error:  # a sum that lacks a rank names its socket at best
-            loss = self._channel.find_loss()
-            if loss is None:
-                raise
-            raise ConnectionError(loss) from error
-        result = self._sampler.sample(logits[: len(samples)], samples)
-        if scores:
-            result = replace(result, scores=score_prompts(logits[len(samples) :], scores))
+        if len(self.rank_times) > 1:
+            self._channel.send(batch.to_bytes())
+        with self._name_loss():
+            self._forwarded = (batch, self._runner.run(batch))
+
+    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+        """See Runner; the logits are those of rank 0."""
+        assert self._forwarded is not None, "nothing was forwarded"
+        batch, logits = self._forwarded
+        self._forwarded = None
+        sampled = self._sampler.sample(logits, samples, scores)
+        with self._name_loss():
+            self._runner.share_tokens(batch, sampled.token_ids)
+        self._in_flight.append(sampled)
+
+    def collect(self) -> StepResult:
+        """See Runner."""
+        result = self._in_flight.popleft().wait()
         self.rank_times[0] = self._runner.times.snapshot()
         for rank, report in self._channel.take_reports(LAYOUT.size).items():
             self.rank_times[rank] = RankTimes.from_bytes(report)
@@ -93,3 +136,14 @@ class LeadRunner:
         """Let the other ranks go."""
         self._channel.stop_watching()
         self._channel.send(STOP_MESSAGE)
+
+    @contextlib.contextmanager
+    def _name_loss(self) -> Iterator[None]:
+        """A sum that lacks a rank names its socket at best: say which rank is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            loss = self._channel.find_loss()
+            if loss is None:
+                raise
+            raise ConnectionError(loss) from error

@@ -1,39 +1,80 @@
 """Choose the next tokens from logits. Rank 0 only.
 
 The choice is a pure function of a row's logits, its sampling parameters, the tokens before it and
-one uniform number drawn from the request's own stream, so a request's text does not depend on its
-neighbours.
+one uniform number that belongs to the request and the position, so a request's text does not depend
+on its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from autotp_serving.batch import INVALID_TOKEN, SampleInput, ScoreInput, StepResult
 from autotp_serving.model.adjust import LogitAdjuster
 from autotp_serving.model.draw import draw_tokens
-from autotp_serving.model.logprobs import find_logprobs
-from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepResult
+from autotp_serving.model.logprobs import Fetch, find_logprobs, score_prompts
+from autotp_serving.request import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A step's choice, on its way to the host.
+
+    Attributes:
+        token_ids: [num_rows] on the device, INVALID_TOKEN where logits were not finite.
+        host_token_ids: waits for them.
+        asked: rows that asked for logprobs.
+        logprobs: waits for theirs; None when nobody asked.
+        scores: for each prompt part that is scored, waits for its logprobs.
+    """
+
+    token_ids: torch.Tensor
+    host_token_ids: Callable[[], torch.Tensor]
+    asked: list[int]
+    logprobs: Callable[[], list[TokenLogprobs]] | None
+    scores: list[Callable[[], list[TokenLogprobs]]]
+
+    def wait(self) -> StepResult:
+        """Wait until all is here."""
+        token_ids = [[token] for token in self.host_token_ids().tolist()]
+        scores = [score() for score in self.scores]
+        if self.logprobs is None:
+            return StepResult(token_ids, (), scores)
+        found = dict(zip(self.asked, self.logprobs(), strict=True))
+        logprobs = [[found[row]] if row in found else None for row in range(len(token_ids))]
+        return StepResult(token_ids, logprobs, scores)
 
 
 class Sampler:
-    """Samples a step's rows, and keeps what penalties need from one step to the next."""
+    """Samples a step's rows, and keeps what penalties need from one step to the next.
 
-    def __init__(self) -> None:
+    Args:
+        fetch: begins to copy a tensor to the host.
+    """
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
         self._adjuster = LogitAdjuster()
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, samples: Sequence[SampleInput]) -> StepResult:
-        """Choose one token per row.
+    def sample(
+        self,
+        logits: torch.Tensor,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+    ) -> Sampled:
+        """Begin to choose one token per row, and to score the prompts in the rows after those.
 
         Args:
             logits: [num_rows, vocab_size], any floating type.
-            samples: num_rows sampling inputs, in the same order.
+            samples: sampling inputs of the first rows, in the same order.
+            scores: what is known of the other rows.
         """
-        if not samples:
-            return StepResult([])
-        best, token_ids = logits.max(dim=-1)
+        scored = score_prompts(logits[len(samples) :], scores, self._fetch) if scores else []
+        best, token_ids = logits[: len(samples)].max(dim=-1)
         rows = [row for row, sample in enumerate(samples) if not sample.is_plain]
         if rows:
             picked = [samples[row] for row in rows]
@@ -41,13 +82,12 @@ class Sampler:
             token_ids[index] = self._choose(logits[index].float(), picked)
         token_ids = token_ids.where(best.isfinite(), INVALID_TOKEN)
         asked = [row for row in rows if samples[row].params.logprobs is not None]
-        if not asked:
-            return StepResult(token_ids.tolist())
-        index = torch.tensor(asked, device=logits.device)
-        num_top = [samples[row].params.logprobs for row in asked]
-        found = find_logprobs(logits[index], token_ids[index], num_top)
-        logprobs = dict(zip(asked, found, strict=True))
-        return StepResult(token_ids.tolist(), [logprobs.get(row) for row in range(len(samples))])
+        logprobs = None
+        if asked:
+            index = torch.tensor(asked, device=logits.device)
+            num_top = [samples[row].params.logprobs for row in asked]
+            logprobs = find_logprobs(logits[index], token_ids[index], num_top, self._fetch)
+        return Sampled(token_ids, self._fetch(token_ids), asked, logprobs, scored)
 
     def release(self, request_id: str) -> None:
         """Forget what is kept for a request."""

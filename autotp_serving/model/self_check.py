@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import nn
 
 from autotp_serving.config import ConfigError
 from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.batch_state import StepInputs
+from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.kv_pools import Pools
-from autotp_serving.plan import StepPlan
 
 CHECK_NAME = "autotp_check"
 FIRST_LEN, SECOND_LEN = 5, 16
@@ -91,25 +93,10 @@ def check_unproved(model: nn.Module, device: torch.device) -> None:
 
 def _run(model: nn.Module, sequences: list[list[int]], recorder: _Recorder) -> torch.Tensor:
     """Logits of the last token of each sequence, all of them in one flattened batch."""
-    lens = [len(sequence) for sequence in sequences]
-    num_tokens = sum(lens)
-    plan = StepPlan(
-        token_ids=[token for sequence in sequences for token in sequence],
-        positions=[position for length in lens for position in range(length)],
-        slots=[0] * num_tokens,
-        query_lens=lens,
-        context_lens=lens,
-        block_tables=[[] for _ in lens],
-        logit_rows=[sum(lens[: index + 1]) - 1 for index in range(len(lens))],
-    )
+    inputs = StepInputs.of_prompts(sequences, recorder.device)
+    inputs = replace(inputs, logit_rows=inputs.query_starts[1:].long() - 1)
     with torch.inference_mode():
-        logits = model(
-            input_ids=torch.tensor([plan.token_ids], device=recorder.device),
-            position_ids=torch.tensor([plan.positions], device=recorder.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(plan.logit_rows, device=recorder.device),
-            attention_context=AttentionContext.from_plan(plan, recorder),
-        ).logits[0]
+        logits = PlainForward(model, recorder)(inputs)
     if logits.shape[0] != len(sequences):
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: it computes the logits of "

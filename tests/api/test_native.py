@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from autotp_serving.api.native_schemas import GenerateReply
-from autotp_serving.plan import SampleInput
+from autotp_serving.batch import SampleInput
 from autotp_serving.request import SamplingParams
 from tests.api.service import MAX_MODEL_LEN, Service, client
 from tests.fakes import ByteTokenizer, generate, logprob, logprobs

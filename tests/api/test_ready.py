@@ -44,7 +44,7 @@ def test_the_first_probe_runs_a_step_and_those_after_it_do_not():
             assert reply.status_code == 200
             assert reply.json()["status"] == "ready"
             assert 0 <= reply.json()["seconds_since_last_step"] < 5
-        assert len(service.runner.plans) == 1
+        assert len(service.runner.batches) == 1
         assert (await http.head("/ready")).status_code == 200
 
     run(test)
@@ -54,7 +54,7 @@ def test_probes_at_the_same_time_share_one_step():
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         replies = await asyncio.gather(*(http.get("/ready") for _ in range(20)))
         assert {reply.status_code for reply in replies} == {200}
-        assert len(service.runner.plans) == 1
+        assert len(service.runner.batches) == 1
 
     run(test, delay=0.05)
 
@@ -63,7 +63,7 @@ def test_steps_of_clients_are_proof_enough():
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         await http.post("/generate", json={"prompt": "x", "n_predict": 3})
         assert (await http.get("/ready")).status_code == 200
-        assert len(service.runner.plans) == 3
+        assert len(service.runner.batches) == 3
 
     run(test)
 
@@ -74,7 +74,7 @@ def test_an_old_step_proves_nothing(monkeypatch: pytest.MonkeyPatch):
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         for num_steps in (1, 2, 3):
             assert (await http.get("/ready")).status_code == 200
-            assert len(service.runner.plans) == num_steps
+            assert len(service.runner.batches) == num_steps
             await asyncio.sleep(0.06)
 
     run(test)
@@ -95,7 +95,7 @@ def test_a_hung_rank_is_not_ready_until_it_goes_on(monkeypatch: pytest.MonkeyPat
         gate.set()
         monkeypatch.setattr(ready, "WAIT_SECONDS", 5.0)
         assert (await http.get("/ready")).status_code == 200
-        assert len(service.runner.plans) == 1
+        assert len(service.runner.batches) == 1
 
     run(test)
 
@@ -129,7 +129,7 @@ def test_a_model_gone_mad_is_not_ready_and_is_not_asked_all_the_time(
             # The step did end on all ranks, but its numbers are no good.
             assert reply.status_code == 503
             assert "NaN" in reply.json()["error"]["message"]
-        assert len(service.runner.plans) == 1
+        assert len(service.runner.batches) == 1
         service.runner.next_token = letters
         monkeypatch.setattr(ready, "RETRY_SECONDS", 0.0)
         assert (await http.get("/ready")).status_code == 200

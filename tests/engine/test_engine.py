@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from autotp_serving.batch import INVALID_TOKEN, SampleInput, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine, EngineError, QueueFullError
-from autotp_serving.plan import INVALID_TOKEN, SampleInput, StepResult
+from autotp_serving.engine.sequence import draw_uniform, make_draw_key
 from autotp_serving.request import Request, RequestError, RequestOutput, SamplingParams
 from tests.fakes import ByteTokenizer, FakeRunner, answers, generate, letters
 
@@ -24,7 +25,7 @@ class StuckRunner(FakeRunner):
         super().__init__()
         self.released = threading.Event()
 
-    def execute(self, *arguments):
+    def forward(self, batch):
         self.released.wait(20)
         raise RuntimeError("the sum was interrupted")
 
@@ -191,8 +192,9 @@ def test_outputs_do_not_depend_on_chunks_batches_or_the_prefix_cache(max_num_bat
             bench.submit(str(n), prompt=prompt, max_tokens=60, **params[n])
         bench.run()
         for n, prompt in enumerate(prompts):
-            stream = random.Random(f"request seed {n}")
-            samples = [SampleInput(SamplingParams(**params[n]), stream.random()) for _ in range(60)]
+            key = make_draw_key(n, 0, 0)
+            sampling = SamplingParams(**params[n])
+            samples = [SampleInput(sampling, draw_uniform(key, at)) for at in range(60)]
             assert bench.tokens(str(n)) == generate(prompt.encode(), samples)
         assert bench.engine.stats().num_preemptions > 0
         assert (bench.engine.stats().num_prefix_hit_tokens > 0) == enable_prefix_caching
@@ -293,19 +295,19 @@ def test_all_outputs_of_a_step_come_in_one_call_and_none_without_outputs():
     assert [len(step) for step in bench.steps] == [4, 4, 4, 1]
 
 
-def test_failing_runner_ends_every_request_with_the_error_and_refuses_more():
+def test_failing_runner_ends_every_request_with_the_error_and_refuses_more(max_in_flight):
     bench = Bench(FakeRunner(fail_at_step=2), max_num_seqs=2)
     for name in "abc":
         bench.submit(name, max_tokens=9)
-    bench.engine.step()
-    bench.engine.step()
+    for _ in range(3 - max_in_flight):
+        bench.engine.step()
     bench.submit("unseen", max_tokens=9)
     with pytest.raises(EngineError, match="rank 1 is gone"):
         bench.engine.step()
     for name in ("a", "b", "c", "unseen"):
         last = bench.last(name)
         assert last.finish_reason == "error" and "rank 1 is gone" in last.error
-    assert bench.last("a").num_output_tokens == 2
+    assert bench.last("a").num_output_tokens == 3 - max_in_flight
     assert bench.failures == [bench.engine.failure] == [last.error]
     with pytest.raises(EngineError, match="rank 1 is gone"):
         bench.submit("d", max_tokens=1)
@@ -444,8 +446,14 @@ def test_a_step_costs_little_besides_the_model():
     """Twice the budget of 200 microseconds, as other programs share the machine."""
 
     class Instant(FakeRunner):
-        def execute(self, plan, samples, scores=()):
-            return StepResult([65] * len(samples))
+        def forward(self, batch):
+            pass
+
+        def sample(self, samples, scores=()):
+            self.results = [*getattr(self, "results", []), StepResult([[65]] * len(samples))]
+
+        def collect(self):
+            return self.results.pop(0)
 
     class Silent(ByteTokenizer):
         def decode(self, token_ids, *, skip_special_tokens=True):

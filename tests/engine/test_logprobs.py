@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autotp_serving.plan import MAX_SCORED_ROWS
+from autotp_serving.batch import MAX_SCORED_ROWS
 from autotp_serving.request import RequestError, SamplingParams
 from tests.engine.test_engine import Bench
 from tests.fakes import ByteTokenizer, FakeRunner, logprobs
@@ -91,8 +91,8 @@ def test_a_prompt_may_be_scored_without_an_answer(length):
 
 def test_invalid_numbers_in_a_prompt_end_its_request_alone():
     class Broken(FakeRunner):
-        def execute(self, plan, samples, scores=()):
-            result = super().execute(plan, samples, scores)
+        def collect(self):
+            result = super().collect()
             for score in result.scores:
                 score[-1] = type(score[-1])(score[-1].token_id, float("nan"))
             return result

@@ -16,16 +16,23 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+from autotp_serving.batch import SampleInput
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.model.adjust import TokenCounts
 from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import SampleInput
 from autotp_serving.request import SamplingParams
 from tests.model.chi_square import assert_follows
+
+FETCH = CpuDevice(0).fetch
 
 NUM_DRAWS = 20_000
 VOCAB_SIZE = 40
 PROMPT = [3, 5, 5, 8, 30]
 ANSWER = [5, 9, 9, 9, 12]
+
+
+def sample_tokens(logits: torch.Tensor, samples: list[SampleInput]) -> list[int]:
+    return Sampler(FETCH).sample(logits, samples).token_ids.tolist()
 
 
 def make_logits(num_rows: int = 1, seed: int = 3) -> torch.Tensor:
@@ -87,7 +94,7 @@ def test_draws_follow_the_distribution_of_transformers(params, processors) -> No
     source = random.Random(17)
     samples = [make_sample(source.random(), **params) for _ in range(NUM_DRAWS)]
     # A step has one row per request; this one has one request in all rows, counted once.
-    tokens = Sampler().sample(logits.expand(NUM_DRAWS, -1), samples).token_ids
+    tokens = sample_tokens(logits.expand(NUM_DRAWS, -1), samples)
     context = torch.tensor([PROMPT + ANSWER])
     expected = LogitsProcessorList(processors)(context, logits.clone()).softmax(-1)[0]
     assert_follows(torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE), expected)
@@ -124,7 +131,7 @@ def test_counts_grow_token_by_token_as_if_counted_at_once() -> None:
 
 
 def test_a_released_request_leaves_nothing() -> None:
-    sampler = Sampler()
+    sampler = Sampler(FETCH)
     logits = make_logits(3)
     samples = [make_sample(0.5, name, frequency_penalty=1.0, logit_bias={1: 2.0}) for name in "abc"]
     sampler.sample(logits, samples)
@@ -152,9 +159,9 @@ def test_masks_let_only_their_tokens_through(num_bits: int) -> None:
         mask = pack(masks[row % 4], num_bits) if row % 2 else None
         temperature = 1.0 if row % 3 else 0.0
         samples.append(SampleInput(SamplingParams(temperature=temperature), 0.99, allowed=mask))
-    together = Sampler().sample(logits, samples).token_ids
+    together = sample_tokens(logits, samples)
     for row, token in enumerate(together):
-        assert token == Sampler().sample(logits[row : row + 1], [samples[row]]).token_ids[0]
+        assert token == sample_tokens(logits[row : row + 1], [samples[row]])[0]
         if row % 2:
             assert token in masks[row % 4]
     assert together[0] == logits[0].argmax()
@@ -168,13 +175,16 @@ def test_a_greedy_row_obeys_its_mask_and_its_neighbour_has_none() -> None:
         SampleInput(SamplingParams(), allowed=pack(allowed, VOCAB_SIZE)),
         SampleInput(SamplingParams()),
     ]
-    assert Sampler().sample(logits, samples).token_ids == [logits[0].topk(2).indices[1], best[1]]
+    assert sample_tokens(logits, samples) == [
+        logits[0].topk(2).indices[1],
+        best[1],
+    ]
 
 
 def test_a_ban_beyond_the_models_vocabulary_bans_nothing() -> None:
     sample = SampleInput(SamplingParams(min_tokens=1), banned=(VOCAB_SIZE, 10**6))
     logits = make_logits()
-    assert Sampler().sample(logits, [sample]).token_ids == [logits.argmax()]
+    assert sample_tokens(logits, [sample]) == [logits.argmax()]
 
 
 def test_choices_do_not_depend_on_neighbours() -> None:
@@ -186,10 +196,8 @@ def test_choices_do_not_depend_on_neighbours() -> None:
         for number in range(36)
     ]
     logits = make_logits(36).to(torch.bfloat16)
-    alone = [
-        Sampler().sample(logits[i : i + 1], samples[i : i + 1]).token_ids[0] for i in range(36)
-    ]
-    assert Sampler().sample(logits, samples).token_ids == alone
+    alone = [sample_tokens(logits[i : i + 1], samples[i : i + 1])[0] for i in range(36)]
+    assert sample_tokens(logits, samples) == alone
     order = source.sample(range(36), 36)
-    mixed = Sampler().sample(logits[order], [samples[i] for i in order]).token_ids
+    mixed = sample_tokens(logits[order], [samples[i] for i in order])
     assert mixed == [alone[i] for i in order]

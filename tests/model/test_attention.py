@@ -13,7 +13,7 @@ import torch
 from autotp_serving.config import ConfigError
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
-from autotp_serving.plan import StepPlan
+from tests.model.steps import make_inputs
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -58,30 +58,18 @@ def run_step(
     cache: KVCache, parts: list[tuple[Sequence, int]], **options: Any
 ) -> list[torch.Tensor]:
     """Run the next rows of each sequence in one flattened batch; outputs per sequence."""
-    spans, positions, slots = [], [], []
-    for sequence, query_len in parts:
-        span = range(sequence.num_done, sequence.num_done + query_len)
-        spans.append(slice(span.start, span.stop))
-        positions.extend(span)
-        slots.extend(sequence.pages[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in span)
+    starts = [sequence.num_done for sequence, _ in parts]
+    query_lens = [query_len for _, query_len in parts]
+    inputs = make_inputs([one.pages for one, _ in parts], starts, query_lens, BLOCK_SIZE)
+    spans = [slice(start, start + num) for start, num in zip(starts, query_lens, strict=True)]
+    for (sequence, _), span in zip(parts, spans, strict=True):
         sequence.num_done = span.stop
-    plan = StepPlan(
-        token_ids=[0] * len(positions),
-        positions=positions,
-        slots=slots,
-        query_lens=[query_len for _, query_len in parts],
-        context_lens=[sequence.num_done for sequence, _ in parts],
-        block_tables=[
-            sequence.pages[: -(-sequence.num_done // BLOCK_SIZE)] for sequence, _ in parts
-        ],
-        logit_rows=[],
-    )
 
     def flatten(name: str) -> torch.Tensor:
         rows = [getattr(part[0], name)[span] for part, span in zip(parts, spans, strict=True)]
         return torch.cat(rows).transpose(0, 1)[None]
 
-    context = AttentionContext.from_plan(plan, cache)
+    context = AttentionContext.of(inputs, cache)
     output, weights = paged_attention(
         LAYER,
         flatten("query"),
@@ -92,7 +80,7 @@ def run_step(
         **options,
     )
     assert weights is None
-    return list(output[0].split(plan.query_lens))
+    return list(output[0].split(query_lens))
 
 
 def plain_attention(

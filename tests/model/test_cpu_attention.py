@@ -24,8 +24,8 @@ from autotp_serving.model.kernels.cpu_attention import (
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.kv_pools import Pools, quantize
 from autotp_serving.native_build import ISAS, BuildError, processor_flags
-from autotp_serving.plan import StepPlan
 from tests.compiler import can_compile, needs_compiler
+from tests.model.steps import make_inputs
 
 NUM_PAGES = 200
 MIXED = ((1, 1), (1, 64), (1, 65), (5, 5), (37, 300), (1, 500), (130, 130), (64, 128))
@@ -91,13 +91,9 @@ class Case:
         indices = list(range(len(self.spans))) if indices is None else indices
         queries = self.query.split([length for length, _ in self.spans])
         lens = [self.spans[i][0] for i in indices]
-        attend = CpuAttention(
-            [self.tables[i] for i in indices],
-            [self.spans[i][1] for i in indices],
-            lens,
-            self.block_size,
-            isa=isa,
-        )
+        starts = [self.spans[i][1] - self.spans[i][0] for i in indices]
+        inputs = make_inputs([self.tables[i] for i in indices], starts, lens, self.block_size)
+        attend = CpuAttention(inputs, self.block_size, isa=isa)
         out = attend(
             torch.cat([queries[i] for i in indices]),
             pack(self.keys, self.values, self.is_int8),
@@ -272,12 +268,12 @@ def test_int8_stays_near_the_attention_that_nobody_rounded(
     shape = KVCacheShape(((kv_heads, size, size),), 16, torch.bfloat16, is_int8=True)
     cache = KVCache(shape, 63, torch.device("cpu"))
     cache.write(0, torch.arange(context), key, value)
-    plan = StepPlan([0], [999], [999], [1], [context], [list(range(63))], [0])
+    inputs = make_inputs([list(range(63))], [999], [1])
     out, _ = paged_attention(
         SimpleNamespace(layer_idx=0),
         *(rows.transpose(0, 1)[None] for rows in (query, key[999:], value[999:])),
         None,
-        attention_context=AttentionContext.from_plan(plan, cache),
+        attention_context=AttentionContext.of(inputs, cache),
     )
     case = Case(key, value, query, ((1, context),), [list(range(63))], 16)
     exact = case.exact(0, None, None)
@@ -292,10 +288,8 @@ def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch
     """One step's plan through both."""
     torch.manual_seed(0)
     lens, contexts, tables = [1, 20, 1], [50, 20, 1], [[3, 9, 4, 30], [7, 8], [11]]
-    positions = [p for n, c in zip(lens, contexts, strict=True) for p in range(c - n, c)]
-    owners = [i for i, n in enumerate(lens) for _ in range(n)]
-    slots = [tables[i][p // 16] * 16 + p % 16 for i, p in zip(owners, positions, strict=True)]
-    plan = StepPlan([0] * 22, positions, slots, lens, contexts, tables, [])
+    starts = [context - length for length, context in zip(lens, contexts, strict=True)]
+    inputs = make_inputs(tables, starts, lens)
     query = torch.randn(1, 8, 22, 64).bfloat16()
     key, value = torch.randn(2, 1, 2, 22, 64).bfloat16()
     history = torch.randn(2, 640, 2, 64).bfloat16()
@@ -305,7 +299,7 @@ def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch
         shape = KVCacheShape(((2, 64, 64),), 16, torch.bfloat16, is_int8)
         cache = KVCache(shape, 40, torch.device("cpu"))
         cache.write(0, torch.arange(640), *history)
-        context = AttentionContext.from_plan(plan, cache)
+        context = AttentionContext.of(inputs, cache)
         assert (context.kernel is not None) == may_attend
         output, _ = paged_attention(
             SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused import FusedForward, fuse, join_linears
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.loader import load_model, read_model_config
-from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import LocalControl
 from tests.compiler import needs_compiler
 from tests.model.families import COMMON, save_family
+from tests.model.steps import make_inputs
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -38,21 +40,17 @@ STEPS = (((0, 40), (0, 7)), ((40, 1), (7, 30)), ((41, 1), (37, 1)), ((42, 20), (
 pytestmark = needs_compiler
 
 
-def make_plan(parts: tuple[tuple[int, int], ...]) -> StepPlan:
-    tables = [list(range(8)), list(range(8, 16))]
-    token_ids, positions, slots = [], [], []
-    for number, (start, length) in enumerate(parts):
-        for position in range(start, start + length):
-            token_ids.append((position * 37 + number * 11) % 256)
-            positions.append(position)
-            page = tables[number][position // BLOCK_SIZE]
-            slots.append(page * BLOCK_SIZE + position % BLOCK_SIZE)
-    lens = [length for _, length in parts]
-    contexts = [start + length for start, length in parts]
-    tables = [
-        table[: -(-length // BLOCK_SIZE)] for table, length in zip(tables, contexts, strict=False)
+def make_step(parts: tuple[tuple[int, int], ...]) -> StepInputs:
+    """Its logits are those of every token."""
+    tables = [list(range(8)), list(range(8, 16))][: len(parts)]
+    token_ids = [
+        (position * 37 + number * 11) % 256
+        for number, (start, length) in enumerate(parts)
+        for position in range(start, start + length)
     ]
-    return StepPlan(token_ids, positions, slots, lens, contexts, tables, list(range(sum(lens))))
+    starts, lens = (list(column) for column in zip(*parts, strict=True))
+    inputs = make_inputs(tables, starts, lens, BLOCK_SIZE, token_ids)
+    return replace(inputs, logit_rows=torch.arange(inputs.num_tokens))
 
 
 def load(
@@ -68,7 +66,7 @@ def load(
 
 @torch.inference_mode()
 def run(forward: object) -> list[Tensor]:
-    return [forward(make_plan(parts)).double() for parts in STEPS]
+    return [forward(make_step(parts)).double() for parts in STEPS]
 
 
 def find_error(logits: Tensor, reference: Tensor) -> float:

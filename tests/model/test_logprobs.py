@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
+from autotp_serving.batch import INVALID_TOKEN, SampleInput, ScoreInput
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.model.logprobs import ROWS_AT_ONCE, score_prompts
 from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import INVALID_TOKEN, SampleInput, ScoreInput
 from autotp_serving.request import SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 50
+
+fetch = CpuDevice(0).fetch
 
 
 def make_logits(num_rows: int) -> torch.Tensor:
@@ -42,26 +45,27 @@ def test_sampled_tokens() -> None:
         )
         for row, num_top in enumerate(asked)
     ]
-    result = Sampler().sample(logits, samples)
+    result = Sampler(fetch).sample(logits, samples).wait()
     for row, num_top in enumerate(asked):
-        found = result.logprobs[row]
         if num_top is None:
-            assert found is None
+            assert result.logprobs[row] is None
         else:
-            assert found.token_id == result.token_ids[row] == row
+            (found,) = result.logprobs[row]
+            assert [found.token_id] == result.token_ids[row] == [row]
             assert_equals_log_softmax(found, logits[row], num_top)
 
 
 def test_nobody_asks_nobody_pays() -> None:
-    assert Sampler().sample(make_logits(2), [SampleInput(SamplingParams())] * 2).logprobs == ()
+    sampled = Sampler(fetch).sample(make_logits(2), [SampleInput(SamplingParams())] * 2)
+    assert sampled.wait().logprobs == ()
 
 
 def test_a_row_of_nan_is_reported_and_harms_no_other() -> None:
     logits = make_logits(2).float()
     logits[0] = float("nan")
-    result = Sampler().sample(logits, [SampleInput(SamplingParams(logprobs=2))] * 2)
-    assert result.token_ids[0] == INVALID_TOKEN
-    assert_equals_log_softmax(result.logprobs[1], logits[1], 2)
+    result = Sampler(fetch).sample(logits, [SampleInput(SamplingParams(logprobs=2))] * 2).wait()
+    assert result.token_ids[0] == [INVALID_TOKEN]
+    assert_equals_log_softmax(result.logprobs[1][0], logits[1], 2)
 
 
 def test_prompts_of_several_sizes() -> None:
@@ -71,7 +75,7 @@ def test_prompts_of_several_sizes() -> None:
         ScoreInput([(7 * row) % VOCAB_SIZE for row in range(length)], num_top)
         for num_top, length in enumerate(lens)
     ]
-    results = score_prompts(logits, scores)
+    results = [score() for score in score_prompts(logits, scores, fetch)]
     row = 0
     for score, result in zip(scores, results, strict=True):
         assert [one.token_id for one in result] == score.target_ids
@@ -84,5 +88,6 @@ def test_the_likeliest_target_has_exactly_the_first_top_logprob() -> None:
     """lm-eval compares the two for equality to tell whether a text is greedy."""
     logits = make_logits(40)
     best = logits.argmax(-1).tolist()
-    for one in score_prompts(logits, [ScoreInput(best, 1)])[0]:
+    (score,) = score_prompts(logits, [ScoreInput(best, 1)], fetch)
+    for one in score():
         assert one.logprob == one.top[0][1] and not math.isnan(one.logprob)

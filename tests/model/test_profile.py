@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from autotp_serving.batch import Batch
 from autotp_serving.model import profile
 from autotp_serving.model.profile import PARTS, PartClock, StepProfiler
 from autotp_serving.model.runner import ModelRunner
-from autotp_serving.plan import StepPlan
 from autotp_serving.step_times import StepTimes
 
 
-def plan(*query_lens: int) -> StepPlan:
-    return StepPlan([0] * sum(query_lens), [], [], list(query_lens), [], [], [])
+def make_batch(*query_lens: int) -> Batch:
+    num_seqs = len(query_lens)
+    return Batch(list(range(num_seqs)), [0] * num_seqs, list(query_lens), list(query_lens), [])
 
 
 def test_inner_parts_count_for_themselves_alone(monkeypatch):
@@ -55,12 +56,13 @@ def watched(tmp_path):
     model[0].forward = forward
     times = StepTimes()
 
-    def run(plan: StepPlan) -> torch.Tensor:
+    def run(batch: Batch) -> torch.Tensor:
         times.add_collective(8, 0.0)
         time.sleep(0.001)
         return model(torch.zeros(1, 4))
 
-    runner = ModelRunner(run, times)
+    state = SimpleNamespace(apply=lambda batch: batch)
+    runner = ModelRunner(run, state, times)
     device = SimpleNamespace(kind="cpu")
     profiler = StepProfiler(tmp_path / "made", 1, device, runner, None)
     return SimpleNamespace(runner=runner, profiler=profiler, model=model, folder=tmp_path / "made")
@@ -73,9 +75,9 @@ def test_decode_steps_are_timed_traced_and_then_left_alone(watched):
     forward = watched.model[0].forward
     watched.profiler.attach(watched.model)
     assert any(vars(owner)[name] is not value for (owner, name), value in before.items())
-    watched.runner.run(plan(5))  # prefill counts nowhere
+    watched.runner.run(make_batch(5))  # prefill counts nowhere
     for _ in range(profile.WARM_UP_STEPS + profile.TIMED_STEPS + profile.TRACED_STEPS + 1):
-        watched.runner.run(plan(1, 1))
+        watched.runner.run(make_batch(1, 1))
     lines = (watched.folder / "decode-rank1.txt").read_text().splitlines()
     assert f"{profile.TIMED_STEPS} decode steps of 2.0 sequences" in lines[0]
     shown = {line[:32].strip(): float(line[32:41]) for line in lines[1:]}
@@ -93,5 +95,5 @@ def test_decode_steps_are_timed_traced_and_then_left_alone(watched):
 def test_mixed_steps_are_not_decode_steps(watched):
     watched.profiler.attach(watched.model)
     for _ in range(profile.WARM_UP_STEPS + 2):
-        watched.runner.run(plan(1, 7))
+        watched.runner.run(make_batch(1, 7))
     assert watched.profiler.clock.calls == {}

@@ -15,11 +15,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from autotp_serving.batch import INVALID_TOKEN, SampleInput
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.model.draw import MANY_CANDIDATES
 from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import INVALID_TOKEN, SampleInput
 from autotp_serving.request import SamplingParams
 from tests.model.chi_square import assert_follows
+
+FETCH = CpuDevice(0).fetch
 
 NUM_DRAWS = 20_000
 VOCAB_SIZE = 40
@@ -47,7 +50,7 @@ def make_logits(num_rows: int = 1, seed: int = 3) -> torch.Tensor:
 
 
 def sample_tokens(logits: torch.Tensor, samples: list[SampleInput]) -> list[int]:
-    return Sampler().sample(logits, samples).token_ids
+    return Sampler(FETCH).sample(logits, samples).token_ids.tolist()
 
 
 def draw(logits: torch.Tensor, uniform: float, **params: float) -> int:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from autotp_serving.batch import SampleInput
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.engine.grammar import GrammarCompiler
 from autotp_serving.model.sampler import Sampler
-from autotp_serving.plan import SampleInput
 from autotp_serving.request import SamplingParams
 from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import HuggingFaceTokenizer
 from tests.generated_schemas import check, make_schema
+
+FETCH = CpuDevice(0).fetch
 
 TOKENIZER = Path(__file__).parents[2] / "demo_model"
 NUM_SCHEMAS = 100
@@ -48,7 +51,7 @@ def test_100_generated_schemas_parse_at_temperature_1(tokenizer: HuggingFaceToke
         token for token in range(tokenizer.vocab_size) if not tokenizer.token_bytes(token).strip()
     ]
     generator = torch.Generator().manual_seed(1)
-    sampler = Sampler()
+    sampler = Sampler(FETCH)
     for _ in range(MAX_TOKENS):
         if not guides:
             break
@@ -58,7 +61,7 @@ def test_100_generated_schemas_parse_at_temperature_1(tokenizer: HuggingFaceToke
         for guide in guides.values():
             samples.append(SampleInput(params, draw.random(), allowed=guide.allowed()))
         samples += [SampleInput(params, draw.random())] * NUM_FREE
-        tokens = sampler.sample(logits, samples).token_ids[:-NUM_FREE]
+        tokens = sampler.sample(logits, samples).token_ids.tolist()[:-NUM_FREE]
         for number, token in zip(list(guides), tokens, strict=True):
             is_complete = guides[number].accept(token)
             assert guides[number].error is None

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_pools import Pools
 from autotp_serving.native_build import BuildError, best_isa, build_library, isa_flags
 
@@ -60,6 +58,7 @@ class _Attention(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
         ("context_lens", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
         ("sequences", ctypes.c_int64),
@@ -140,37 +139,21 @@ class CpuAttention:
     """Causal attention of one step's tokens over the pages of their sequences, for every layer.
 
     Args:
-        block_tables: [num_seqs] lists of pages.
-        context_lens: [num_seqs], the step's tokens included.
-        query_lens: [num_seqs], how many of the context's last tokens the step runs.
+        inputs: the step's; its tensors are read where they lie.
         block_size: tokens a page holds, a multiple of 16.
         isa: of `ISAS`, for tests; None for the best.
     """
 
-    def __init__(
-        self,
-        block_tables: Sequence[Sequence[int]],
-        context_lens: Sequence[int],
-        query_lens: Sequence[int],
-        block_size: int,
-        *,
-        isa: str | None = None,
-    ) -> None:
-        most_pages = max(map(len, block_tables))
-        flat = array("i")
-        for table in block_tables:
-            flat.extend(table)
-            flat.extend([0] * (most_pages - len(table)))
-        self._tables = flat
-        self._context_lens = array("i", context_lens)
-        self._starts = array("i", itertools.accumulate(query_lens, initial=0))
+    def __init__(self, inputs: StepInputs, block_size: int, *, isa: str | None = None) -> None:
+        self._inputs = inputs  # whose memory the call points to
         self._attend = load_library(isa).autotp_paged_attention
         self._call = _Attention(
-            tables=flat.buffer_info()[0],
-            table_stride=most_pages,
-            context_lens=self._context_lens.buffer_info()[0],
-            starts=self._starts.buffer_info()[0],
-            sequences=len(self._context_lens),
+            tables=inputs.block_tables.data_ptr(),
+            table_stride=inputs.block_tables.shape[1],
+            rows=inputs.rows.data_ptr(),
+            context_lens=inputs.context_lens.data_ptr(),
+            starts=inputs.query_starts.data_ptr(),
+            sequences=inputs.num_seqs,
             block_size=block_size,
         )
         # Of the call and of the function that takes it, for C++ that attends by itself.

@@ -149,7 +149,7 @@ template <class Cache>
 inline void find_block(const AutotpAttention& call, const Task& task, int64_t start, int64_t stop,
                        const Work& work, Block<typename Cache::Number>& block) {
     using Number = typename Cache::Number;
-    const int32_t* table = call.tables + task.sequence * call.table_stride;
+    const int32_t* table = call.tables + call.rows[task.sequence] * call.table_stride;
     for (int v = 0; v < kVectors; ++v) {
         const int64_t position = std::min(start + v * kLanes, (stop - 1) / kLanes * kLanes);
         const int64_t slot = table[position / call.block_size] * call.block_size +

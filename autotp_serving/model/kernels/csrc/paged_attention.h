@@ -11,8 +11,9 @@ struct AutotpAttention {
     int64_t query_token_stride, query_head_stride;
     AutotpPools pools;
     uint16_t* out;          // [tokens, heads, value_dim]
-    const int32_t* tables;  // [sequences, table_stride], pages
+    const int32_t* tables;  // [rows, table_stride], pages
     int64_t table_stride;
+    const int32_t* rows;          // [sequences], each one's table
     const int32_t* context_lens;  // [sequences]
     const int32_t* starts;        // [sequences + 1], first query token of each
     int64_t sequences, heads, kv_heads, head_dim, value_dim;

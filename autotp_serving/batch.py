@@ -1,0 +1,224 @@
+"""The batch of a step: all that crosses from rank 0 to the other ranks, and who runs it.
+
+Standard library only. Rank 0 writes a batch each step, every rank turns it into tensors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autotp_serving.request import SamplingParams, TokenLogprobs
+from autotp_serving.step_times import RankTimes
+
+INVALID_TOKEN = -1
+"""Stands for the token of a row whose logits were NaN or infinite."""
+
+MAX_SCORED_ROWS = 256
+"""Most rows of one step whose logits serve prompt logprobs: each costs a vocabulary of memory."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass over a flattened batch of sequences, in plain integers.
+
+    A running sequence owns a row, in which every rank keeps the sequence's block table and latest
+    tokens from step to step, so a batch holds only what a rank cannot know: positions, slots and
+    cumulative lengths are computed by each.
+
+    Attributes:
+        rows: [num_seqs], each sequence's row, from 0 to the most sequences of a step - 1.
+        starts: [num_seqs], tokens in the cache before this step: the first token's position.
+        query_lens: [num_seqs], how many tokens each runs, at least 1.
+        num_known: [num_seqs], how many of them are sent, from the first on. One that is not was
+            sampled by a step whose result is not here yet: the rank has it in its row.
+        token_ids: those that are sent, the sequences' one after another.
+        grown: [num_grown], indices of the sequences whose block tables change, in order.
+        first_blocks: [num_grown], where in its table the new blocks go; 0 begins a new table.
+        num_new_blocks: [num_grown], how many there are of each.
+        new_blocks: theirs, one after another.
+        sampled: indices of the sequences that get a token, in order.
+        score_rows: indices into the flattened tokens whose logits score the prompt.
+        num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none.
+        adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    query_lens: list[int]
+    num_known: list[int]
+    token_ids: list[int]
+    grown: list[int] = field(default_factory=list)
+    first_blocks: list[int] = field(default_factory=list)
+    num_new_blocks: list[int] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    score_rows: list[int] = field(default_factory=list)
+    num_drafts: list[int] = field(default_factory=list)
+    adapters: list[int] = field(default_factory=list)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that take part."""
+        return len(self.rows)
+
+    @property
+    def is_decode(self) -> bool:
+        """True when every sequence runs a single token."""
+        return max(self.query_lens) == 1
+
+    def to_bytes(self) -> bytes:
+        """Pack into native 32-bit integers: counts, then the lists; the commonest take no room."""
+        num_seqs = len(self.rows)
+        ones = [1] * num_seqs
+        # Of decode steps these follow from the others.
+        query_lens = [] if self.query_lens == ones else self.query_lens
+        num_known = [] if self.num_known == self.query_lens else self.num_known
+        sampled = [] if self.sampled == list(range(num_seqs)) else self.sampled
+        lists = (query_lens, num_known, sampled, self.num_drafts, self.adapters)
+        counts = [num_seqs, len(self.token_ids), len(self.grown), len(self.new_blocks)]
+        counts += [len(self.score_rows), len(self.sampled), *map(len, lists)]
+        packed = array("i", counts)
+        for values in (self.rows, self.starts, *lists, self.token_ids, self.grown):
+            packed.extend(values)
+        for values in (self.first_blocks, self.num_new_blocks, self.new_blocks, self.score_rows):
+            packed.extend(values)
+        return packed.tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Batch:
+        """Inverse of `to_bytes`, on a machine of the same byte order."""
+        packed = array("i")
+        packed.frombytes(data)
+        values = packed.tolist()
+        num_seqs, num_ids, num_grown, num_blocks, num_scored, num_sampled = values[:6]
+        num_lens, num_counts, num_listed, num_drafts, num_adapters = values[6:11]
+        cursor = 11
+
+        def take(count: int) -> list[int]:
+            nonlocal cursor
+            cursor += count
+            return values[cursor - count : cursor]
+
+        rows, starts = take(num_seqs), take(num_seqs)
+        query_lens = take(num_lens) or [1] * num_seqs
+        num_known = take(num_counts) or list(query_lens)
+        sampled = take(num_listed) or list(range(num_sampled))
+        drafts, adapters = take(num_drafts), take(num_adapters)
+        return Batch(
+            rows,
+            starts,
+            query_lens,
+            num_known,
+            token_ids=take(num_ids),
+            grown=take(num_grown),
+            first_blocks=take(num_grown),
+            num_new_blocks=take(num_grown),
+            new_blocks=take(num_blocks),
+            sampled=sampled,
+            score_rows=take(num_scored),
+            num_drafts=drafts,
+            adapters=adapters,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInput:
+    """What rank 0 needs, beside the logits, to choose the next token of one sequence.
+
+    Attributes:
+        params: the request's sampling parameters.
+        uniform: a number in [0, 1) that depends on the request's seed and the output position
+            alone, so that the choice does not depend on what else is in the batch.
+        request_id: under which the runner keeps what it counts for the request.
+        token_ids: prompt and output so far, read where penalties ask for it.
+        num_prompt_tokens: how many of them are the prompt.
+        banned: tokens that must not be chosen now.
+        allowed: the only tokens that may be chosen, as `Guide.allowed` packs them; None: all.
+    """
+
+    params: SamplingParams
+    uniform: float = 0.0
+    request_id: str = ""
+    token_ids: Sequence[int] = ()
+    num_prompt_tokens: int = 0
+    banned: tuple[int, ...] = ()
+    allowed: bytes | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True when the row's largest logit is the answer."""
+        return self.params.is_plain and self.allowed is None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInput:
+    """Rows of one prompt whose next tokens are known and are to be scored.
+
+    Attributes:
+        target_ids: [num_rows], the token that follows each row.
+        num_top: likeliest tokens to list for each.
+    """
+
+    target_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What rank 0 makes of a step's logits.
+
+    Attributes:
+        token_ids: [num_samples] lists of the tokens that were chosen, one or more each;
+            INVALID_TOKEN for a row whose logits were not finite.
+        logprobs: [num_samples] lists of their logprobs, None for rows that did not ask; empty
+            when none did.
+        scores: [num_scores] lists of the targets' logprobs.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: Sequence[list[TokenLogprobs] | None] = ()
+    scores: Sequence[list[TokenLogprobs]] = ()
+
+
+class Runner(Protocol):
+    """Runs batches on all ranks; the engine knows nothing else of the model.
+
+    A step is `forward`, then `sample`, and later `collect`. Steps run in the order of `forward`;
+    the next may begin before the last is collected, as long as at most `max_in_flight` are under
+    way.
+
+    Attributes:
+        num_blocks: blocks in the KV pool, the same on every rank.
+        block_size: tokens a block holds.
+        max_in_flight: steps that may be begun and not collected, at least 1.
+        rank_times: [num_ranks], what the steps have cost each rank so far.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_in_flight: int
+    rank_times: Sequence[RankTimes]
+
+    def forward(self, batch: Batch) -> None:
+        """Begin a step on all ranks: its logits."""
+        ...
+
+    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+        """Begin to choose and score from the logits of the batch that was forwarded last.
+
+        Args:
+            samples: one for each of the batch's `sampled`.
+            scores: of the batch's `score_rows`, all of them together.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step in flight."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """Forget what is kept for a request. Every request that was sampled ends with this."""
+        ...

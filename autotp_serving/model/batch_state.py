@@ -1,0 +1,338 @@
+"""What a rank keeps of the running sequences from step to step, and what a step reads. Every rank.
+
+A batch says what has changed; `BatchState` holds the rest on the device: each row's block table
+and latest tokens. Of both it makes `StepInputs`, by one copy from the host to the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autotp_serving.batch import Batch
+
+NOT_WRITTEN = -1
+"""The slot of a padding token: attention stores nothing for it."""
+
+NUM_STAGES = 3
+"""Buffers of pinned memory in turns: one more than the most steps in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What a forward pass and attention read of one step. Tensors are on the device.
+
+    Attributes:
+        token_ids: [num_tokens] int64, the sequences' tokens one after another.
+        positions: [num_tokens] int64, of each in its sequence.
+        slots: [num_tokens] int64, block * block_size + offset: where its key and value go;
+            NOT_WRITTEN for padding.
+        rows: [num_seqs] int32, each sequence's row of `block_tables`.
+        query_starts: [num_seqs + 1] int32, where each sequence's tokens begin.
+        context_lens: [num_seqs] int32, tokens in the cache once this step's are there; 0 for
+            padding, whose output is zeros.
+        block_tables: [max_rows + 1, max_blocks_per_row] int32, of all rows; what lies behind a
+            context means nothing.
+        logit_rows: [num_logit_rows] int64, indices of the tokens whose logits rank 0 needs: those
+            of the sequences that get a token, in order, then those that score prompts.
+        host_query_lens, host_context_lens: [num_seqs], the same on the host, without padding.
+        num_seqs, num_tokens: with padding.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    rows: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    logit_rows: Tensor
+    host_query_lens: list[int]
+    host_context_lens: list[int]
+    num_seqs: int
+    num_tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        """True when every sequence runs one token."""
+        return self.num_tokens == self.num_seqs
+
+    @property
+    def max_query_len(self) -> int:
+        """Most tokens that a sequence runs."""
+        return max(self.host_query_lens)
+
+    @property
+    def max_context_len(self) -> int:
+        """Longest context."""
+        return max(self.host_context_lens)
+
+    @staticmethod
+    def of_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> StepInputs:
+        """Whole prompts with neither cache nor rows, and the logits of all their tokens: for
+        trials before there are any. All slots are 0.
+        """
+        lens = [len(prompt) for prompt in prompts]
+        num_tokens = sum(lens)
+
+        def ints(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+        def longs(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+        return StepInputs(
+            token_ids=longs(token for prompt in prompts for token in prompt),
+            positions=longs(position for length in lens for position in range(length)),
+            slots=longs([0] * num_tokens),
+            rows=ints(range(len(lens))),
+            query_starts=ints(accumulate(lens, initial=0)),
+            context_lens=ints(lens),
+            block_tables=torch.zeros((len(lens), max(lens)), dtype=torch.int32, device=device),
+            logit_rows=longs(range(num_tokens)),
+            host_query_lens=lens,
+            host_context_lens=lens,
+            num_seqs=len(lens),
+            num_tokens=num_tokens,
+        )
+
+
+class BatchState:
+    """Persistent tensors with a row for each running sequence, and one for padding.
+
+    Args:
+        max_rows: most sequences in a step.
+        max_blocks_per_row: blocks that the longest sequence fills.
+        block_size: tokens a block holds.
+        num_drafts: most tokens that are guessed ahead for a sequence in one step.
+
+    Attributes:
+        last_token_ids: [max_rows + 1, 1 + num_drafts] int64, the tokens sampled last.
+        block_tables: [max_rows + 1, max_blocks_per_row] int32.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        max_blocks_per_row: int,
+        block_size: int,
+        device: torch.device,
+        num_drafts: int = 0,
+    ) -> None:
+        self._max_rows = max_rows
+        self._block_size = block_size
+        self._device = device
+        self.last_token_ids = torch.zeros(
+            (max_rows + 1, 1 + num_drafts), dtype=torch.int64, device=device
+        )
+        self.block_tables = torch.zeros(
+            (max_rows + 1, max_blocks_per_row), dtype=torch.int32, device=device
+        )
+        # Slots are computed on the host, which needs the tables as well. On a CPU they are one.
+        self._tables = np.zeros(self.block_tables.shape, np.int32)
+        if self._is_host:
+            self._tables = self.block_tables.numpy()
+        self._counts = np.arange(max_rows + 1)
+        self._int_counts = self._counts.astype(np.int32)
+        self._staged = torch.empty(0, dtype=torch.uint8, device=device)
+        self._stages: deque[tuple[Tensor, torch.Event]] = deque()
+
+    @property
+    def _is_host(self) -> bool:
+        return self.block_tables.is_cpu
+
+    def apply(self, batch: Batch, num_padded_seqs: int = 0) -> StepInputs:
+        """Take in what a batch changes, and make the inputs of its forward pass.
+
+        Args:
+            num_padded_seqs: fill a decode step up to so many sequences, for a graph of that size.
+                The tensors of steps padded alike lie at the same addresses, if `reserve` was
+                called for the largest.
+        """
+        grown = self._grow_tables(batch)
+        unknown = None
+        token_ids: list[int] = batch.token_ids
+        if len(token_ids) < sum(batch.query_lens):
+            token_ids, unknown = _fill_gaps(batch)
+        arrays, contexts = self._lay_out(batch, token_ids)
+        if num_padded_seqs > batch.num_seqs:
+            arrays = self._pad(arrays, num_padded_seqs - batch.num_seqs)
+        if self._is_host:
+            tensors = [torch.from_numpy(array) for array in arrays]
+        else:
+            tensors = self._copy(arrays)
+        tokens, positions, slots, logit_rows, rows, query_starts, context_lens = tensors
+        if grown is not None:
+            of_row, column, blocks = self._send(grown)
+            self.block_tables[of_row, column] = blocks.int()
+        if unknown is not None:
+            place, of_row, column = self._send(unknown)
+            tokens[place] = self.last_token_ids[of_row, column]
+        return StepInputs(
+            tokens,
+            positions,
+            slots,
+            rows,
+            query_starts,
+            context_lens,
+            self.block_tables,
+            logit_rows,
+            batch.query_lens,
+            contexts,
+            len(rows),
+            len(tokens),
+        )
+
+    def _lay_out(self, batch: Batch, token_ids: list[int]) -> tuple[list[np.ndarray], list[int]]:
+        """The step's arrays in the order of `apply`, int64 before int32, and the contexts' lengths.
+
+        Decode steps go a quicker way: on a small model this shows.
+        """
+        block_size = self._block_size
+        num_seqs, num_tokens = len(batch.rows), len(token_ids)
+        rows = np.array(batch.rows, np.int32)
+        starts = np.array(batch.starts)
+        if num_tokens == num_seqs:
+            contexts = [start + 1 for start in batch.starts]
+            positions, owners = starts, rows
+            query_starts = self._int_counts[: num_seqs + 1]
+            if len(batch.sampled) == num_seqs and not batch.score_rows:
+                logit_rows = self._counts[:num_seqs]
+            else:
+                logit_rows = np.array([*batch.sampled, *batch.score_rows], np.int64)
+        else:
+            lens = batch.query_lens
+            contexts = [start + length for start, length in zip(batch.starts, lens, strict=True)]
+            query_starts = np.zeros(num_seqs + 1, np.int32)
+            np.cumsum(lens, out=query_starts[1:])
+            owners = np.repeat(rows, lens)
+            positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
+            ends = query_starts.tolist()
+            sampled = [ends[index + 1] - 1 for index in batch.sampled]
+            logit_rows = np.array([*sampled, *batch.score_rows], np.int64)
+        blocks = positions // block_size
+        # block * size + offset, as position = own block * size + offset.
+        slots = (self._tables[owners, blocks] - blocks) * block_size + positions
+        context_lens = np.array(contexts, np.int32)
+        tokens = np.array(token_ids, np.int64)
+        arrays = [tokens, positions, slots, logit_rows, rows, query_starts, context_lens]
+        return arrays, contexts
+
+    def _pad(self, arrays: list[np.ndarray], count: int) -> list[np.ndarray]:
+        """Add so many sequences that do nothing to a decode step's arrays."""
+        tokens, positions, slots, logit_rows, rows, query_starts, context_lens = arrays
+        num_seqs = len(rows)
+        assert len(tokens) == num_seqs, "only decode steps are padded"
+        last = np.arange(num_seqs, num_seqs + count)
+
+        def extend(numbers: np.ndarray, more: int | np.ndarray) -> np.ndarray:
+            return np.concatenate([numbers, np.broadcast_to(more, count).astype(numbers.dtype)])
+
+        return [
+            extend(tokens, 0),
+            extend(positions, 0),
+            extend(slots, NOT_WRITTEN),
+            extend(logit_rows, last),
+            extend(rows, self._max_rows),
+            extend(query_starts, last + 1),
+            extend(context_lens, 0),
+        ]
+
+    def put_tokens(self, batch: Batch, token_ids: Tensor) -> None:
+        """Keep the tokens that a batch's sequences got, for the steps after it.
+
+        Args:
+            token_ids: [num_samples, up to 1 + num_drafts] int64 on the device; an invalid one
+                counts as token 0: its sequence ends.
+        """
+        rows = np.asarray([[batch.rows[index] for index in batch.sampled]], np.int64)
+        (index,) = self._send(rows)
+        self.last_token_ids[index, : token_ids.shape[1]] = token_ids.clamp(min=0)
+
+    def _grow_tables(self, batch: Batch) -> np.ndarray | None:
+        """Write new blocks into the host's tables; rows, columns and blocks [3, num_blocks]."""
+        if not batch.grown:
+            return None
+        rows: list[int] = []
+        columns: list[int] = []
+        begin = 0
+        for index, first, count in zip(
+            batch.grown, batch.first_blocks, batch.num_new_blocks, strict=True
+        ):
+            row = batch.rows[index]
+            self._tables[row, first : first + count] = batch.new_blocks[begin : begin + count]
+            begin += count
+            if not self._is_host:
+                rows.extend([row] * count)
+                columns.extend(range(first, first + count))
+        return np.asarray([rows, columns, batch.new_blocks]) if rows else None
+
+    def reserve(self, num_tokens: int, num_seqs: int) -> None:
+        """Make the device's buffer large enough for steps of this size, once and for all."""
+        num_bytes = 8 * 4 * num_tokens + 4 * (3 * num_seqs + 1)
+        self._staged = torch.empty(num_bytes + 8, dtype=torch.uint8, device=self._device)
+
+    def _copy(self, arrays: list[np.ndarray]) -> list[Tensor]:
+        """The arrays as tensors on the device, by one copy that the host does not wait for."""
+        num_bytes = sum(array.nbytes for array in arrays)
+        stage = self._take_stage(num_bytes)
+        if len(self._staged) < num_bytes:
+            self._staged = torch.empty(2 * num_bytes, dtype=torch.uint8, device=self._device)
+        host = stage.numpy()
+        tensors = []
+        start = 0
+        for array in arrays:
+            stop = start + array.nbytes
+            host[start:stop] = array.view(np.uint8)
+            dtype = torch.int64 if array.itemsize == 8 else torch.int32
+            tensors.append(self._staged[start:stop].view(dtype))
+            start = stop
+        self._staged[:num_bytes].copy_(stage[:num_bytes], non_blocking=True)
+        copied = torch.Event(self._device)
+        copied.record()
+        self._stages.append((stage, copied))
+        return tensors
+
+    def _take_stage(self, num_bytes: int) -> Tensor:
+        """Pinned memory that no copy reads any more."""
+        if len(self._stages) < NUM_STAGES:
+            return torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
+        stage, copied = self._stages.popleft()
+        copied.synchronize()
+        if len(stage) < num_bytes:
+            return torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
+        return stage
+
+    def _send(self, numbers: np.ndarray) -> Tensor:
+        """A few more indices to the device, [num_lists, length] int64; rarely needed."""
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
+        if self._is_host:
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _fill_gaps(batch: Batch) -> tuple[list[int], np.ndarray]:
+    """Put 0 where a token was not sent.
+
+    Returns:
+        The tokens of the whole batch, and of the gaps [3, num_gaps]: their places, and where in
+        `last_token_ids` the tokens are, rows and columns.
+    """
+    token_ids: list[int] = []
+    gaps: list[tuple[int, int, int]] = []
+    taken = 0
+    for row, query_len, num_known in zip(
+        batch.rows, batch.query_lens, batch.num_known, strict=True
+    ):
+        token_ids.extend(batch.token_ids[taken : taken + num_known])
+        taken += num_known
+        for column in range(query_len - num_known):
+            gaps.append((len(token_ids), row, column))
+            token_ids.append(0)
+    return token_ids, np.array(gaps, np.int64).T
