@@ -16,7 +16,7 @@ from torch import nn
 
 from autotp_serving.agreement import check_agreement
 from autotp_serving.channel import PlanChannel
-from autotp_serving.collectives import join_collectives
+from autotp_serving.collectives import close_doors, join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.model.families import check_heads, find_max_model_len
@@ -104,6 +104,7 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     fused = fuse(model, cache, by_operation=config.profile is not None)
     runner = ModelRunner(fused or PlainForward(model, cache), times)
     channel = PlanChannel(control)
+    close_doors(control, device.kind)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     if config.profile is not None:
         from autotp_serving.model.profile import StepProfiler
