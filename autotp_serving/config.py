@@ -7,6 +7,7 @@ exists if and only if a field does.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -301,6 +302,14 @@ class ServingConfig:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names that clients may call the model by, the preferred one first."""
-        folder = self.model_path.rstrip("/").rpartition("/")[2]
-        return tuple(self.served_model_name) or tuple(dict.fromkeys((folder, self.model_path)))
+        """Names under which the model is shown, the preferred one first; never where it lies."""
+        if self.served_model_name:
+            return tuple(self.served_model_name)
+        path = os.path.abspath(self.model_path)  # also of `.` and of `models/..`
+        # What the Hugging Face Hub's cache calls a commit of organisation/name.
+        cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", path)
+        if cached is not None:
+            return (cached[1].replace("--", "/"),)
+        folder = path.rpartition("/")[2] or "model"
+        is_repo_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.model_path) is not None
+        return (folder, self.model_path) if is_repo_id else (folder,)

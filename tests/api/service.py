@@ -52,9 +52,10 @@ def build_service(
     max_model_len: int = MAX_MODEL_LEN,
     config: dict[str, Any] | None = None,
     book: dict[str, str] | None = None,
+    model_path: str = "fake/letters",
 ) -> Service:
     """Wire application, engine and fake runner as serving.py wires the real ones."""
-    serving_config = ServingConfig(model_path="fake/letters", **(config or {}))
+    serving_config = ServingConfig(model_path=model_path, **(config or {}))
     runner = FakeRunner(
         num_blocks, next_token=answers(BOOK | (book or {})), delay=delay, fail_at_step=fail_at_step
     )
@@ -94,6 +95,11 @@ def main() -> int:
     """Serve until a signal comes."""
     options = json.loads(sys.argv[1])
     settings = options.get("config", {})
+    if "seconds" in options:
+        connections.WAIT_SECONDS = guard.BODY_SECONDS = options.pop("seconds")
+    if "files" in options:
+        num_files = options.pop("files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))
     configure_logging(settings.get("log_level", "info"), settings.get("log_format", "text"))
     try:
         sock = reserve_port("127.0.0.1", settings.get("port", 0))
