@@ -197,6 +197,15 @@ class ServingConfig:
         action="extend",
         unit="ORIGIN",
     )
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "further names by which browsers may call the server, as llm.example.com behind a proxy; "
+        "IP addresses, localhost and this host's own names are always allowed; default: none",
+        parse=str,
+        nargs="+",
+        action="extend",
+        unit="NAME",
+    )
     ssl_certfile: str | None = setting(
         None, "serve https with this certificate chain (PEM); default: http", parse=str, unit="FILE"
     )
@@ -279,6 +288,12 @@ class ServingConfig:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(
                     f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
+                )
+        for name in self.allowed_host:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+                raise ConfigError(
+                    f"--allowed-host {name} is no host name: write llm.example.com, without a "
+                    "scheme, port or path"
                 )
         if self.low_bit_provider == "ipex-llm" and self.save_low_bit is not None:
             raise ConfigError(

@@ -1,11 +1,14 @@
 """The real application over the real engine and a fake runner, in process or as a server.
 
-`python -m tests.api.service '{"delay": 0.01, "config": {"port": 8123}}'` serves it.
+`python -m tests.api.service '{"delay": 0.01, "config": {"port": 8123}}'` serves it. As a server it
+also takes "seconds", for how long a connection may wait and a body take, and "files", for how many
+the process may have open.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +18,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from autotp_serving.api import connections, guard
 from autotp_serving.api.app import build_app
 from autotp_serving.api.keys import load_api_keys
 from autotp_serving.api.server import reserve_port, serve
