@@ -227,9 +227,9 @@ def _prepare_store(control: Control) -> str:
         address = control.all_gather(listener and listener.getsockname())[0]
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         if control.local_size < control.size:
-            hosts = control.all_gather(listeners.find_source(address))
+            sources = control.all_gather(listeners.find_source(address))
             if listener is not None:
-                listeners.admit_only(listener, sorted(set(hosts)))
+                listeners.admit_only(listener, listeners.find_sources(sources))
 
     def join_store(_: str, **__: Any) -> Iterator[tuple[TCPStore, int, int]]:
         store = TCPStore(

@@ -111,11 +111,22 @@ def admit_only(listener: socket.socket, networks: Iterable[str]) -> None:
         )
 
 
-def find_source(address: tuple[str, int]) -> str:
-    """The address of this host that another one sees when this one connects to it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
-        return probe.getsockname()[0]
+def find_sources(addresses: Iterable[str | None]) -> list[str]:
+    """What `admit_only` is to be told of what all ranks found by `find_source`."""
+    return sorted({address for address in addresses if address is not None})
+
+
+def find_source(address: tuple[str, int]) -> str | None:
+    """The address of this host that another one sees when this one connects to it.
+
+    None where no way leads there, which whoever does connect will tell better.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return None
 
 
 def _find_listeners() -> Iterator[socket.socket]:

@@ -66,7 +66,9 @@ class AllowedHosts:
 def find_allowed_hosts(config: ServingConfig) -> AllowedHosts:
     """This host's own names, what it listens on, and what --allowed-host adds."""
     own = socket.gethostname()
-    names = [own, own.partition(".")[0], socket.getfqdn(), config.host, *config.allowed_host]
+    short = own.partition(".")[0]
+    # .local is for the local network alone to resolve; no page of elsewhere can have such a name.
+    names = [own, short, f"{short}.local", socket.getfqdn(), config.host, *config.allowed_host]
     return AllowedHosts(names, config.cors_origin)
 
 

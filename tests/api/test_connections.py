@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import re
 import socket
@@ -14,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from autotp_serving.api.connections import WAIT_SECONDS, Places
+from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Places
 from tests.api.conftest import LiveServer
 
 pytestmark = pytest.mark.live
@@ -221,6 +223,47 @@ def test_who_has_waited_longest_makes_room() -> None:
     now = WAIT_SECONDS + 1.0
     places.expire()
     assert not places.waiting
+
+
+def test_a_machine_without_files_left_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Rather than at once and for ever, as long as a connection waits to be taken in."""
+
+    class Full:
+        """A listening socket whose machine is out of files, once."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            self.num_asked = 0
+            self._sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._sock, name)
+
+        def accept(self) -> Any:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self._sock.accept()
+
+    async def go() -> None:
+        made: asyncio.Future[asyncio.Transport] = asyncio.get_running_loop().create_future()
+
+        class Greeter(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.set_result(transport)
+
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            full = Full(sock)
+            places = Places(2, asyncio.get_running_loop().time)
+            acceptor = Acceptor(full, places, lambda place: Greeter(), None)
+            with socket.create_connection(sock.getsockname()):
+                transport = await asyncio.wait_for(made, 5.0)
+            assert full.num_asked <= 4
+            transport.close()
+            acceptor.close()
+            await acceptor.wait_closed()
+
+    asyncio.run(go())
+    assert "Too many open files" in caplog.text
 
 
 # What is left out by uvicorn
