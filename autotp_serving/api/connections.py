@@ -27,7 +27,7 @@ WAIT_SECONDS = 20.0
 NUM_SPARE = 8
 """Connections beyond the limit that are still asked what they want."""
 
-NUM_OTHER_FILES = 16
+NUM_OTHER_FILES = 24
 """Descriptors left for files, children and connections that are just being closed."""
 
 MAX_FILES = 2**16

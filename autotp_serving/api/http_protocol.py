@@ -27,6 +27,9 @@ MAX_HEAD_BYTES = 256 * 2**10
 LINGER_SECONDS = 2.0
 """For a client that was refused while it was sending to read why."""
 
+STUCK_SECONDS = 120.0
+"""A client that takes nothing of what is written for so long has left."""
+
 HALF_CLOSED_SECONDS = 0.25
 """A client that has closed its half gets an answer that is ready by then; later ones it has to be
 there for."""
@@ -75,6 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_lingering = False
         self._running: RequestResponseCycle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._stuck_timer: asyncio.TimerHandle | None = None
 
     def _make_parser(self) -> httptools.HttpRequestParser:
         parser = httptools.HttpRequestParser(self)
@@ -94,6 +98,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._place.leave()
         self._stop_timer()
+        self._stop_stuck_timer()
         super().connection_lost(exc)
 
     def is_closing(self) -> bool:
@@ -109,6 +114,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.is_closing():
             return
         self._stop_timer()
+        self._start_stuck_timer()
         is_sending = self._has_started or (self.cycle is not None and self.cycle.more_body)
         if not is_sending:
             self._connection.close()
@@ -125,8 +131,29 @@ class HttpProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_stuck_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.is_closing():
+            self._stop_stuck_timer()
+
+    def _start_stuck_timer(self) -> None:
+        if self._stuck_timer is None:
+            self._stuck_timer = self.loop.call_later(STUCK_SECONDS, self._connection.abort)
+
+    def _stop_stuck_timer(self) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
+
     def _give_way(self) -> None:
         """Leave at once, since somebody else needs the place."""
+        if self._connection.get_write_buffer_size():  # it does not even take its last answer
+            self._connection.abort()
+            return
         if not self._has_answered:  # clients know that a connection may be closed between requests
             self._connection.write(render_refusal(503, FULL, code="too_many_connections"))
         self._is_deaf = True

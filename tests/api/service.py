@@ -1,8 +1,8 @@
 """The real application over the real engine and a fake runner, in process or as a server.
 
 `python -m tests.api.service '{"delay": 0.01, "config": {"port": 8123}}'` serves it. As a server it
-also takes "seconds", for how long a connection may wait and a body take, and "files", for how many
-the process may have open.
+also takes "seconds", for how long a connection may wait, a body take and a client not read, and
+"files", for how many the process may have open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from autotp_serving.api import connections, guard
+from autotp_serving.api import connections, guard, http_protocol
 from autotp_serving.api.app import build_app
 from autotp_serving.api.keys import load_api_keys
 from autotp_serving.api.server import reserve_port, serve
@@ -101,6 +101,7 @@ def main() -> int:
     settings = options.get("config", {})
     if "seconds" in options:
         connections.WAIT_SECONDS = guard.BODY_SECONDS = options.pop("seconds")
+        http_protocol.STUCK_SECONDS = connections.WAIT_SECONDS
     if "files" in options:
         num_files = options.pop("files")
         resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
+import os
 import re
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -160,6 +163,27 @@ def test_a_long_answer_is_no_waiting(hasty: LiveServer) -> None:
     body = SLOW | {"n_predict": 200}
     [(status, _)] = ask(hasty, request(body, "Connection: close"))
     assert status == 200
+
+
+def test_a_client_that_reads_nothing_is_given_up(hasty: LiveServer) -> None:
+    pid = hasty.process.pid
+
+    def num_sockets() -> int:
+        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        return sum(link.startswith("socket:") for link in links)
+
+    before = num_sockets()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", httpx.URL(hasty.url).port))
+        client.settimeout(1.0)
+        with contextlib.suppress(OSError):  # it is full, or closed already
+            for _ in range(2000):
+                client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        began = time.monotonic()
+        while num_sockets() > before:
+            assert time.monotonic() - began < 10 * SECONDS, "still held"
+            time.sleep(0.1)
 
 
 # Number
