@@ -4,6 +4,9 @@ Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling
 costs several percent of one, and a connection also tells that its peer has died or its host is
 lost (`watch.py`). They work alike under every launcher. Messages are a 4-byte length and that many
 bytes.
+
+The port is open until the last rank has come. Over several hosts it admits their addresses alone;
+everywhere a rank shows a secret, drawn by rank 0 and handed over by the launcher's own means.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import struct
 import time
 from collections.abc import Callable
 
+from autotp_serving.listeners import admit_only, find_source, find_sources
 from autotp_serving.ranks import Control, LaunchError, own_host
 from autotp_serving.watch import PeerWatch, describe_loss, probe_peer
 
@@ -55,6 +59,10 @@ class PlanChannel:
         if control.local_size == control.size:
             on_hosts = [""] * control.size
         self._names = [f"rank {rank}{on_host}" for rank, on_host in enumerate(on_hosts)]
+        if control.local_size < control.size:
+            sources = control.all_gather(find_source(address))
+            if listener is not None:
+                admit_only(listener, find_sources(sources))
         if listener is not None:
             with listener:
                 self._accept_followers(listener, secret)

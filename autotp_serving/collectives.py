@@ -13,15 +13,19 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from autotp_serving import listeners
 from autotp_serving.native_build import cache_folder, hold_build_lock
 from autotp_serving.ranks import GROUP_TIMEOUT, Control, TorchControl, own_host
 from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
+
+STORE_SCHEME = "autotp"
+"""By which torch.distributed knows our way into the group."""
 
 ANY_TYPE_LEVEL = 2
 """DeepSpeed's name for a processor whose shared-memory sum takes every float type."""
@@ -44,9 +48,9 @@ def join_collectives(
     """
     if control.size == 1:
         return lambda tensor: tensor
-    if not isinstance(control, TorchControl):
-        address, port = control.all_gather(_free_address(control))[0]
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
+    if control.local_size == control.size:
+        listeners.keep_to_loopback(os.environ)
+    init_method = None if _has_store(os.environ) else _prepare_store(control)
     os.environ.update(
         RANK=str(control.rank),
         WORLD_SIZE=str(control.size),
@@ -61,7 +65,14 @@ def join_collectives(
 
         if device_kind == "cpu":
             _load_shared_memory_op(control)
-        deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            timeout=GROUP_TIMEOUT,
+            init_method=init_method,
+            rank=control.rank,
+            world_size=control.size,
+            verbose=False,
+        )
     if device_kind == "cpu":
         _unlink_shared_memory(control)
     backend = deepspeed.comm.comm.cdb
@@ -197,9 +208,59 @@ def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
 
 
-def _free_address(control: Control) -> tuple[str, str]:
-    """A free port of this host, for rank 0's rendezvous."""
-    host = own_host(control)
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return host, str(probe.getsockname()[1])
+def _has_store(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun keeps the store in which the ranks find one another."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _prepare_store(control: Control) -> str:
+    """Have rank 0 keep that store, at an address of its own; torch's would listen on all.
+
+    Anyone who reaches it may read and write it, so only the hosts of the group do.
+
+    Returns:
+        How torch.distributed is to be told of it.
+    """
+    from torch.distributed import TCPStore, register_rendezvous_handler
+
+    listener: socket.socket | None = None
+    if isinstance(control, TorchControl):  # started by hand, one rank after the other
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if control.rank == 0:
+            listener = socket.create_server(address)
+    else:
+        if control.rank == 0:
+            listener = socket.create_server((own_host(control), 0))
+        address = control.all_gather(listener and listener.getsockname())[0]
+        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        if control.local_size < control.size:
+            sources = control.all_gather(listeners.find_source(address))
+            if listener is not None:
+                listeners.admit_only(listener, listeners.find_sources(sources))
+
+    def join_store(_: str, **__: Any) -> Iterator[tuple[TCPStore, int, int]]:
+        store = TCPStore(
+            *address,
+            control.size,
+            is_master=listener is not None,
+            timeout=GROUP_TIMEOUT,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+        yield store, control.rank, control.size
+
+    register_rendezvous_handler(STORE_SCHEME, join_store)
+    return f"{STORE_SCHEME}://"
+
+
+def close_doors(control: Control, device_kind: str) -> None:
+    """Once every rank has joined, admit nobody to what they joined by.
+
+    On cards, and over several hosts, only to the store: NCCL and MPI may connect again when a path
+    between two ranks is first used.
+    """
+    if control.size == 1:
+        return
+    if device_kind == "cpu" and control.local_size == control.size:
+        listeners.turn_everyone_away()
+    elif not _has_store(os.environ) and control.rank == 0:
+        listeners.turn_everyone_away(int(os.environ["MASTER_PORT"]))

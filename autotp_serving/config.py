@@ -7,6 +7,7 @@ exists if and only if a field does.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,6 +197,15 @@ class ServingConfig:
         action="extend",
         unit="ORIGIN",
     )
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "further names by which browsers may call the server, as llm.example.com behind a proxy; "
+        "IP addresses, localhost and this host's own names are always allowed; default: none",
+        parse=str,
+        nargs="+",
+        action="extend",
+        unit="NAME",
+    )
     ssl_certfile: str | None = setting(
         None, "serve https with this certificate chain (PEM); default: http", parse=str, unit="FILE"
     )
@@ -279,6 +289,12 @@ class ServingConfig:
                 raise ConfigError(
                     f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
                 )
+        for name in self.allowed_host:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+                raise ConfigError(
+                    f"--allowed-host {name} is no host name: write llm.example.com, without a "
+                    "scheme, port or path"
+                )
         if self.low_bit_provider == "ipex-llm" and self.save_low_bit is not None:
             raise ConfigError(
                 "--save-low-bit writes this server's own formats: leave out "
@@ -301,6 +317,14 @@ class ServingConfig:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names that clients may call the model by, the preferred one first."""
-        folder = self.model_path.rstrip("/").rpartition("/")[2]
-        return tuple(self.served_model_name) or tuple(dict.fromkeys((folder, self.model_path)))
+        """Names under which the model is shown, the preferred one first; never where it lies."""
+        if self.served_model_name:
+            return tuple(self.served_model_name)
+        path = os.path.abspath(self.model_path)  # also of `.` and of `models/..`
+        # What the Hugging Face Hub's cache calls a commit of organisation/name.
+        cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", path)
+        if cached is not None:
+            return (cached[1].replace("--", "/"),)
+        folder = path.rpartition("/")[2] or "model"
+        is_repo_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.model_path) is not None
+        return (folder, self.model_path) if is_repo_id else (folder,)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+from autotp_serving import listeners
 from autotp_serving.config import ConfigError, ServingConfig
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,10 @@ class MpiControl:
     """Control over mpi4py, for ranks started by `mpirun`."""
 
     def __init__(self, launched_size: int) -> None:
+        one_host = listeners.is_one_host(os.environ)
+        if one_host:
+            listeners.keep_to_loopback(os.environ)  # read as MPI starts
+        listeners.close_inherited_listeners(narrow=one_host)
         from mpi4py import MPI
 
         self._mpi = MPI

@@ -16,7 +16,7 @@ from torch import nn
 
 from autotp_serving.agreement import check_agreement
 from autotp_serving.channel import PlanChannel
-from autotp_serving.collectives import broadcast_tokens, join_collectives
+from autotp_serving.collectives import broadcast_tokens, close_doors, join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.model.batch_state import BatchState
@@ -114,6 +114,7 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
         broadcast = broadcast_tokens if control.size > 1 else lambda tokens: None
     runner = ModelRunner(fused or PlainForward(model, cache), state, times, broadcast)
     channel = PlanChannel(control)
+    close_doors(control, device.kind)
     lead = None
     if control.rank == 0:
         lead = LeadRunner(runner, cache, channel, control.size, device)

@@ -53,9 +53,24 @@ def test_names_are_several() -> None:
 
 @pytest.mark.parametrize(
     ("path", "names"),
-    [("/x/llama", ("llama", "/x/llama")), ("/x/llama/", ("llama", "/x/llama/")), ("m", ("m",))],
+    [
+        ("/x/llama", ("llama",)),
+        ("/x/llama/", ("llama",)),
+        ("m", ("m",)),
+        ("./m", ("m",)),
+        ("/x/m/.", ("m",)),
+        ("/", ("model",)),
+        ("meta-llama/Llama-2-7b", ("Llama-2-7b", "meta-llama/Llama-2-7b")),
+        ("../secret/m", ("m",)),
+        (
+            "/hub/models--meta-llama--Llama-2-7b/snapshots/0123abc",
+            ("meta-llama/Llama-2-7b",),
+        ),
+    ],
 )
-def test_the_model_is_called_by_its_folder(path: str, names: tuple[str, ...]) -> None:
+def test_the_model_is_called_by_its_folder_and_not_by_where_it_lies(
+    path: str, names: tuple[str, ...]
+) -> None:
     assert ServingConfig(model_path=path).model_names == names
 
 

@@ -24,6 +24,7 @@ TOP_ROOMS = {
     "watch": "ranks",
     "agreement": "ranks",
     "collectives": "ranks",
+    "listeners": "ranks",
     "worker": "wiring",
     "llm": "wiring",
     "__init__": "wiring",

@@ -15,6 +15,7 @@ from autotp_serving.api.answers import AnswerParsers
 from autotp_serving.api.errors import install_error_handlers
 from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
+from autotp_serving.api.hosts import find_allowed_hosts
 from autotp_serving.api.keys import ApiKeys
 from autotp_serving.api.native import native_routes
 from autotp_serving.api.openai_routes import ModelNames, openai_routes
@@ -48,7 +49,12 @@ def build_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     install_error_handlers(app)
-    app.add_middleware(RequestGuard, max_body_size=config.max_body_size, api_keys=api_keys)
+    app.add_middleware(
+        RequestGuard,
+        max_body_size=config.max_body_size,
+        api_keys=api_keys,
+        allowed_hosts=find_allowed_hosts(config),
+    )
     if config.cors_origin:  # around the guard: pages may read its refusals, and ask without a key
         app.add_middleware(
             CORSMiddleware,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -77,6 +78,18 @@ def error_response(
     # ASCII only: a client's field name may hold a lone surrogate, which UTF-8 cannot carry.
     body = json.dumps(error_body(status, message, param, code)).encode("ascii")
     return Response(body, status, headers, media_type="application/json")
+
+
+def render_refusal(status: int, message: str, code: str | None = None) -> bytes:
+    """An error as it goes over the wire, where there is no request to answer."""
+    body = json.dumps(error_body(status, message, code=code)).encode("ascii")
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+    )
+    if status == 503:
+        head += "Retry-After: 1\r\n"
+    return head.encode("ascii") + b"\r\n" + body
 
 
 def describe_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:

@@ -1,21 +1,25 @@
 """What every HTTP request passes through, whatever its route. Rank 0 only.
 
-The guard names the request, asks for the API key, reads the body within its size limit, ends the
-handler when the client leaves, and writes one line to the access log. Neither prompts nor keys
-reach the log.
+The guard names the request, asks for the API key, sends away pages under foreign names, reads the
+body within its limits of size and time, ends the handler when the client leaves, and writes one
+line to the access log. Neither prompts nor keys reach the log.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 import uuid
 from dataclasses import dataclass, field
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from autotp_serving.api.connections import FULL
 from autotp_serving.api.errors import error_response
+from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.keys import ApiKeys
 from autotp_serving.api.streams import Usage
 
@@ -24,6 +28,9 @@ logger = logging.getLogger("autotp_serving.access")
 MAX_LOGGED_PATH = 200
 MAX_JSON_VALUES = 1_000_000
 """In one body: parsing that many takes about 0.1 s, in which nobody else is served."""
+BODY_SECONDS = 30.0
+BODY_BYTES_PER_SECOND = 16 * 2**10
+"""A body may take so many seconds, and one more for each so many bytes that have come of it."""
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Served without a key: what load balancers ask, and the page in which a person can type one.
@@ -49,6 +56,10 @@ class _BodyTooLarge(Exception):
     """The body exceeds the limit."""
 
 
+class _BodyTooSlow(Exception):
+    """The body has not come in time."""
+
+
 class _TooManyValues(Exception):
     """The body is small enough, and what is in it is too much to look at."""
 
@@ -60,10 +71,13 @@ class _ClientLeft(Exception):
 class RequestGuard:
     """Outermost ASGI layer; plain ASGI, since wrapped responses would hide who left."""
 
-    def __init__(self, app: ASGIApp, max_body_size: int, api_keys: ApiKeys) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_size: int, api_keys: ApiKeys, allowed_hosts: AllowedHosts
+    ) -> None:
         self.app = app
         self.max_body_size = max_body_size
         self.api_keys = api_keys
+        self.allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,12 +103,43 @@ class RequestGuard:
         finally:
             _log(scope, record)
 
+    def _find_refusal(self, scope: Scope, tenant: str | None) -> Response | None:
+        """What is answered to a request whose body need not be read."""
+        is_probe = scope["path"] in QUIET_PATHS
+        if scope["state"].get("is_spare") and not is_probe:
+            return error_response(
+                503, FULL, code="too_many_connections",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
+        stranger = self.allowed_hosts.find_stranger(scope["headers"])
+        if stranger is not None:
+            return error_response(
+                403,
+                f"a browser calls this server '{stranger[:MAX_LOGGED_PATH]}', which is none of its "
+                "names: use its address, or start it with --allowed-host NAME",
+                code="host_not_allowed",
+                headers={"Connection": "close"},
+            )
+        if tenant is None and scope["path"] not in OPEN_PATHS:
+            return _refuse_stranger(scope)
+        encoding = _find_encoding(scope)
+        if encoding is not None:
+            return error_response(
+                415,
+                f"the body is packed as '{encoding[:MAX_LOGGED_PATH]}': send it as it is, without "
+                "Content-Encoding",
+                code="unsupported_encoding",
+                headers={"Accept-Encoding": "identity", "Connection": "close"},
+            )
+        return None
+
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
         tenant = self.api_keys.find_tenant(scope["headers"])
-        if tenant is None and scope["path"] not in OPEN_PATHS:
-            await _refuse_stranger(scope, receive, send)
+        refusal = self._find_refusal(scope, tenant)
+        if refusal is not None:  # before the body is read: strangers cost no memory
+            await refusal(scope, receive, send)
             return
         record.tenant = tenant or ""
         try:
@@ -107,6 +152,15 @@ class RequestGuard:
             )
             await refusal(scope, receive, send)
             return
+        except _BodyTooSlow:
+            refusal = error_response(
+                408,
+                f"the body came too slowly: it may take {BODY_SECONDS:g} s, and a second more for "
+                f"each {BODY_BYTES_PER_SECOND} bytes",
+                headers={"Connection": "close"},
+            )
+            await refusal(scope, receive, send)
+            return
         except _TooManyValues:
             refusal = error_response(413, f"the body holds more than {MAX_JSON_VALUES} values")
             await refusal(scope, receive, send)
@@ -115,15 +169,16 @@ class RequestGuard:
             record.status = CLIENT_LEFT
             return
         _label_as_json(scope)
+        if scope["method"] == "HEAD":  # uvicorn, which knows what it was, leaves the body out
+            scope = scope | {"method": "GET"}
         await _run_while_connected(self.app, scope, body, receive, send)
         if not record.is_answered:
             record.status = CLIENT_LEFT
 
 
-async def _refuse_stranger(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer 401 before the body is read: strangers cost no memory."""
+def _refuse_stranger(scope: Scope) -> Response:
     shows_key = any(name == b"authorization" for name, _ in scope["headers"])
-    refusal = error_response(
+    return error_response(
         401,
         # Clients tell a refused key by these words of OpenAI's.
         "Incorrect API key provided: it is not known here"
@@ -132,35 +187,79 @@ async def _refuse_stranger(scope: Scope, receive: Receive, send: Send) -> None:
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
     )
-    await refusal(scope, receive, send)
+
+
+def _find_encoding(scope: Scope) -> str | None:
+    """How a body is packed, where it is not plain."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" or name == b"transfer-encoding":
+            for word in value.decode("latin-1").lower().split(","):
+                if word.strip() not in ("", "identity", "chunked"):
+                    return word.strip()
+    return None
 
 
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Read the whole request body.
 
-    Raises _BodyTooLarge before holding more than `limit`, and _TooManyValues at the end.
+    Raises _BodyTooSlow when its time is over, _BodyTooLarge before holding more than `limit`, and
+    _TooManyValues at the end.
     """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _BodyTooLarge
     chunks = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientLeft
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _BodyTooLarge
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            break
+    with _BodyTimer() as timer:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientLeft
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise _BodyTooLarge
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                break
+            timer.num_bytes = size
     body = b"".join(chunks)
     # Every value but the outermost has one of these before it; in texts they hardly ever abound.
     if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
         raise _TooManyValues
     return body
+
+
+class _BodyTimer:
+    """Interrupts the task it is made in, by _BodyTooSlow, once a body takes too long.
+
+    Attributes:
+        num_bytes: that have come of it.
+    """
+
+    def __enter__(self) -> _BodyTimer:
+        self.num_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._start = self._loop.time()
+        self._is_late = False
+        self._timer = self._loop.call_later(BODY_SECONDS, self._check)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._is_late and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11):  # else whoever looks finds the task cancelled
+                self._task.uncancel()
+            raise _BodyTooSlow
+
+    def _check(self) -> None:
+        end = self._start + BODY_SECONDS + self.num_bytes / BODY_BYTES_PER_SECOND
+        if self._loop.time() < end:
+            self._timer = self._loop.call_at(end, self._check)
+        else:
+            self._is_late = True
+            self._task.cancel()
 
 
 def _label_as_json(scope: Scope) -> None:

@@ -19,7 +19,6 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
     router = APIRouter(tags=["server"], redirect_slashes=False)
     readiness = Readiness(engine)
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """200 while the engine is alive; 503 with the cause once it has failed."""
@@ -28,7 +27,6 @@ def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
         status = "draining" if engine.is_draining else "ok"
         return JSONResponse({"status": status, **asdict(engine.engine.stats())})
 
-    @router.head("/ready", include_in_schema=False)
     @router.get("/ready")
     async def ready() -> dict[str, str | float]:
         """200 if a step went through all ranks lately, or goes through now; else 503."""

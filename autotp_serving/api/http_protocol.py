@@ -1,32 +1,243 @@
-"""uvicorn's reading of HTTP, with an end to how long a request's head may become. Rank 0 only."""
+"""uvicorn's reading of HTTP, with bounds and with what it leaves out. Rank 0 only.
+
+Bounds: how many bytes a head may have, how long a connection may be without a request, how long
+what a refused client still sends is read. Left out by uvicorn: an upgrade that nobody has to take
+up (`Upgrade: h2c`), HTTP/1.0, which knows no chunks, and clients that close their own half of the
+connection and still read the other.
+"""
 
 from __future__ import annotations
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import asyncio
+import contextlib
+import socket
+from functools import partial
+from typing import Any
+
+import httptools
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from autotp_serving.api.connections import FULL, WAIT_SECONDS, Place
+from autotp_serving.api.errors import render_refusal
 
 MAX_HEAD_BYTES = 256 * 2**10
 """Of address and headers, and of whatever else comes without being part of a body."""
 
+LINGER_SECONDS = 2.0
+"""For a client that was refused while it was sending to read why."""
 
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """Refuses a client that sends and sends and gets neither to a body nor to an end.
+STUCK_SECONDS = 120.0
+"""A client that takes nothing of what is written for so long has left."""
+
+HALF_CLOSED_SECONDS = 0.25
+"""A client that has closed its half gets an answer that is ready by then; later ones it has to be
+there for."""
+
+FIRST_LOOK_SECONDS = 0.05
+LONGEST_LOOK_SECONDS = 5.0
+TCP_CLOSED = 7
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LEADING_ZERO = b"0"
+"""Of the next chunk's length."""
+
+HOP_HEADERS = frozenset({b"upgrade", b"http2-settings"})
+
+
+class ClosingTransport:
+    """A connection as uvicorn's parts see it: to close it is left to the protocol."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: HttpProtocol) -> None:
+        self.write = transport.write  # the transport's own: a token's way is no longer for this
+        self.close = protocol.close
+        self.is_closing = protocol.is_closing
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection.
 
     The parser keeps all of a head, and copies what it has of a line at each new piece: an address
-    of 100 MB holds up everybody for many seconds.
+    of 100 MB would hold up everybody for many seconds.
+
+    Args:
+        place: is told when the connection waits for a request and when it has one.
+        options: uvicorn's own.
     """
 
-    _num_head_bytes = 0
-    _gets_on = False
+    def __init__(self, *, place: Place, **options: Any) -> None:
+        super().__init__(**options)
+        self.parser = self._make_parser()
+        self._place = place
+        self._connection: asyncio.Transport | None = None
+        self._num_head_bytes = 0
+        self._gets_on = False
+        self._has_started = False  # the head of a request
+        self._has_answered = False
+        self._is_deaf = False
+        self._is_lingering = False
+        self._running: RequestResponseCycle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._stuck_timer: asyncio.TimerHandle | None = None
+
+    def _make_parser(self) -> httptools.HttpRequestParser:
+        parser = httptools.HttpRequestParser(self)
+        # A request that comes after `Connection: close` is not read, and no error either.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._connection = transport
+        self.transport = ClosingTransport(transport, self)
+        self._place.give_way = self._give_way
+        self._place.expire = self._expire
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._place.leave()
+        self._stop_timer()
+        self._stop_stuck_timer()
+        super().connection_lost(exc)
+
+    def is_closing(self) -> bool:
+        """Whether no more than the rest of an answer goes out."""
+        return self._is_lingering or self._connection.is_closing()
+
+    def close(self) -> None:
+        """Close the connection once everything written is out.
+
+        A client that still sends is heard out for a moment: the kernel would answer what is not
+        read by a reset, and with that the client loses the answer.
+        """
+        if self.is_closing():
+            return
+        self._stop_timer()
+        self._start_stuck_timer()
+        is_sending = self._has_started or (self.cycle is not None and self.cycle.more_body)
+        if not is_sending:
+            self._connection.close()
+            return
+        self._is_lingering = self._is_deaf = True
+        self._place.work()
+        self.flow.resume_reading()
+        if self._connection.can_write_eof():
+            self._connection.write_eof()
+        self._timer = self.loop.call_later(LINGER_SECONDS, self._connection.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_stuck_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.is_closing():
+            self._stop_stuck_timer()
+
+    def _start_stuck_timer(self) -> None:
+        if self._stuck_timer is None:
+            self._stuck_timer = self.loop.call_later(STUCK_SECONDS, self._connection.abort)
+
+    def _stop_stuck_timer(self) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
+
+    def _give_way(self) -> None:
+        """Leave at once, since somebody else needs the place."""
+        if self._connection.get_write_buffer_size():  # it does not even take its last answer
+            self._connection.abort()
+            return
+        if not self._has_answered:  # clients know that a connection may be closed between requests
+            self._connection.write(render_refusal(503, FULL, code="too_many_connections"))
+        self._is_deaf = True
+        self._connection.close()
+
+    def _expire(self) -> None:
+        """Leave, since no request has come."""
+        if self._has_started:
+            message = f"no whole head of a request came within {WAIT_SECONDS:g} s"
+            self._refuse(408, message)
+        else:
+            self._connection.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what never becomes a request for the application, or no longer."""
+        current = self._running
+        if current is not None and not current.response_complete:
+            if not current.more_body:  # the fault is in what came after it
+                self._is_deaf = True
+                if self.cycle.more_body:
+                    self.pipeline.popleft()
+                last = self.pipeline[0][0] if self.pipeline else current
+                last.keep_alive = False
+                return
+            current.disconnected = True
+            current.message_event.set()
+            if current.response_started:
+                self._connection.close()
+                return
+        self._connection.write(render_refusal(status, message))
+        self._is_deaf = True
+        self._has_started = True  # and may well go on
+        self.close()
+
+    # What comes in
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        self._unset_keepalive_if_required()
         self._gets_on = False
-        super().data_received(data)
+        self._feed(data)
         self._num_head_bytes = 0 if self._gets_on else self._num_head_bytes + len(data)
-        if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+        if self._num_head_bytes > MAX_HEAD_BYTES and not self._is_deaf:
+            self._refuse(400, f"the head of a request may have {MAX_HEAD_BYTES} bytes")
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self._refuse(400, "this is no HTTP request that can be read")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read a head again without its wish for another protocol, and then what follows it.
+
+        The parser takes everything after such a head for that protocol, the body too.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(405, "this server is no proxy: it does not take CONNECT")
+            return
+        lines = [method + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
+        for name, value in self.headers:
+            if name == b"connection":
+                words = [word.strip() for word in value.lower().split(b",")]
+                value = b", ".join(word for word in words if word not in HOP_HEADERS)
+            if name not in HOP_HEADERS:
+                lines.append(name + b": " + value)
+        self.parser = self._make_parser()
+        self._feed(b"\r\n".join([*lines, b"", rest]))
+
+    def on_message_begin(self) -> None:
+        self._has_started = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._gets_on = True
+        if self.parser.should_upgrade():
+            return  # _ignore_upgrade comes next
+        self._has_started = False
+        self._place.work()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -35,4 +246,84 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._gets_on = True
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    # What goes out
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        self._running = cycle
+        if self._place.is_spare:
+            cycle.scope["state"]["is_spare"] = True
+            cycle.keep_alive = False
+        if cycle.scope["http_version"] != "1.1":
+            app = partial(_answer_without_chunks, app, cycle)
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        self._has_answered = True
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.pipeline and not self.is_closing():
+            self._place.wait()
+
+    # A client that sends no more
+
+    def eof_received(self) -> bool | None:
+        """Keep the other half open for an answer that is still to come.
+
+        A client that has left altogether sends the same as one that has only finished sending. Its
+        kernel answers the next piece of data by a reset, so in a while it is sent one that means
+        nothing.
+        """
+        cycle = self.cycle
+        if self._is_lingering or cycle is None or cycle.response_complete or cycle.more_body:
+            return None
+        if not self._connection.can_write_eof():
+            return None  # TLS ends as a whole
+        self._is_deaf = True
+        cycle.keep_alive = False
+        self._timer = self.loop.call_later(HALF_CLOSED_SECONDS, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        cycle = self._running
+        if cycle.response_complete or self.is_closing():
+            return
+        if cycle.response_started:
+            if cycle.chunked_encoding:
+                self._connection.write(LEADING_ZERO)
+        elif cycle.scope["http_version"] == "1.1":
+            self._connection.write(CONTINUE)
+        self._look_again(FIRST_LOOK_SECONDS)
+
+    def _look(self, seconds: float) -> None:
+        """End what nobody is there to read; a connection that reads no more is not told itself."""
+        sock = self._connection.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSED:
+                self._look_again(min(2 * seconds, LONGEST_LOOK_SECONDS))
+                return
+        self._connection.abort()
+
+    def _look_again(self, seconds: float) -> None:
+        self._timer = self.loop.call_later(seconds, self._look, seconds)
+
+
+async def _answer_without_chunks(
+    app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Send an answer whose length is not known beforehand up to the connection's end."""
+    is_endless = False
+
+    async def send_plainly(message: Message) -> None:
+        nonlocal is_endless
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            is_endless = b"content-length" not in names
+            if is_endless:
+                cycle.chunked_encoding = False
+        elif is_endless:  # to uvicorn each piece is all that it waits for
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_plainly)

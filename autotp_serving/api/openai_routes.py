@@ -35,6 +35,8 @@ class ModelNames:
 
     def __init__(self, config: ServingConfig, max_model_len: int) -> None:
         self.names = config.model_names
+        # As vLLM's clients call a model that was given no other name; shown to nobody.
+        self._path = None if config.served_model_name else config.model_path.rstrip("/")
         self._max_model_len = max_model_len
         self._created = int(time.time())
         setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
@@ -44,7 +46,7 @@ class ModelNames:
         """The name to answer with. Raises ApiError 404 for a name that is not served."""
         if name is None:
             return self.names[0]
-        if name not in self.names:
+        if name not in self.names and name.rstrip("/") != self._path:
             raise ApiError(
                 404,
                 f"model: '{name}' is not served here; served: {', '.join(self.names)}",

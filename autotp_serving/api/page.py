@@ -24,7 +24,6 @@ def page_routes() -> APIRouter:
         "Cache-Control": "no-cache",
     }
 
-    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def chat_page() -> Response:
         return HTMLResponse(page, headers=headers)

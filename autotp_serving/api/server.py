@@ -13,7 +13,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from autotp_serving.api.http_protocol import BoundedHttpProtocol
+from autotp_serving.api.connections import Acceptor, Place, Places, find_max_connections
+from autotp_serving.api.http_protocol import HttpProtocol
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 
@@ -95,7 +96,7 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         access_log=False,  # the guard writes its own line, with tokens and request id
         server_header=False,
         lifespan="on",
-        http=BoundedHttpProtocol,
+        http=HttpProtocol,
         ws="none",
         timeout_graceful_shutdown=FLUSH_SECONDS,
         ssl_certfile=config.ssl_certfile,
@@ -121,10 +122,17 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._first_signal_time = 0.0
+        self._places: Places | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and take connections in ourselves."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        self._places = Places(find_max_connections(), self._loop.time)
+        await super().startup([])
+        context = self.config.ssl
+        self.servers = [
+            Acceptor(sock, self._places, self._make_protocol, context) for sock in sockets or ()
+        ]
         if self.started:  # given a socket, uvicorn leaves this line to its caller
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
             scheme = "https" if self.config.is_ssl else "http"
@@ -135,7 +143,17 @@ class _Server(uvicorn.Server):
                 self.config.port,
             )
 
+    def _make_protocol(self, place: Place) -> HttpProtocol:
+        return HttpProtocol(
+            place=place,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=self._loop,
+        )
+
     async def on_tick(self, counter: int) -> bool:
+        self._places.expire()
         failure = self._engine.engine.failure
         if failure is not None:
             self._engine.end_all(failure)

@@ -1,11 +1,14 @@
 """The real application over the real engine and a fake runner, in process or as a server.
 
-`python -m tests.api.service '{"delay": 0.01, "config": {"port": 8123}}'` serves it.
+`python -m tests.api.service '{"delay": 0.01, "config": {"port": 8123}}'` serves it. As a server it
+also takes "seconds", for how long a connection may wait, a body take and a client not read, and
+"files", for how many the process may have open.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +18,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from autotp_serving.api import connections, guard, http_protocol
 from autotp_serving.api.app import build_app
 from autotp_serving.api.keys import load_api_keys
 from autotp_serving.api.server import reserve_port, serve
@@ -52,9 +56,10 @@ def build_service(
     max_model_len: int = MAX_MODEL_LEN,
     config: dict[str, Any] | None = None,
     book: dict[str, str] | None = None,
+    model_path: str = "fake/letters",
 ) -> Service:
     """Wire application, engine and fake runner as serving.py wires the real ones."""
-    serving_config = ServingConfig(model_path="fake/letters", **(config or {}))
+    serving_config = ServingConfig(model_path=model_path, **(config or {}))
     runner = FakeRunner(
         num_blocks, next_token=answers(BOOK | (book or {})), delay=delay, fail_at_step=fail_at_step
     )
@@ -94,6 +99,12 @@ def main() -> int:
     """Serve until a signal comes."""
     options = json.loads(sys.argv[1])
     settings = options.get("config", {})
+    if "seconds" in options:
+        connections.WAIT_SECONDS = guard.BODY_SECONDS = options.pop("seconds")
+        http_protocol.STUCK_SECONDS = connections.WAIT_SECONDS
+    if "files" in options:
+        num_files = options.pop("files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))
     configure_logging(settings.get("log_level", "info"), settings.get("log_format", "text"))
     try:
         sock = reserve_port("127.0.0.1", settings.get("port", 0))

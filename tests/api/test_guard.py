@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,24 @@ def test_https_is_served(start_server: Callable[..., LiveServer], pem: dict[str,
     url = server.url.replace("0.0.0.0", "127.0.0.1")
     reply = httpx.post(f"{url}/generate", json=BODY, verify=context)
     assert reply.json()["message"]["content"] == "a branch"
+
+
+@pytest.mark.live
+def test_a_crowd_that_never_speaks_tls_is_not_in_the_way(
+    start_server: Callable[..., LiveServer], pem: dict[str, str]
+):
+    settings = {"ssl_certfile": pem["cert"], "ssl_keyfile": pem["key"]}
+    server = start_server(files=110, seconds=1.0, config=settings)
+    context = ssl.create_default_context(cafile=pem["cert"])
+    url = server.url.replace("0.0.0.0", "127.0.0.1")
+    address = ("127.0.0.1", httpx.URL(url).port)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, 5)) for _ in range(200)]
+        for _ in range(3):
+            assert httpx.get(f"{url}/health", verify=context).status_code == 200
+        assert silent[-1].recv(100) == b""  # it has had its time
+    assert httpx.post(f"{url}/generate", json=BODY, verify=context).status_code == 200
+    assert not any("Traceback" in line for line in server.lines)
 
 
 def tls(**settings: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import httpx
@@ -416,6 +417,27 @@ def test_served_names() -> None:
     replies = post_all([*asked, ("/v1/completions", COMPLETION)], config=config)
     assert [reply.status_code for reply in replies] == [200, 200, 404, 200]
     assert [replies[i].json()["model"] for i in (0, 1, 3)] == ["one", "two", "one"]
+
+
+def test_where_the_model_lies_is_a_name_that_nobody_is_told(tmp_path: Path) -> None:
+    """A client that knows it, as vLLM's do, is served; what is shown is the folder's own name."""
+    folder = str(tmp_path / "llama")
+
+    async def go() -> None:
+        async with client(model_path=folder) as (http, _):
+            for name in (folder, f"{folder}/", "llama"):
+                body = COMPLETION | {"model": name}
+                assert (await http.post("/v1/completions", json=body)).status_code == 200
+            body = COMPLETION | {"model": "other"}
+            refused = await http.post("/v1/completions", json=body)
+            assert refused.status_code == 404 and "served: llama" in refused.text
+            names = await http.get("/v1/models")
+            assert [card["id"] for card in names.json()["data"]] == ["llama"]
+            others = [await http.get(path) for path in ("/metrics", "/health", "/v1/models/x")]
+            for reply in (refused, names, *others):
+                assert str(tmp_path) not in reply.text
+
+    asyncio.run(go())
 
 
 def test_tokenize_and_back() -> None:
