@@ -96,6 +96,12 @@ class HuggingFaceTokenizer:
         self._inner.no_padding()
         self.vocab_size = len(self._outer)
         template = self._outer.chat_template or ""
+        texts = template.values() if isinstance(template, dict) else [template]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"the chat_template of '{folder}' must be a text, or texts by name: download "
+                "tokenizer_config.json again"
+            )
         self.chat_template = template if isinstance(template, str) else json.dumps(template)
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
         added = self._inner.get_added_tokens_decoder()
