@@ -43,6 +43,8 @@ class Checkpoint:
 
     Attributes:
         low_bit: the --low-bit name the folder was saved with; None for an ordinary checkpoint.
+        checksums: of the tensors as stored, by name; None for an ordinary checkpoint, and for one
+            saved low-bit before there were any.
         files: where each stored tensor is, by name.
 
     Raises:
@@ -53,6 +55,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.checksums: dict[str, str] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._itemsizes: dict[str, int] = {}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
@@ -76,6 +79,7 @@ class Checkpoint:
             manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
             version, low_bit = manifest["version"], manifest["low_bit"]
             entries = {name: _read_entry(entry) for name, entry in manifest["tensors"].items()}
+            self.checksums = _read_checksums(manifest)
             if low_bit not in FORMATS:
                 raise ValueError(f"low_bit {low_bit!r}")
         except ModelFolderError:
@@ -203,3 +207,10 @@ def _read_entry(entry: dict[str, Any]) -> tuple[Format, tuple[int, int]]:
     if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1:
         raise ValueError(f"shape {entry['shape']}")
     return FORMATS[entry["format"]], (rows, cols)
+
+
+def _read_checksums(manifest: dict[str, Any]) -> dict[str, str] | None:
+    found = manifest.get("crc32")
+    if found is not None and not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("crc32")
+    return found

@@ -25,6 +25,7 @@ from autotp_serving.low_bit.provider_ipex_llm import check_ipex_llm, convert_lin
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.checksums import check_checksums
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
 from autotp_serving.model.head import VocabParallelHead
@@ -99,6 +100,7 @@ def load_model(
         match_names(model, checkpoint)
         shards = find_shards(model, checkpoint, control)
         check(model, checkpoint, low_bit)
+    check_checksums(checkpoint, control)
     filler = WeightFiller(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )

@@ -24,6 +24,7 @@ from autotp_serving.low_bit.plan import MANIFEST_NAME, LowBitPlan, find_low_bit_
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
+from autotp_serving.model.checksums import compute_checksums
 from autotp_serving.model.names import match_names
 from autotp_serving.model_folder import INDEX_NAME, check_link
 from autotp_serving.ranks import Control
@@ -62,22 +63,23 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
     converter = _Converter(config, model_config, checkpoint, plan)
     converter.write(partial, control)
-    parts = control.all_gather((converter.weight_map, converter.manifest))
+    parts = control.all_gather((converter.weight_map, converter.manifest, converter.checksums))
     if control.rank == 0:
         try:
             for path in _list_companions(checkpoint.folder):
                 shutil.copy(path, partial)
         except OSError as error:
             raise _cannot_write(partial, error) from error
-        weight_map, tensors = (
+        weight_map, tensors, checksums = (
             {name: value for part in parts for name, value in part[kind].items()}
-            for kind in range(2)
+            for kind in range(3)
         )
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         manifest = {
             "version": MANIFEST_VERSION,
             "low_bit": plan.linears.name,
             "tensors": dict(sorted(tensors.items())),
+            "crc32": dict(sorted(checksums.items())),
         }
         try:
             (partial / INDEX_NAME).write_text(json.dumps(index, indent=1))
@@ -143,6 +145,7 @@ class _Converter:
         }
         self.weight_map: dict[str, str] = {}
         self.manifest: dict[str, Any] = {}
+        self.checksums: dict[str, str] = {}
 
     def write(self, folder: Path, control: Control) -> None:
         """Convert every size-th tensor, largest first, and write files of about FILE_BYTES."""
@@ -162,6 +165,7 @@ class _Converter:
                 file_name = f"model-{control.rank:02d}-{file_number:05d}.safetensors"
                 try:
                     save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                    self.checksums |= compute_checksums(folder / file_name)
                 except (OSError, SafetensorError) as error:
                     raise _cannot_write(folder / file_name, error) from error
                 self.weight_map |= dict.fromkeys(tensors, file_name)
