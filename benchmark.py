@@ -18,7 +18,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from benchmarks.http_client import HttpFailure
 from benchmarks.metrics import parse_slo_limit
 from benchmarks.prompts import PromptError
 from benchmarks.report import format_comparison, read_json
-from benchmarks.session import INTERRUPTED, BenchmarkError, run
+from benchmarks.session import INTERRUPTED, TERMINATED, BenchmarkError, run
+
+NOTHING_MEASURED = "benchmark.py: interrupted before a level was measured"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,9 +120,35 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+async def run_until_terminated(args: argparse.Namespace) -> int:
+    """The benchmark, which SIGTERM ends as Ctrl-C does: with what has been answered.
+
+    Started in the background of a script, or by nohup there, it does not hear Ctrl-C.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    was_terminated = False
+
+    def terminate() -> None:
+        nonlocal was_terminated
+        was_terminated = True
+        task.cancel()
+
+    with suppress(NotImplementedError):  # Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+    try:
+        exit_code = await run(args)
+    except asyncio.CancelledError:
+        if not was_terminated:
+            raise
+        print(NOTHING_MEASURED, file=sys.stderr)
+        return TERMINATED
+    return TERMINATED if was_terminated and exit_code == INTERRUPTED else exit_code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: figures; 1: a level that did not complete one request, or a server that went
-    away; 2: nothing was run; 130: Ctrl-C.
+    away; 2: nothing was run; 130: Ctrl-C; 143: SIGTERM.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -129,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 names = [str(path) for path in args.compare]
             print("\n".join(format_comparison(names, first, second)))
             return 0
-        return asyncio.run(run(args))
+        return asyncio.run(run_until_terminated(args))
     except HttpFailure as failure:
         print(f"benchmark.py: {args.url} has gone away ({failure})", file=sys.stderr)
         return 2
@@ -137,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("benchmark.py: interrupted before a level was measured", file=sys.stderr)
+        print(NOTHING_MEASURED, file=sys.stderr)
         return INTERRUPTED
 
 

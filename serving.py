@@ -23,6 +23,7 @@ from autotp_serving.ranks import (
     Failure,
     GroupFailure,
     LaunchError,
+    check_open_files,
     find_num_ranks,
     is_first_rank,
     join_control,
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     # would leave the rank waiting, in MPI's own exit, for others that never come.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        check_open_files(os.environ)
         control = join_control(os.environ)
     except LaunchError as error:
         return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START

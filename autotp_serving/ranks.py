@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import threading
 import time
@@ -20,6 +21,11 @@ from autotp_serving import listeners
 from autotp_serving.config import ConfigError, ServingConfig
 
 logger = logging.getLogger(__name__)
+
+MPI_SIZE_NAMES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
+FILES_OF_PROCESS = 64
+FILES_PER_RANK = 16
+"""What rank 0 of a group has open when it is ready: 70 files of two ranks, measured."""
 
 POLL_SECONDS = 0.002
 FAILURE_SECONDS = 5.0
@@ -183,7 +189,7 @@ def join_control(environ: Mapping[str, str]) -> Control:
         LaunchError: a launcher that is not known, or an MPI other than mpi4py's. Guessing would
             make every process think that it is rank 0.
     """
-    for size_name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE"):
+    for size_name in MPI_SIZE_NAMES:
         if size_name in environ:
             return MpiControl(int(environ[size_name]))
     if "WORLD_SIZE" in environ and "RANK" in environ:
@@ -224,6 +230,23 @@ def find_num_ranks(config: ServingConfig, control: Control) -> int:
         f"{'ranks were' if control.size > 1 else 'rank was'} started: "
         f"start with mpirun -np {asked}, or leave the flag out"
     )
+
+
+def check_open_files(environ: Mapping[str, str]) -> None:
+    """Refuse a limit of open files under which the ranks could not even join.
+
+    Raises:
+        LaunchError: with the limit and what is needed.
+    """
+    sizes = [environ[name] for name in (*MPI_SIZE_NAMES, "WORLD_SIZE") if name in environ]
+    num_ranks = int(sizes[0]) if sizes and sizes[0].isdigit() else 1
+    needed = FILES_OF_PROCESS + FILES_PER_RANK * num_ranks
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise LaunchError(
+            f"this process may open {limit} files, and {num_ranks} rank(s) need {needed} each, "
+            "connections not counted: raise the limit (ulimit -n 4096) and start again"
+        )
 
 
 def is_first_rank(environ: Mapping[str, str]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from autotp_serving.config import ConfigError
+from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.request import RequestError
 from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
 
@@ -70,21 +71,37 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
 
+        check_model_folder(folder)
         try:
             self._outer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust library panics, past every Exception
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"no tokenizer can be loaded from '{folder}': {reason}") from error
+            raise ConfigError(
+                f"no tokenizer can be loaded from '{folder}' ({type(error).__name__}: {reason}): "
+                "download its tokenizer files again, or install the version of transformers that "
+                "wrote them"
+            ) from error
         self._inner = getattr(self._outer, "backend_tokenizer", None)
         if self._inner is None:
             raise ConfigError(
                 f"the tokenizer of '{folder}' has no fast implementation: add a tokenizer.json "
                 "(save_pretrained of a fast tokenizer writes one)"
             )
+        # What a file asks for here is meant for training: prompts would be cut or filled up.
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self.vocab_size = len(self._outer)
         template = self._outer.chat_template or ""
+        texts = template.values() if isinstance(template, dict) else [template]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"the chat_template of '{folder}' must be a text, or texts by name: download "
+                "tokenizer_config.json again"
+            )
         self.chat_template = template if isinstance(template, str) else json.dumps(template)
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
         added = self._inner.get_added_tokens_decoder()
@@ -143,7 +160,12 @@ def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[in
     found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
+        value = read_object(path).get("eos_token_id") if path.exists() else None
+        token_ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token_id) is not int for token_id in token_ids):
+            raise ConfigError(
+                f"{path}: eos_token_id is {repr(value)[:60]}, which must be a token id or a list "
+                "of them: download it again"
+            )
+        found.update(token_ids)
     return frozenset(found)

@@ -26,6 +26,7 @@ PROMPT_FOLDER = Path(__file__).resolve().parents[1] / "prompt"
 
 
 INTERRUPTED = 130  # what shells give for Ctrl-C
+TERMINATED = 143  # and for SIGTERM
 
 
 class BenchmarkError(Exception):

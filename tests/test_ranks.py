@@ -16,6 +16,7 @@ from autotp_serving.ranks import (
     LaunchError,
     LocalControl,
     TorchControl,
+    check_open_files,
     is_first_rank,
     join_control,
     own_host,
@@ -135,3 +136,22 @@ def test_a_host_name_that_leads_nowhere_is_named(monkeypatch: pytest.MonkeyPatch
         own_host(spread)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
     assert own_host(spread) == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_ranks", "needed"), [(64, 1, 80), (64, 2, 96), (100, 8, 192)]
+)
+def test_too_few_files_are_told_before_the_ranks_join(
+    limit: int, num_ranks: int, needed: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda which: (limit, 10**6))
+    with pytest.raises(LaunchError, match=rf"{limit} files.* need {needed} .*ulimit -n"):
+        check_open_files({"PMI_SIZE": str(num_ranks)})
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda which: (needed, needed))
+    check_open_files({"PMI_SIZE": str(num_ranks)})
+
+
+def test_any_number_of_files(monkeypatch: Any) -> None:
+    no_limit = ranks.resource.RLIM_INFINITY
+    monkeypatch.setattr(ranks.resource, "getrlimit", lambda which: (no_limit, no_limit))
+    check_open_files({"PMI_SIZE": "64"})

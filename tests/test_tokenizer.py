@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
+from autotp_serving.config import ConfigError
 from autotp_serving.tokenizer import HuggingFaceTokenizer
 
 DEMO = Path(__file__).parents[1] / "demo_model"
@@ -24,3 +28,51 @@ def test_tags_that_part_an_answer_are_text_even_where_a_model_marks_them_special
     assert tokenizer.decode(token_ids) == "a<tool_call>"
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == "a<tool_call><|other|>"
     assert tokenizer.token_bytes(tag) == b"<tool_call>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The files of a tokenizer, to be changed."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    return tmp_path
+
+
+def change(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_prompt_is_neither_cut_nor_filled_up_as_a_training_would_have_it(folder: Path) -> None:
+    plain = HuggingFaceTokenizer(folder).encode("a longer text than four tokens")
+    change(
+        folder / "tokenizer.json",
+        truncation={
+            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+        },
+        padding={
+            "strategy": {"Fixed": 100_000}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>",
+        },
+    )  # fmt: skip
+    assert HuggingFaceTokenizer(folder).encode("a longer text than four tokens") == plain
+    assert len(plain) > 4
+
+
+@pytest.mark.parametrize("template", [5, True, [1], {"default": 5}, [{"name": "x"}]], ids=str)
+def test_a_chat_template_that_is_no_text(template: object, folder: Path) -> None:
+    change(folder / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(ConfigError, match=r"chat_template|no tokenizer can be loaded"):
+        HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": {"type": "Newest"}}, {"added_tokens": [{"id": -1}]}, {"pre_tokenizer": 5},
+     {"normalizer": {"type": "Nowhere"}}, {"decoder": []}, {"model": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_file_that_the_library_cannot_read(changes: dict[str, object], folder: Path) -> None:
+    change(folder / "tokenizer.json", **changes)
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded") as failure:
+        HuggingFaceTokenizer(folder)
+    assert str(folder) in str(failure.value) and "\n" not in str(failure.value)

@@ -63,15 +63,17 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
                 model = AutoModelForCausalLM.from_config(
                     model_config, trust_remote_code=trust_remote_code
                 )
-        except ValueError as error:
+        except Exception as error:  # whatever a family makes of settings that it cannot take
+            if isinstance(error, KeyError) and ATTENTION_NAME in error.args:
+                # A table of its own attention classes, as in older transformers.
+                raise ConfigError(
+                    f"the family '{model_config.model_type}' cannot be served with this version of "
+                    f"transformers ({error} is not among its attentions)"
+                ) from error
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"this model cannot be built by transformers: {reason[:300]}"
-            ) from error
-        except KeyError as error:  # a table of its own attention classes, as in older transformers
-            raise ConfigError(
-                f"the family '{model_config.model_type}' cannot be served with this version of "
-                f"transformers ({error} is not among its attentions)"
+                "this model cannot be built by transformers from its config.json "
+                f"({type(error).__name__}): {reason[:300]}"
             ) from error
         model = model.to(dtype)
         split_layers(model)
@@ -97,6 +99,11 @@ def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> 
             raise ConfigError(
                 f"DeepSpeed AutoTP cannot split the family '{model.config.model_type}' "
                 f"({error}): start 1 rank"
+            ) from error
+        except Exception as error:  # such as memory that is not there, which it takes for a moment
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"DeepSpeed AutoTP cannot split this model ({type(error).__name__}): {reason[:300]}"
             ) from error
     model.to_empty(device="meta")
 

@@ -6,19 +6,23 @@ process's resident set.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from autotp_serving.config import ConfigError
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
 from autotp_serving.low_bit.plan import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
+from autotp_serving.model_folder import (
+    INDEX_NAME,
+    MAX_LARGE_BYTES,
+    ModelFolderError,
+    find_file,
+    read_object,
+)
 
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MANIFEST_VERSION = 1
 
@@ -27,7 +31,7 @@ ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16":
 Ranges = tuple[tuple[int, int], ...]
 
 
-class CheckpointError(ConfigError):
+class CheckpointError(ModelFolderError):
     """A checkpoint that cannot be read; the message names the file and the cure."""
 
 
@@ -39,14 +43,19 @@ class Checkpoint:
 
     Attributes:
         low_bit: the --low-bit name the folder was saved with; None for an ordinary checkpoint.
+        checksums: of the tensors as stored, by name; None for an ordinary checkpoint, and for one
+            saved low-bit before there were any.
+        files: where each stored tensor is, by name.
 
     Raises:
+        ModelFolderError: a file that leads out of the folder, or is none.
         CheckpointError: no safetensors, a shard that is missing, or one that is cut short.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
+        self.checksums: dict[str, str] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._itemsizes: dict[str, int] = {}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
@@ -54,7 +63,7 @@ class Checkpoint:
         for path in self._list_files():
             with self._open(path) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                    self._file_of[name] = path
+                    self.files[name] = path
                     part = tensors.get_slice(name)
                     self._shapes[name] = tuple(part.get_shape())
                     self._itemsizes[name] = ITEMSIZES.get(part.get_dtype(), 1)
@@ -67,12 +76,14 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            manifest = json.loads(path.read_text())
+            manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
             version, low_bit = manifest["version"], manifest["low_bit"]
-            entries = {
-                name: (FORMATS[entry["format"]], tuple(entry["shape"]))
-                for name, entry in manifest["tensors"].items()
-            }
+            entries = {name: _read_entry(entry) for name, entry in manifest["tensors"].items()}
+            self.checksums = _read_checksums(manifest)
+            if low_bit not in FORMATS:
+                raise ValueError(f"low_bit {low_bit!r}")
+        except ModelFolderError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is no low-bit manifest ({error!r}): save the model again"
@@ -98,22 +109,17 @@ class Checkpoint:
     def _list_files(self) -> list[Path]:
         index_path = self.folder / INDEX_NAME
         if index_path.exists():
+            index = read_object(find_file(self.folder, INDEX_NAME), MAX_LARGE_BYTES)
             try:
-                files = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
+                files = sorted(set(index["weight_map"].values()))
                 "".join(files)  # all of them are names
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{index_path} is no safetensors index ({error!r}): download it again"
                 ) from error
-            for name in files:
-                if not (self.folder / name).exists():
-                    raise CheckpointError(
-                        f"{self.folder} lacks {name}, which {INDEX_NAME} names: "
-                        "download the checkpoint again"
-                    )
-            return [self.folder / name for name in files]
+            return [find_file(self.folder, name, INDEX_NAME) for name in files]
         if (self.folder / SINGLE_NAME).exists():
-            return [self.folder / SINGLE_NAME]
+            return [find_file(self.folder, SINGLE_NAME)]
         if list(self.folder.glob("*.bin")):
             raise CheckpointError(
                 f"{self.folder} holds pickled weights (.bin), which can run code when loaded: "
@@ -189,7 +195,22 @@ class Checkpoint:
         if first_row:
             (row_start, row_stop), *others = ranges
             ranges = ((row_start + first_row, row_stop + first_row), *others)
-        with self._open(self._file_of[name]) as tensors:
+        with self._open(self.files[name]) as tensors:
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.
             return part.clone()
+
+
+def _read_entry(entry: dict[str, Any]) -> tuple[Format, tuple[int, int]]:
+    """Format and shape of a converted weight, from the manifest."""
+    rows, cols = entry["shape"]
+    if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1:
+        raise ValueError(f"shape {entry['shape']}")
+    return FORMATS[entry["format"]], (rows, cols)
+
+
+def _read_checksums(manifest: dict[str, Any]) -> dict[str, str] | None:
+    found = manifest.get("crc32")
+    if found is not None and not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("crc32")
+    return found

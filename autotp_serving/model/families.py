@@ -236,6 +236,11 @@ def find_length_limit(model_config: Any) -> int:
         trained = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
+        if trained is not None and (type(trained) is not int or trained < 1):
+            raise ConfigError(
+                f"config.json: original_max_position_embeddings is {trained!r:.40}: "
+                "download the checkpoint again"
+            )
         return min(limit, trained or limit)
     return limit
 

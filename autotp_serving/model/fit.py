@@ -66,6 +66,15 @@ def check_room(
         ConfigError: with the numbers and the flags to change.
     """
     kv_bytes = room.blocks_per_sequence * footprint.kv_bytes_per_block
+    given = config.kv_cache_memory
+    if given is not None and given < kv_bytes:
+        tokens = given // footprint.kv_bytes_per_block * config.block_size
+        unit = "" if given >= 2**20 else ", or was a unit meant? A number without one is bytes"
+        raise ConfigError(
+            f"--kv-cache-memory {show(given)} holds {tokens} tokens on rank {rank}, but "
+            f"--max-model-len is {max_model_len}, which takes {show(kv_bytes)}: "
+            f"raise it, or lower --max-model-len{unit}"
+        )
     needed = footprint.weight_bytes + footprint.activation_bytes + kv_bytes
     if needed <= room.usable:
         return

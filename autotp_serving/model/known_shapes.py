@@ -7,13 +7,15 @@ that transformers builds and AutoTP cuts; whatever is not here is planned by tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from autotp_serving.config import ConfigError
 from autotp_serving.model.footprint import ModelShapes, TensorShape
+from autotp_serving.model.sizes import check_sizes
+from autotp_serving.model_folder import read_object
 
 # What a family's config class says where config.json does not. None: as large as another one says.
 COMMON = {
@@ -34,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": COMMON | {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
     "gpt_neox": COMMON | {"attention_bias": True},
 }
+ROPE_NAMES = ("rope_parameters", "rope_scaling")
 REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -53,14 +56,20 @@ def read_known_config(folder: Path) -> Any:
     Returns:
         What stands in for transformers' config, or None: another family, or anything that only
         transformers can judge.
+
+    Raises:
+        ConfigError: sizes that no model has.
     """
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = read_object(folder / "config.json")
         settings = DEFAULTS[found["model_type"]] | found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
+        return None
+    if any(not isinstance(settings[name] or {}, dict) for name in ROPE_NAMES):
         return None
     if "auto_map" in found or any(type(settings.get(name)) is not int for name in REQUIRED):
         return None
+    check_sizes(found)
     config = SimpleNamespace(**settings)
     if config.num_key_value_heads is None:
         config.num_key_value_heads = config.num_attention_heads

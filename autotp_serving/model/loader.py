@@ -25,11 +25,14 @@ from autotp_serving.low_bit.provider_ipex_llm import check_ipex_llm, convert_lin
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.checksums import check_checksums
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
+from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
+from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -47,18 +50,23 @@ def read_model_config(config: ServingConfig) -> Any:
     from transformers import AutoConfig
 
     folder = Path(config.model_path)
+    check_model_folder(folder)
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"--repo-id-or-model-path: there is no config.json in '{folder}': "
             "name a folder that holds a Hugging Face checkpoint"
         )
+    check_sizes(read_object(folder / "config.json"))
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # each family checks its own settings, and raises what it likes
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{folder / 'config.json'} cannot be used: {reason[:300]}") from error
+        raise ConfigError(
+            f"{folder / 'config.json'} cannot be used ({type(error).__name__}): {reason[:300]}"
+        ) from error
     adapt_rope(found)
     check_family(found)
+    check_loaded_sizes(found)
     return found
 
 
@@ -92,6 +100,7 @@ def load_model(
         match_names(model, checkpoint)
         shards = find_shards(model, checkpoint, control)
         check(model, checkpoint, low_bit)
+    check_checksums(checkpoint, control)
     filler = WeightFiller(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )

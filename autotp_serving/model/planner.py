@@ -26,6 +26,7 @@ from autotp_serving.model.fit import (
 from autotp_serving.model.footprint import Footprint, find_dtype_name, find_footprint
 from autotp_serving.model.known_shapes import list_known_shapes, read_known_config
 from autotp_serving.model.plan_table import format_plan
+from autotp_serving.model_folder import check_model_folder
 from autotp_serving.ranks import LocalControl
 
 
@@ -40,6 +41,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
         ConfigError: it does not fit; the plan has been printed then.
     """
     folder = Path(config.model_path)
+    check_model_folder(folder)
     known = None if (folder / MANIFEST_NAME).exists() else read_known_config(folder)
     if known is None:
         from autotp_serving.model.loader import read_model_config

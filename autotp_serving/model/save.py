@@ -23,12 +23,10 @@ from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.plan import MANIFEST_NAME, LowBitPlan, find_low_bit_plan
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
-from autotp_serving.model.checkpoint import (
-    INDEX_NAME,
-    MANIFEST_VERSION,
-    Checkpoint,
-)
+from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
+from autotp_serving.model.checksums import compute_checksums
 from autotp_serving.model.names import match_names
+from autotp_serving.model_folder import INDEX_NAME, check_link
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -37,6 +35,7 @@ FILE_BYTES = 2**29
 """Size of one file, and so about what a rank holds in memory while it converts."""
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+MAX_COMPANION_BYTES = 2**30
 
 
 def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> None:
@@ -53,7 +52,10 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
         if target.exists():
             raise ConfigError(f"--save-low-bit: {target} exists already: name a new folder")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise _cannot_write(partial, error) from error
     control.all_gather("folder made")
     checkpoint = Checkpoint(Path(config.model_path))
     plan = find_low_bit_plan(config, checkpoint.low_bit)
@@ -61,28 +63,52 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
     converter = _Converter(config, model_config, checkpoint, plan)
     converter.write(partial, control)
-    parts = control.all_gather((converter.weight_map, converter.manifest))
+    parts = control.all_gather((converter.weight_map, converter.manifest, converter.checksums))
     if control.rank == 0:
-        for path in _list_companions(checkpoint.folder):
-            shutil.copy(path, partial)
-        weight_map = {name: file for part, _ in parts for name, file in part.items()}
-        tensors = {name: entry for _, part in parts for name, entry in part.items()}
+        try:
+            for path in _list_companions(checkpoint.folder):
+                shutil.copy(path, partial)
+        except OSError as error:
+            raise _cannot_write(partial, error) from error
+        weight_map, tensors, checksums = (
+            {name: value for part in parts for name, value in part[kind].items()}
+            for kind in range(3)
+        )
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         manifest = {
             "version": MANIFEST_VERSION,
             "low_bit": plan.linears.name,
             "tensors": dict(sorted(tensors.items())),
+            "crc32": dict(sorted(checksums.items())),
         }
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=1))
-        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
-        partial.rename(target)
+        try:
+            (partial / INDEX_NAME).write_text(json.dumps(index, indent=1))
+            (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
+            partial.rename(target)
+        except OSError as error:
+            raise _cannot_write(partial, error) from error
         logger.info("Saved: serve it with --repo-id-or-model-path %s", target)
 
 
 def _list_companions(folder: Path) -> list[Path]:
     """Config, tokenizer, template and licence files beside the weights."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.name != INDEX_NAME)
+    companions = sorted(path for path in found if path.is_file() and path.name != INDEX_NAME)
+    for path in companions:
+        check_link(folder, path)
+        if path.stat().st_size > MAX_COMPANION_BYTES:
+            raise ConfigError(
+                f"--save-low-bit copies what belongs to the weights, and {path} has "
+                f"{path.stat().st_size >> 20} MiB: move it out of the folder"
+            )
+    return companions
+
+
+def _cannot_write(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--save-low-bit: {path} cannot be written ({error}): is there room on the disk, and may "
+        "you write there?"
+    )
 
 
 class _Converter:
@@ -119,6 +145,7 @@ class _Converter:
         }
         self.weight_map: dict[str, str] = {}
         self.manifest: dict[str, Any] = {}
+        self.checksums: dict[str, str] = {}
 
     def write(self, folder: Path, control: Control) -> None:
         """Convert every size-th tensor, largest first, and write files of about FILE_BYTES."""
@@ -138,11 +165,9 @@ class _Converter:
                 file_name = f"model-{control.rank:02d}-{file_number:05d}.safetensors"
                 try:
                     save_file(tensors, folder / file_name, metadata={"format": "pt"})
+                    self.checksums |= compute_checksums(folder / file_name)
                 except (OSError, SafetensorError) as error:
-                    raise ConfigError(
-                        f"--save-low-bit: {folder / file_name} cannot be written ({error}): "
-                        "is there room on the disk?"
-                    ) from error
+                    raise _cannot_write(folder / file_name, error) from error
                 self.weight_map |= dict.fromkeys(tensors, file_name)
                 tensors = {}
                 file_number += 1

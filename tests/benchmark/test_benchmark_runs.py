@@ -198,23 +198,45 @@ def test_a_bad_line_of_a_dataset_is_named(run, tmp_path):
     assert "mine.jsonl: line 3: not JSON" in printed.err
 
 
+def hear_sigint():
+    """As a shell at a terminal starts a command, whatever started these tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ignore_sigint():
+    """As a script starts a command in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("api", ["native", "chat"])
-def test_ctrl_c_keeps_what_was_answered(tmp_path, api):
+@pytest.mark.parametrize(
+    ("start", "signals", "code"),
+    [
+        (hear_sigint, [signal.SIGINT], 130),
+        (hear_sigint, [signal.SIGTERM], 143),
+        (ignore_sigint, [signal.SIGINT, signal.SIGTERM], 143),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM where Ctrl-C is ignored"],
+)
+def test_an_interrupted_run_keeps_what_was_answered(tmp_path, api, start, signals, code):
     words = [sys.executable, "benchmark.py", "--output", tmp_path, "--api", api, "--html"]
     words += ["--prompt_length", 32, "--max_new_tokens", 10, "--num_requests", 900]
     words += ["--max_concurrent_requests", 2, 3]
     with FakeServer(token_delay=0.005) as server:
         process = subprocess.Popen(
             [*map(str, words), "--url", server.url], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=start,
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while len(server.bodies) < 20:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            assert process.poll() is None
+            process.send_signal(number)
+            time.sleep(0.2)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     (level,) = json.loads((tmp_path / "benchmark.json").read_text())["levels"]
     summary = level["summary"]
     assert (summary["failed"], summary["output_tokens"]) == (0, 10 * summary["completed"])

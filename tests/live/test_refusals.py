@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -92,6 +93,20 @@ def test_a_truncated_shard_under_mpirun(start: Callable[..., Launch], broken: Pa
     )
 
 
+def test_a_limit_of_open_files_that_two_ranks_cannot_join_under(
+    start: Callable[..., Launch], model_flags: list[str]
+) -> None:
+    limited = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash", *mpirun(2)]
+    check_refusal(start(limited, *model_flags), "64 files", "ulimit -n")
+
+
+def test_a_link_out_of_the_folder_under_mpirun(start: Callable[..., Launch], broken: Path) -> None:
+    moved = shards(broken)[1].rename(broken.parent / "elsewhere.safetensors")
+    (broken / "model-00002-of-00006.safetensors").symlink_to(moved)
+    server = start(mpirun(2), "--model", str(broken), *CACHE_FLAGS)
+    check_refusal(server, "model-00002-of-00006.safetensors", "leads out of the model folder")
+
+
 # From here on in this process, one rank.
 
 
@@ -137,6 +152,132 @@ def test_a_model_path_that_leads_nowhere(refuse: Callable[..., str]) -> None:
 def test_a_damaged_config(text: str, words: str, refuse: Callable[..., str], broken: Path) -> None:
     (broken / "config.json").write_text(text)
     assert words in refuse("--model", broken)
+
+
+MODES = pytest.mark.parametrize("mode", ["serve", "plan", "save"])
+
+
+def mode_flags(mode: str, folder: Path) -> list[object]:
+    """The three things that are done with a model folder."""
+    return {"serve": [], "plan": ["--plan"], "save": ["--save-low-bit", folder / "new"]}[mode]
+
+
+@MODES
+@pytest.mark.parametrize("size", [-5, 0, 10**18, "384", 384.5, True, {}], ids=str)
+@pytest.mark.parametrize("name", ["vocab_size", "num_hidden_layers", "head_dim"])
+def test_sizes_that_no_model_has(
+    name: str, size: Any, mode: str, refuse: Callable[..., str], broken: Path, tmp_path: Path
+) -> None:
+    change_config(broken, **{name: size})
+    line = refuse("--model", broken, *mode_flags(mode, tmp_path))
+    assert name in line and repr(size) in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_size_that_is_left_out_is_the_familys_and_not_the_checkpoints(
+    refuse: Callable[..., str], broken: Path
+) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    del config["vocab_size"]
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "(384, 256)" in refuse("--model", broken)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": "x"},
+        {"rope_parameters": {"rope_type": "yarn", "factor": "x"}},
+        {"hidden_act": "no such"},
+        {"rms_norm_eps": "x"},
+        {"num_attention_heads": 6},
+        {"text_config": {"vocab_size": -5}},
+    ],
+    ids=str,
+)
+def test_settings_of_a_model_that_cannot_be_built(
+    changes: dict[str, Any], refuse: Callable[..., str], broken: Path
+) -> None:
+    change_config(broken, **changes)
+    assert "config.json" in refuse("--model", broken)
+
+
+@MODES
+def test_a_config_nested_without_end(
+    mode: str, refuse: Callable[..., str], broken: Path, tmp_path: Path
+) -> None:
+    (broken / "config.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
+    assert "levels" in refuse("--model", broken, *mode_flags(mode, tmp_path))
+
+
+@MODES
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", INDEX])
+def test_a_fifo_in_the_folder(
+    name: str, mode: str, refuse: Callable[..., str], broken: Path, tmp_path: Path
+) -> None:
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    line = refuse("--model", broken, *mode_flags(mode, tmp_path))
+    assert name in line and "fifo" in line
+
+
+@MODES
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "LICENSE", "notes.txt"])
+def test_nothing_outside_the_folder_is_read_or_copied(
+    name: str, mode: str, refuse: Callable[..., str], broken: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (broken / name).unlink(missing_ok=True)
+    (broken / name).symlink_to(secret)
+    line = refuse("--model", broken, *mode_flags(mode, tmp_path))
+    assert name in line and str(secret) in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("mode", ["serve", "save"])
+def test_an_index_that_names_a_file_elsewhere(
+    mode: str, refuse: Callable[..., str], broken: Path, tmp_path: Path
+) -> None:
+    moved = shards(broken)[1].rename(tmp_path / "elsewhere.safetensors")
+    text = (broken / INDEX).read_text().replace("model-00002-of-00006.safetensors", str(moved))
+    (broken / INDEX).write_text(text)
+    line = refuse("--model", broken, *mode_flags(mode, tmp_path))
+    assert str(moved) in line and "leads out of the model folder" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["{ cut", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [257, null]}']
+)
+def test_a_broken_generation_config(text: str, refuse: Callable[..., str], broken: Path) -> None:
+    (broken / "generation_config.json").write_text(text)
+    assert "generation_config.json" in refuse("--model", broken, "--low-bit", "bf16")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[" * 200_000, '{"version": "9.0", "model": {"type": "Newest"}}',
+     '{"version": "1.0", "added_tokens": [], "model": {"type": "Newest"}}'],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_a_tokenizer_that_the_library_cannot_read(
+    text: str, refuse: Callable[..., str], broken: Path
+) -> None:
+    (broken / "tokenizer.json").write_text(text)
+    line = refuse("--model", broken, "--low-bit", "bf16")
+    assert "tokenizer" in line and str(broken) in line
+
+
+@pytest.mark.parametrize("mode", ["serve", "plan"])
+@pytest.mark.parametrize(("size", "hint"), [("4", "unit"), ("1KiB", "unit"), ("2MiB", "")])
+def test_a_cache_too_small_for_one_sequence_is_refused_before_a_weight_is_read(
+    size: str, hint: str, mode: str, refuse: Callable[..., str], model_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("autotp_serving.model.loader.WeightFiller.fill", None)
+    flags = ["--model", model_path, "--kv-cache-memory", size]
+    line = refuse(*flags, *mode_flags(mode, tmp_path))
+    assert "--kv-cache-memory" in line and "--max-model-len is 2048" in line and hint in line
 
 
 def test_a_missing_shard(refuse: Callable[..., str], broken: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autotp_serving.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointError
+from autotp_serving.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from autotp_serving.model_folder import ModelFolderError
 
 TENSORS = {
     "a.weight": torch.arange(60, dtype=torch.float32).reshape(6, 10),
@@ -39,7 +40,7 @@ def whole(name: str) -> tuple[tuple[int, int], ...]:
 
 
 def check_error(folder: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as failure:
+    with pytest.raises(ModelFolderError) as failure:
         Checkpoint(folder)
     message = str(failure.value)
     assert "\n" not in message
