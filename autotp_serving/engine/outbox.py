@@ -78,6 +78,7 @@ class Outbox:
                 token_ids=() if token is None else (token,),
                 finish_reason=reason,
                 error=sequence.error,
+                error_code=sequence.error_code,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_output_tokens=sequence.num_output_tokens,
                 num_cached_tokens=sequence.num_cached_tokens,

@@ -17,6 +17,11 @@ from autotp_serving.engine.waiting import WaitingQueue
 from autotp_serving.plan import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.request import FinishReason, Request, RequestError
 
+MAX_GUIDE_WAIT_SECONDS = 0.005
+"""In which the engine hears of nothing new."""
+
+STRUCTURE_CODE = "structure_too_complex"
+
 INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
 
 
@@ -89,12 +94,12 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plan the next step, or None when there is nothing to run.
 
-        A sequence whose guide does not know yet what may come next sits the step out, unless there
-        is nothing else to do.
+        A sequence whose guide does not know yet what may come next sits the step out. Where there
+        is nothing else to do, this waits for one of them, and not for long: others may arrive.
         """
         chunks = self._choose_chunks()
-        while not chunks and (late := [one for one in self.running if not one.is_ready]):
-            late[0].guide.allowed()
+        if not chunks and (late := [one for one in self.running if not one.is_ready]):
+            late[0].guide.wait(MAX_GUIDE_WAIT_SECONDS)
             chunks = self._choose_chunks()
         return write_step(chunks, self.blocks.block_size) if chunks else None
 
@@ -242,6 +247,7 @@ class Scheduler:
         sequence.token_ids.append(token)
         is_complete = sequence.guide is not None and sequence.guide.accept(token)
         if sequence.guide is not None and sequence.guide.error is not None:
+            sequence.error_code = STRUCTURE_CODE
             return self._fail(sequence, sequence.guide.error)
         if token in sequence.end_token_ids:
             sequence.ends_in_text = False

@@ -29,6 +29,7 @@ class Sequence:
         finish_reason: None while it waits or runs.
         ends_in_text: False when the last token only marked the end.
         error: one sentence, with `finish_reason` "error".
+        error_code: a word for programs beside it, where it is not the engine's own failure.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     ends_in_text: bool = True
     error: str | None = None
+    error_code: str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
