@@ -73,10 +73,13 @@ class ChatTemplate:
             raise
         except RecursionError as error:
             raise ChatTemplateError("it never ends on these, or they are too deep") from error
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ChatTemplateError(reason[:MAX_REASON_LEN]) from error
+        except TemplateError as error:  # its own words
+            raise ChatTemplateError(" ".join(str(error).split())[:MAX_REASON_LEN]) from error
         except Exception as error:  # a program of somebody else's: it may raise anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ChatTemplateError(reason[:MAX_REASON_LEN]) from error
+            raise ChatTemplateError(describe_error(error)) from error
         return text
+
+
+def describe_error(error: Exception) -> str:
+    """An error of somebody else's program, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON_LEN]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from autotp_serving.chat_template import ChatTemplate, ChatTemplateError
+from autotp_serving.chat_template import ChatTemplate, ChatTemplateError, describe_error
 from autotp_serving.config import ConfigError
 from autotp_serving.request import RequestError
 from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
@@ -44,12 +44,12 @@ class Tokenizer(Protocol):
         `continue_final_message` and `tools` are known to all.
 
         Raises:
-            RequestError: there is no template, or it refuses the messages.
+            ChatTemplateError: it refuses the conversation, or fails.
         """
         ...
 
     def check_chat(self, options: Mapping[str, Any]) -> None:
-        """Raise RequestError for options that `render_chat` does not take."""
+        """Raise RequestError where there is no template, and for options that none takes."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -129,16 +129,12 @@ class HuggingFaceTokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """See Tokenizer. For as long as the template likes: see `template`."""
-        self.check_chat(options)
+        if self.template is not None:
+            return self.template.render(messages, options)
         try:
-            if self.template is not None:
-                return self.template.render(messages, options)
             return self._outer.apply_chat_template(list(messages), tokenize=False, **options)
-        except ChatTemplateError as error:
-            raise refuse_chat(str(error)) from error
-        except Exception as error:  # code that came with the model, for lack of a template
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise refuse_chat(reason[:300]) from error
+        except Exception as error:  # code that came with the model
+            raise ChatTemplateError(describe_error(error)) from error
 
     def check_chat(self, options: Mapping[str, Any]) -> None:
         """See Tokenizer."""
@@ -167,11 +163,6 @@ class HuggingFaceTokenizer:
 def is_panic(error: BaseException) -> bool:
     """True for a bug in a Rust library; pyo3 derives it from BaseException, which ends threads."""
     return type(error).__name__ == "PanicException"
-
-
-def refuse_chat(reason: str) -> RequestError:
-    """The error for a conversation that the chat template refuses."""
-    return RequestError("messages", f"the chat template refuses them: {reason}")
 
 
 def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:

@@ -22,7 +22,7 @@ from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyErro
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.request import RequestError
 from autotp_serving.template_cost import is_cheap
-from autotp_serving.tokenizer import Tokenizer, is_panic, refuse_chat
+from autotp_serving.tokenizer import Tokenizer, is_panic
 
 MAX_INLINE_CHARS = 4096
 """A millisecond or two: cheaper than changing threads."""
@@ -127,7 +127,7 @@ class PromptEncoder:
             ApiError: 503, no process is free to run it.
         """
         self._tokenizer.check_chat(options)
-        work = partial(self._tokenizer.render_chat, messages, options)
+        work = partial(self._render_here, messages, options)
         size = count_chars([messages, options])
         if self._tokenizer.template is None:
             return await asyncio.wrap_future(self._short.submit(size, work))
@@ -137,17 +137,24 @@ class PromptEncoder:
             return await asyncio.wrap_future(self._short.submit(size, work))
         return await self._render_apart(messages, options, size)
 
+    def _render_here(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        try:
+            return self._tokenizer.render_chat(messages, options)
+        except ChatTemplateError as error:
+            raise _refuse_chat(str(error)) from error
+
     async def _render_apart(
         self, messages: list[dict[str, Any]], options: dict[str, Any], size: int
     ) -> str:
         key = hashlib.sha256(marshal.dumps((messages, options))).digest()
         if key in self._refusals:
             raise RequestError("messages", self._refusals[key])
-        job = self._sandbox.submit("render", (messages, options), size, self._seconds)
+        data = (messages, options, self.max_chars)
+        job = self._sandbox.submit("render", data, size, self._seconds)
         try:
-            return await asyncio.wrap_future(job)
+            text = await asyncio.wrap_future(job)
         except RefusalError as error:
-            raise refuse_chat(str(error)) from error
+            raise _refuse_chat(str(error)) from error
         except SandboxError as error:
             reason = f"rendering them by the chat template {error}"
             self._refusals[key] = reason
@@ -156,6 +163,9 @@ class PromptEncoder:
             raise RequestError("messages", reason) from error
         except SandboxBusyError as error:
             raise busy() from error
+        if isinstance(text, int):  # its length: too long to be handed over
+            raise self._too_long("messages", f"{text} characters")
+        return text
 
     def _encode(
         self, text: str, field_name: str, add_special_tokens: bool, max_tokens: int
@@ -191,6 +201,10 @@ class PromptEncoder:
             param=field_name,
             code="context_length_exceeded",
         )
+
+
+def _refuse_chat(reason: str) -> RequestError:
+    return RequestError("messages", f"the chat template refuses them: {reason}")
 
 
 def busy() -> ApiError:

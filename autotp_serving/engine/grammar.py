@@ -53,8 +53,8 @@ MAX_LEXER_STATES = 50_000
 
 NUM_THREADS = 2
 
-STACK_BYTES = 16 * 2**20
-"""Of the threads that compile; a helper process has a sixteenth and fails first."""
+STACK_BYTES = 64 * 2**20
+"""Of the threads that compile; a helper process has an eighth and fails first."""
 
 QUICK_SECONDS = 0.1
 """What took a helper longer is repeated by a thread that stands back for everyone else."""
@@ -250,9 +250,7 @@ class GrammarCompiler:
         self._pool = ShortestFirst(NUM_THREADS, "grammar", stack_bytes=STACK_BYTES)
         # Whatever takes long shares a core, and leaves it to others.
         self._late_pool = ShortestFirst(1, "late-grammar", stack_bytes=STACK_BYTES, niceness=19)
-        self._slow_pool = ShortestFirst(
-            1, "slow-grammar", stack_bytes=STACK_BYTES, niceness=SLOW_NICENESS
-        )
+        self._slow_pool = ShortestFirst(1, "slow-grammar", niceness=SLOW_NICENESS)
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
         """Begin to compile. Safe in any thread.

@@ -29,11 +29,13 @@ NICENESS = 19
 MAX_JOB_BYTES = 256 * 2**20
 """Memory that a job may take beside what the helper holds anyway."""
 
-STACK_BYTES = {"grammar": 2**20, "render": 8 * 2**20, "ping": 2**20}
-"""Rank 0 repeats what a grammar's job has done, in threads with at least twice its stack."""
+STACK_BYTES = 8 * 2**20
+"""Rank 0 repeats what a grammar's job has done, in threads with several times that."""
 
 MAX_KEPT_BYTES = 8 * 2**20
 """A worker that grew by more is replaced after its job."""
+
+LOAD_SECONDS = 1.0
 
 EXIT_CLOSED = 3
 
@@ -83,12 +85,35 @@ def make_handlers(setup: Setup) -> dict[str, Callable[[Any], Any]]:
     handlers: dict[str, Callable[[Any], Any]] = {"ping": lambda data: data}
     if setup["template"] is not None:
         template = ChatTemplate(**setup["template"])
-        template.load()
-        handlers["render"] = lambda data: template.render(*data)
+        # To compile one may be as much work as to render it: where it is, each job does it anew.
+        if ends_well(template.load):
+            set_soft_limit(resource.RLIMIT_AS, virtual_bytes() + MAX_JOB_BYTES)
+            template.load()
+            lift_limits()
+        handlers["render"] = lambda data: render(template, *data)
     vocabulary = Vocabulary(**setup["vocabulary"])
     vocabulary.load()
     handlers["grammar"] = lambda data: try_structure(vocabulary, structure_from_plain(data))
     return handlers
+
+
+def ends_well(work: Callable[[], None]) -> bool:
+    """Try something in a fork of this process, within the limits of a job."""
+    pid = os.fork()
+    if pid == 0:
+        limit(LOAD_SECONDS)
+        work()
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return status == 0
+
+
+def render(
+    template: ChatTemplate, messages: list[Any], options: dict[str, Any], max_chars: int
+) -> str | int:
+    """Write out a conversation; of one that is too long, only its length in characters."""
+    text = template.render(messages, options)
+    return text if len(text) <= max_chars else len(text)
 
 
 def serve(control: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> int:
@@ -104,7 +129,7 @@ def serve(control: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> 
             kind, seconds, data = marshal.loads(read(job, size))
             is_spent = False
             try:
-                limit(kind, seconds)
+                limit(seconds)
                 reply = {"answer": handlers[kind](data)}
             except (ChatTemplateError, GrammarError) as error:
                 reply = {"refusal": str(error)}
@@ -119,10 +144,10 @@ def serve(control: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> 
             return 0
 
 
-def limit(kind: str, seconds: float) -> None:
+def limit(seconds: float) -> None:
     """Bound memory, stack and processor time of this process from here on."""
     set_soft_limit(resource.RLIMIT_AS, virtual_bytes() + MAX_JOB_BYTES)
-    set_soft_limit(resource.RLIMIT_STACK, STACK_BYTES[kind])
+    set_soft_limit(resource.RLIMIT_STACK, STACK_BYTES)
     # Rank 0 ends it earlier; this is for the case that rank 0 is no more.
     signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 1)
 
