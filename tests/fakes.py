@@ -34,9 +34,7 @@ class ByteTokenizer:
         """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
         return list(text.encode("utf-8"))
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """A line "role: content" for each message, and the beginning of the answer's."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         lines[:0] = [f"tool {tool['function']['name']}\n" for tool in options.get("tools", ())]

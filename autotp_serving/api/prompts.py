@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import marshal
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,9 +30,11 @@ MAX_SHORT_CHARS = 2**16
 MAX_CHEAP_CHARS = 2**20
 """A conversation that a cheap template writes out in this process."""
 
-MAX_UNCOUNTED_CHARS = 2**20
+MAX_UNCOUNTED_BYTES = 2**20
 USUAL_TOKEN_LEN = 8
-"""Texts of longer tokens are so rare that they are counted piece by piece first."""
+"""Bytes. Texts of longer tokens are so rare that they are counted piece by piece first."""
+
+MAX_UTF8_LEN = 4
 
 PIECE_LEN = 2**16
 PIECE_SLACK = 64
@@ -41,6 +42,11 @@ PIECE_SLACK = 64
 
 MIN_LISTED_TOKENS = 2**17
 """/tokenize counts so many, whatever the model takes."""
+
+LONG_CHARS = 2**20
+"""After texts of this length, memory is given back to the system."""
+
+TRIM_SECONDS = 2.0
 
 MAX_REFUSALS = 256
 LONG_NICENESS = 5
@@ -69,6 +75,7 @@ class PromptEncoder:
         self._is_cheap = {
             has_tools: is_cheap(self._find_source(has_tools)) for has_tools in (False, True)
         }
+        self._trim_timer: asyncio.TimerHandle | None = None
         self._refusals: OrderedDict[bytes, str] = OrderedDict()
         self._short = ShortestFirst(2, "tokenize")
         self._long = ShortestFirst(1, "tokenize-long", niceness=LONG_NICENESS)
@@ -101,6 +108,9 @@ class PromptEncoder:
         """
         if max_tokens is None:
             max_tokens = self._max_model_len
+        if len(text) > LONG_CHARS and self._trim_timer is None:
+            loop = asyncio.get_running_loop()
+            self._trim_timer = loop.call_later(TRIM_SECONDS, self._trim)
         self.check_len(text, field_name)
         work = partial(self._encode, text, field_name, add_special_tokens, max_tokens)
         if len(text) <= MAX_INLINE_CHARS:
@@ -167,20 +177,25 @@ class PromptEncoder:
             raise self._too_long("messages", f"{text} characters")
         return text
 
+    def _trim(self) -> None:
+        """Have the C library return what long texts took; by itself it keeps it for the next."""
+        self._trim_timer = None
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            self._long.submit(0, partial(trim, 0))
+
     def _encode(
         self, text: str, field_name: str, add_special_tokens: bool, max_tokens: int
     ) -> list[int]:
         try:
-            if len(text) > min(MAX_UNCOUNTED_CHARS, max(USUAL_TOKEN_LEN * max_tokens, PIECE_LEN)):
+            limit = min(MAX_UNCOUNTED_BYTES, max(USUAL_TOKEN_LEN * max_tokens, PIECE_LEN))
+            if MAX_UTF8_LEN * len(text) > limit and len(text.encode()) > limit:
                 self._count(text, field_name, max_tokens)
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if not is_panic(error):
                 raise
             raise RequestError(field_name, "is more than the tokenizer can take") from error
-        finally:
-            if len(text) > MAX_UNCOUNTED_CHARS:
-                give_memory_back()
 
     def _count(self, text: str, field_name: str, max_tokens: int) -> None:
         """Refuse a text by its first pieces, before there are tokens of all of it in memory."""
@@ -232,10 +247,3 @@ def count_chars(value: Any) -> int:
         elif isinstance(one, list):
             stack.extend(one)
     return total
-
-
-def give_memory_back() -> None:
-    """Have the C library return what a long text took; by itself it keeps it for the next."""
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

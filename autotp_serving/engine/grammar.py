@@ -402,7 +402,9 @@ class CompiledGrammar:
 
     def start(self) -> MatcherGuide:
         """See Grammar."""
-        return MatcherGuide(self, self._matcher.deep_copy())
+        guide = MatcherGuide(self)
+        guide.begin(self._matcher)
+        return guide
 
 
 class MatcherGuide:
@@ -412,12 +414,19 @@ class MatcherGuide:
     come, and `accept` says why.
     """
 
-    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
+    def __init__(self, grammar: CompiledGrammar) -> None:
         self.error: str | None = None
         self._grammar = grammar
-        self._matcher = matcher
+        self._matcher: Any = None
         self._mask: Future[bytes] | None = None
         self._started: float | None = None
+
+    def begin(self, matcher: Any) -> None:
+        """Follow from where a matcher is, which stays there."""
+        try:
+            self._matcher = matcher.deep_copy()
+        except BaseException as error:
+            self._give_up(error)
 
     @property
     def is_ready(self) -> bool:
