@@ -50,7 +50,9 @@ Text = Annotated[str, AfterValidator(check_unicode)]
 
 
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
-StopText = Annotated[NonEmptyText, Field(max_length=MAX_STOP_LEN)]
+StopText = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_LEN), AfterValidator(check_unicode)
+]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
