@@ -96,6 +96,7 @@ def lead(config: ServingConfig, control: Control) -> int:
     from autotp_serving.api.server import check_tls, reserve_port, serve
     from autotp_serving.api.streams import AsyncEngine
     from autotp_serving.engine import Engine
+    from autotp_serving.engine.sandbox import Sandbox
     from autotp_serving.tokenizer import HuggingFaceTokenizer
     from autotp_serving.worker import start_worker
 
@@ -106,6 +107,8 @@ def lead(config: ServingConfig, control: Control) -> int:
     tokenizer = HuggingFaceTokenizer(
         Path(config.model_path), trust_remote_code=config.trust_remote_code
     )
+    sandbox = Sandbox(tokenizer)
+    sandbox.start()
     engine = AsyncEngine(
         lambda deliver: Engine(worker.lead, tokenizer, config, worker.max_model_len, deliver),
         config.request_timeout,
@@ -114,7 +117,7 @@ def lead(config: ServingConfig, control: Control) -> int:
     control.all_gather("ready")
     worker.channel.watch(engine.engine.fail)
     engine.engine.start()
-    app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys)
+    app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys, sandbox)
     exit_code = serve(app, engine, config, sock)
     ignore_signals()  # uvicorn has let go of them, and the end is near
     if exit_code or not engine.engine.shutdown():

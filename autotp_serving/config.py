@@ -166,6 +166,18 @@ class ServingConfig:
         parse=float,
         unit="SECONDS",
     )
+    compile_timeout: float = setting(
+        2.0,
+        "seconds of processor time that compiling the form of an answer may take; more is answered "
+        "400",
+        unit="SECONDS",
+    )
+    template_timeout: float = setting(
+        2.0,
+        "seconds of processor time that the chat template may take for a conversation; more is "
+        "answered 400",
+        unit="SECONDS",
+    )
     max_body_size: int = setting(
         32 * 2**20,
         "most bytes of a request body, as 512KiB or 32MiB; more is answered 413",
@@ -284,6 +296,12 @@ class ServingConfig:
             raise ConfigError(f"--drain-seconds must be 0 or more, not {self.drain_seconds}")
         if self.request_timeout is not None and not 0.0 < self.request_timeout < float("inf"):
             raise ConfigError(f"--request-timeout must be above 0, not {self.request_timeout}")
+        for name in ("compile_timeout", "template_timeout"):
+            if not 0.0 < getattr(self, name) <= 3600.0:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    f"{flag} must be above 0, 3600 at most, not {getattr(self, name)}"
+                )
         for origin in self.cors_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(

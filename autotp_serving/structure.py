@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 StructureKind = Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
 ToolFormat = Literal["hermes", "llama3"]
@@ -61,15 +61,33 @@ class Structure:
     thoughts: Thoughts | None = None
 
 
+def structure_to_plain(structure: Structure) -> dict[str, Any]:
+    """A structure as plain values, for another process."""
+    return asdict(structure)
+
+
+def structure_from_plain(plain: dict[str, Any]) -> Structure:
+    """The structure that `structure_to_plain` had."""
+    calls = plain["calls"]
+    if calls is not None:
+        tools = tuple(CallableTool(**tool) for tool in calls["tools"])
+        calls = ToolCalls(**{**calls, "tools": tools})
+    return Structure(**{**plain, "calls": calls})
+
+
 class Guide(Protocol):
     """Follows one answer through the structure it must have."""
 
     error: str | None
-    """Why no answer can be completed any more; None while it can."""
+    """Why no answer can be completed any more; None while it can. The structure is to blame."""
 
     @property
     def is_ready(self) -> bool:
         """True when `allowed` can be told at once, or nearly so."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Return once it is ready, or when the time is over."""
         ...
 
     def allowed(self) -> bytes:

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
+from autotp_serving.chat_template import ChatTemplate, ChatTemplateError, describe_error
 from autotp_serving.config import ConfigError
 from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.request import RequestError
@@ -31,22 +30,27 @@ class Tokenizer(Protocol):
     special_token_ids: frozenset[int]
     vocab_size: int
     chat_template: str
+    template: ChatTemplate | None
+    """What renders conversations, for processes that may do it in this one's place; None if only
+    `render_chat` can."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize, the model's own special tokens added (a leading BOS, where it has one)."""
         ...
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> list[int]:
-        """Tokenize a conversation as the model was taught to read one.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        """Write out a conversation as the model was taught to read one, in this thread.
 
         `options` are the template's own variables; `add_generation_prompt`,
         `continue_final_message` and `tools` are known to all.
 
         Raises:
-            RequestError: there is no template, or it refuses the messages.
+            ChatTemplateError: it refuses the conversation, or fails.
         """
+        ...
+
+    def check_chat(self, options: Mapping[str, Any]) -> None:
+        """Raise RequestError where there is no template, and for options that none takes."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -103,6 +107,7 @@ class HuggingFaceTokenizer:
                 "tokenizer_config.json again"
             )
         self.chat_template = template if isinstance(template, str) else json.dumps(template)
+        self.template, self._taken_names = self._find_template()
         self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
         added = self._inner.get_added_tokens_decoder()
         self.special_token_ids = frozenset(
@@ -115,29 +120,46 @@ class HuggingFaceTokenizer:
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
         )
 
+    def _find_template(self) -> tuple[ChatTemplate | None, frozenset[str]]:
+        """The chat template, if transformers renders it, and names that no option may have.
+
+        By name, an option would change how transformers renders, not what the template sees.
+        """
+        from transformers import PreTrainedTokenizerBase
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        apply = type(self._outer).apply_chat_template
+        names = {*inspect.signature(apply).parameters}
+        names |= {*inspect.signature(render_jinja_template).parameters}
+        taken = frozenset(names - SHARED_TEMPLATE_OPTIONS - {"kwargs"})
+        source = self._outer.chat_template
+        if apply is not PreTrainedTokenizerBase.apply_chat_template or source is None:
+            return None, taken
+        sources = source if isinstance(source, dict) else {"default": source}
+        return ChatTemplate(dict(sources), dict(self._outer.special_tokens_map)), taken
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See Tokenizer."""
         # The batch call lets other threads run meanwhile, encode() holds the interpreter's lock.
         (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        """See Tokenizer. For as long as the template likes: see `template`."""
+        if self.template is not None:
+            return self.template.render(messages, options)
+        try:
+            return self._outer.apply_chat_template(list(messages), tokenize=False, **options)
+        except Exception as error:  # code that came with the model
+            raise ChatTemplateError(describe_error(error)) from error
+
+    def check_chat(self, options: Mapping[str, Any]) -> None:
         """See Tokenizer."""
         if self._outer.chat_template is None:
             raise RequestError("messages", "this model has no chat template: use /v1/completions")
-        # By name, an option would change how transformers renders, not what the template sees.
-        own = inspect.signature(self._outer.apply_chat_template).parameters
         for name in options:
-            if name in own and name not in SHARED_TEMPLATE_OPTIONS:
+            if name in self._taken_names:
                 raise RequestError("chat_template_kwargs", f"'{name}' cannot be set by a request")
-        try:
-            text = self._outer.apply_chat_template(list(messages), tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise RequestError("messages", f"the chat template refuses them: {reason}") from error
-        return self.encode(text, add_special_tokens=False)  # the template wrote them itself
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See Tokenizer."""
@@ -153,6 +175,11 @@ class HuggingFaceTokenizer:
         if piece is None:
             return b""
         return byte_level_bytes(piece) if self._is_byte_level else sentencepiece_bytes(piece)
+
+
+def is_panic(error: BaseException) -> bool:
+    """True for a bug in a Rust library; pyo3 derives it from BaseException, which ends threads."""
+    return type(error).__name__ == "PanicException"
 
 
 def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:

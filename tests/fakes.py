@@ -30,20 +30,22 @@ class ByteTokenizer:
         self.eos_token_ids = self.special_token_ids = frozenset({self.EOS})
         self.vocab_size = 257
         self.chat_template = ""
+        self.template = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
         return list(text.encode("utf-8"))
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """A line "role: content" for each message, and the beginning of the answer's."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         lines[:0] = [f"tool {tool['function']['name']}\n" for tool in options.get("tools", ())]
         if options.get("add_generation_prompt"):
             lines.append("assistant: ")
-        return self.encode("".join(lines))
+        return "".join(lines)
+
+    def check_chat(self, options: Mapping[str, Any]) -> None:
+        """Every option will do."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the bytes; the end token is "<end>", incomplete bytes appear as U+FFFD."""

@@ -42,7 +42,11 @@ ALLOWED = {
 FOLDERS = {"api", "engine", "model", "low_bit", "devices"}
 WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed"}
-LAZY_EXCEPTIONS = {"tokenizer.py": {"transformers"}, "native_build.py": {"torch"}}
+LAZY_EXCEPTIONS = {
+    "tokenizer.py": {"transformers"},
+    "chat_template.py": {"transformers"},
+    "native_build.py": {"torch"},
+}
 STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structure.py", "batch.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py"},

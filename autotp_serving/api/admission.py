@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
+from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
 from autotp_serving.api.sampling_fields import SamplingFields
+from autotp_serving.config import ServingConfig
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
 from autotp_serving.request import Request, RequestError, SamplingParams
 from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import Tokenizer
-
-MAX_INLINE_CHARS = 4096
-
-MAX_COMPILE_SECONDS = 10.0
-"""How long a request waits for its structure; llguidance's own limits end sooner."""
 
 
 class Admission:
     """Turns prompts into engine requests; refuses those that can never be served."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, max_num_answers: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, max_model_len: int, config: ServingConfig, sandbox: Sandbox
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
-        self.max_num_answers = max_num_answers
-        self._compiler = GrammarCompiler(tokenizer)
+        self.max_listed_tokens = max(max_model_len, MIN_LISTED_TOKENS)
+        self.max_num_answers = config.max_num_seqs + config.max_queue_len
+        self._prompts = PromptEncoder(tokenizer, max_model_len, sandbox, config.template_timeout)
+        self._compiler = GrammarCompiler(tokenizer, sandbox, config.compile_timeout)
 
     async def encode(
-        self, prompt: str | list[int], *, add_special_tokens: bool = True
+        self,
+        prompt: str | list[int],
+        *,
+        add_special_tokens: bool = True,
+        is_listed: bool = False,
     ) -> list[int]:
         """Tokenize a prompt without holding up the event loop; check one that is tokens already.
 
+        Args:
+            is_listed: it is not run but listed, so it may have more tokens than the model takes.
+
         Raises:
             RequestError: naming `prompt`, when a token is not in the vocabulary.
+            ApiError: 400 when it is too long for the model by far.
         """
         if not isinstance(prompt, str):
+            self._prompts.check_num_tokens(len(prompt), "prompt")
             self.check_tokens(prompt, "prompt")
             return prompt
-        encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens)
-        return await _run(encode, len(prompt))
+        return await self._prompts.encode(
+            prompt,
+            "prompt",
+            add_special_tokens=add_special_tokens,
+            max_tokens=self.max_listed_tokens if is_listed else None,
+        )
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], options: dict[str, Any]
@@ -51,9 +65,12 @@ class Admission:
 
         Raises:
             RequestError: when there is no template, or it refuses the messages.
+            ApiError: 400 when it is too long for the model by far, 503 when nothing is free to
+                render it.
         """
-        size = sum(len(message["content"] or "") for message in messages)
-        return await _run(partial(self.tokenizer.apply_chat_template, messages, options), size)
+        text = await self._prompts.render(messages, options)
+        # The template has written the special tokens itself.
+        return await self._prompts.encode(text, "messages", add_special_tokens=False)
 
     async def compile(self, wanted: tuple[str, Structure] | None) -> CompiledGrammar | None:
         """Make a structure ready for use, in another thread.
@@ -62,7 +79,8 @@ class Admission:
             wanted: the field that asks for it, and the structure; None asks for none.
 
         Raises:
-            RequestError: naming the field, when it is not valid or takes too long.
+            RequestError: naming the field, when it is not valid or takes too much to compile.
+            ApiError: 503 when nothing is free to compile it.
         """
         if wanted is None:
             return None
@@ -70,13 +88,11 @@ class Admission:
         future = asyncio.wrap_future(self._compiler.submit(structure))
         try:
             # Others may wait for the same one: it must not be cancelled for the first that leaves.
-            return await asyncio.wait_for(asyncio.shield(future), MAX_COMPILE_SECONDS)
+            return await asyncio.shield(future)
         except GrammarError as error:
             raise RequestError(field_name, str(error)) from error
-        except asyncio.TimeoutError as error:
-            raise RequestError(
-                field_name, f"could not be compiled within {MAX_COMPILE_SECONDS:g} seconds"
-            ) from error
+        except SandboxBusyError as error:
+            raise busy() from error
 
     def check_named_tokens(self, body: SamplingFields) -> None:
         """Refuse a body whose fields name tokens that the model does not have."""
@@ -157,9 +173,3 @@ class Admission:
             )
             for number, params in enumerate(choices, first_choice)
         ]
-
-
-async def _run(tokenize: Callable[[], list[int]], num_chars: int) -> list[int]:
-    if num_chars <= MAX_INLINE_CHARS:  # a millisecond or two: cheaper than changing threads
-        return tokenize()
-    return await asyncio.to_thread(tokenize)

@@ -24,6 +24,7 @@ from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.api.tokens import token_routes
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.sandbox import Sandbox
 from autotp_serving.tokenizer import Tokenizer
 
 
@@ -33,13 +34,20 @@ def build_app(
     config: ServingConfig,
     max_model_len: int,
     api_keys: ApiKeys,
+    sandbox: Sandbox | None = None,
 ) -> FastAPI:
-    """Put the application together around a running engine."""
+    """Put the application together around a running engine.
+
+    Args:
+        sandbox: tries out what clients send; None makes one that starts when it is needed.
+    """
+    sandbox = sandbox or Sandbox(tokenizer)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.bind(asyncio.get_running_loop())
         yield
+        sandbox.close()
 
     app = FastAPI(
         title="AutoTP Serving",
@@ -63,7 +71,7 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    admission = Admission(tokenizer, max_model_len, config.max_num_seqs + config.max_queue_len)
+    admission = Admission(tokenizer, max_model_len, config, sandbox)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
     app.include_router(openai_routes(engine, admission, names, AnswerParsers(tokenizer, config)))

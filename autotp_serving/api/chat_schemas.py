@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from autotp_serving.api.openai_schemas import LABEL, OpenAIRequest
-from autotp_serving.api.schemas import StrictModel, Text, at_most, only
+from autotp_serving.api.schemas import StrictModel, Text, at_most, bounded, only
 from autotp_serving.api.tool_schemas import (
     MAX_TOOLS,
     AllowedToolsChoice,
@@ -105,7 +105,7 @@ class ChatRequest(OpenAIRequest):
     continue_final_message: bool | None = Field(
         None, description="go on with the last message's text"
     )
-    chat_template_kwargs: Annotated[dict[Text, Any], at_most(MAX_LABELS)] | None = Field(
+    chat_template_kwargs: Annotated[dict[Text, Any], at_most(MAX_LABELS), bounded()] | None = Field(
         None, description="variables of the model's chat template"
     )
 
@@ -113,7 +113,9 @@ class ChatRequest(OpenAIRequest):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="what may be called")
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), bounded()] | None = Field(
+        None, description="what may be called"
+    )
     tool_choice: ToolChoice | None = Field(
         None,
         description="whether tools are called: not at all, if the model likes, at least one, "

@@ -23,6 +23,15 @@ from autotp_serving.api.errors import LONE_SURROGATE
 from autotp_serving.request import RequestError
 
 MAX_STOP_STRINGS = 64
+MAX_STOP_LEN = 1024
+"""Characters: the text is held back while it may be the beginning of one, and looked through."""
+
+MAX_DEPTH = 64
+"""Levels of objects and lists, in fields that take JSON of any shape."""
+
+MAX_VALUES = 2**14
+"""In one such field."""
+
 MAX_FIELDS = 128
 """More than any body has."""
 
@@ -41,7 +50,10 @@ Text = Annotated[str, AfterValidator(check_unicode)]
 
 
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(check_unicode)]
-Stop = NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)]
+StopText = Annotated[
+    str, Field(min_length=1, max_length=MAX_STOP_LEN), AfterValidator(check_unicode)
+]
+Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
@@ -69,6 +81,38 @@ def at_most(num_entries: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def bounded() -> BeforeValidator:
+    """Refuse JSON of any shape that is nested too deep or holds too many values."""
+
+    def check(value: Any) -> Any:
+        check_bounds(value)
+        return value
+
+    return BeforeValidator(check)
+
+
+def check_bounds(value: Any) -> None:
+    """Raise ValueError for JSON that is nested too deep or holds too many values."""
+    level = [value]
+    num_values = 0
+    for depth in range(MAX_DEPTH + 1):
+        num_values += len(level)
+        if num_values > MAX_VALUES:
+            raise ValueError(f"must hold at most {MAX_VALUES} values")
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below.extend(one.values())
+            elif isinstance(one, list):
+                below.extend(one)
+        if not below:
+            return
+        if depth == MAX_DEPTH:
+            break
+        level = below
+    raise ValueError(f"must be nested at most {MAX_DEPTH} levels deep")
 
 
 def only(*values: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from autotp_serving.api.schemas import NonEmptyText, StrictModel, Text, at_most
+from autotp_serving.api.schemas import NonEmptyText, StrictModel, Text, at_most, bounded
 from autotp_serving.request import RequestError
 from autotp_serving.structure import Structure
 
@@ -16,7 +16,7 @@ MAX_CHOICE_TEXTS = 1024
 MAX_KEYWORDS = 1024
 
 Choices = Annotated[list[NonEmptyText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)]
-JsonSchema = Annotated[dict[Text, Any], at_most(MAX_KEYWORDS)] | bool
+JsonSchema = Annotated[dict[Text, Any], at_most(MAX_KEYWORDS), bounded()] | bool
 
 
 class JsonSchemaFormat(StrictModel):

@@ -50,7 +50,9 @@ def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
         """Tokens of a prompt or of a conversation."""
         names.check(body.model)
         if body.prompt is not None:
-            tokens = await admission.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            tokens = await admission.encode(
+                body.prompt, add_special_tokens=body.add_special_tokens, is_listed=True
+            )
         else:
             tokens = await admission.encode_chat(
                 [message.for_template() for message in body.messages],
@@ -62,6 +64,9 @@ def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """Text of some tokens."""
         names.check(body.model)
+        if len(body.tokens) > admission.max_listed_tokens:
+            limit = admission.max_listed_tokens
+            raise RequestError("tokens", f"must be at most {limit}, not {len(body.tokens)}")
         admission.check_tokens(body.tokens, "tokens")
         return {"prompt": admission.tokenizer.decode(body.tokens)}
 

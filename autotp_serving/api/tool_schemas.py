@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from autotp_serving.api.schemas import StrictModel, Text
+from autotp_serving.api.schemas import StrictModel, Text, check_bounds
 from autotp_serving.request import RequestError
 from autotp_serving.structure import CallableTool
 
@@ -17,10 +17,11 @@ MAX_TOOLS = 128
 def _parse_arguments(text: str) -> str:
     try:
         arguments = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("must be JSON") from error
     if not isinstance(arguments, dict):
         raise ValueError("must be a JSON object")
+    check_bounds(arguments)
     return text
 
 

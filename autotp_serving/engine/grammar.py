@@ -1,9 +1,11 @@
-"""Structured output: grammars compiled once, then followed token by token. Rank 0 only.
+"""Structured output: grammars compiled once, then followed token by token. Rank 0 and its helpers.
 
 The one file that knows llguidance, imported when the first structure is asked for. Of the well-kept
 libraries it alone depends on nothing (xgrammar wants a triton of its own beside torch's), gives up
-the interpreter's lock while it works, and limits what a grammar may cost. Nobody can stop a thread,
-so those limits are what keeps a nasty schema from holding up the server.
+the interpreter's lock while it works, and limits what a grammar may cost. Those limits have holes
+(a chain of references overflows its stack, a multiple takes minutes), so what is not known to be
+simple is compiled and followed for a few tokens by a process that may die of it (`sandbox`). This
+one repeats only what passed there, in threads with more stack.
 """
 
 from __future__ import annotations
@@ -11,14 +13,25 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from autotp_serving.engine.sandbox import (
+    RefusalError,
+    Sandbox,
+    SandboxBusyError,
+    SandboxError,
+    list_vocabulary,
+)
+from autotp_serving.engine.shortest_first import ShortestFirst
+from autotp_serving.engine.simple_structure import is_simple
 from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
-from autotp_serving.structure import Structure
-from autotp_serving.tokenizer import Tokenizer
+from autotp_serving.structure import Structure, structure_to_plain
+from autotp_serving.tokenizer import Tokenizer, is_panic
 
 MAX_SOURCE_LEN = 2**17
 """Characters of a schema, expression or grammar, those of tools included."""
@@ -26,10 +39,37 @@ MAX_SOURCE_LEN = 2**17
 MAX_CACHED = 64
 """Compiled grammars kept; the least recently used one goes."""
 
+MAX_REFUSALS = 1024
+"""Structures remembered because they cannot be compiled."""
+
+MAX_CACHED_BYTES = 256 * 2**20
+MAX_HELD_BYTES = 1024 * 2**20
+"""Memory of all compiled grammars: of those cached, and with those in use."""
+
+MIN_GRAMMAR_BYTES = 2**20
+
+MAX_LEXER_STATES = 50_000
+"""One to two kilobytes each."""
+
 NUM_THREADS = 2
+
+STACK_BYTES = 64 * 2**20
+"""Of the threads that compile; a helper process has an eighth and fails first."""
+
+QUICK_SECONDS = 0.1
+"""What took a helper longer is repeated by a thread that stands back for everyone else."""
 
 SLOW_SECONDS = 0.001
 """A grammar that once took longer to tell the next tokens does so in a thread from then on."""
+
+SLOW_NICENESS = 10
+
+MAX_TOO_SLOW_SECONDS = 2.0
+"""An answer ends whose next tokens take longer to tell."""
+
+NUM_TRIED_TOKENS = 24
+TRIED_SECONDS = 0.02
+"""A helper follows a grammar for so many tokens, or until that time is over."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
@@ -42,11 +82,149 @@ THOUGHTS = {
 }
 END_OF_THOUGHTS = r'thoughts[lazy]: /(.|\n)*/ "</think>"'
 
-TOO_COMPLEX = "the structure became too complex to follow in this answer"
+TOO_COMPLEX = "the structure became too complex to follow in this answer: make it simpler"
+TOO_SLOW = "the structure takes too long to follow in this answer: make it simpler"
+PANIC = "is more than the grammar library can take: make it smaller or simpler"
+OUT_OF_MEMORY = "grammars in use take all the memory that there is for them"
 
 
 class GrammarError(ValueError):
     """A structure that cannot be compiled; the message says why, in one line."""
+
+
+class Vocabulary:
+    """A tokenizer's tokens in llguidance's form.
+
+    Args:
+        tokens: bytes of each token id.
+        special_token_ids: tokens that stand for no text.
+        eos_token_ids: tokens that end a text.
+        encode: tokenizes a text; None takes the longest tokens that match, which is good enough to
+            try a structure out.
+    """
+
+    def __init__(
+        self,
+        tokens: list[bytes],
+        special_token_ids: list[int],
+        eos_token_ids: list[int],
+        encode: Any = None,
+    ) -> None:
+        self.bos_token_id = None
+        self.tokens = tokens
+        self.special_token_ids = special_token_ids
+        self.eos_token_ids = eos_token_ids
+        self.eos_token_id = min(eos_token_ids)
+        self._encode = encode or self._match_longest
+        self._ids = {} if encode else {text: token for token, text in enumerate(tokens)}
+        self._longest = max(map(len, tokens))
+        self._lock = threading.Lock()
+        self._loaded: Any = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """That of a tokenizer."""
+        return cls(**list_vocabulary(tokenizer), encode=partial(_encode_plain, tokenizer))
+
+    @property
+    def has_llama_tag(self) -> bool:
+        """True if Llama 3's special token for calls is there."""
+        return LLAMA_TAG.encode() in (self.tokens[token] for token in self.special_token_ids)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def _match_longest(self, text: str) -> list[int]:
+        """A text in the longest tokens that there are; bytes that no token has are left out."""
+        data = text.encode()
+        token_ids = []
+        start = 0
+        while start < len(data):
+            for end in range(min(len(data), start + self._longest), start, -1):
+                token = self._ids.get(data[start:end])
+                if token is not None:
+                    token_ids.append(token)
+                    break
+            else:
+                end = start + 1
+            start = end
+        return token_ids
+
+    def load(self) -> Any:
+        """llguidance's tokenizer, made once: about a second for 128 K tokens."""
+        import llguidance
+
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = llguidance.LLTokenizer(
+                    llguidance.TokenizerWrapper(self),
+                    n_vocab=len(self.tokens),
+                    eos_token=self.eos_token_ids,
+                )
+            return self._loaded
+
+
+def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a helper process found out about a structure that it could compile.
+
+    Attributes:
+        text: the structure in llguidance's own form.
+        seconds: of processor time that compiling took.
+        num_bytes: of memory that the compiled grammar takes, roughly.
+        is_slow: telling the next tokens took long.
+    """
+
+    text: str
+    seconds: float = 0.0
+    num_bytes: int = MIN_GRAMMAR_BYTES
+    is_slow: bool = False
+
+
+def try_structure(vocabulary: Vocabulary, structure: Structure) -> dict[str, Any]:
+    """Compile a structure and follow it for a few tokens, in a helper process.
+
+    Returns the fields of a Trial. Raises GrammarError.
+    """
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    text = _write(structure, vocabulary)
+    matcher, _ = _compile(vocabulary, text)
+    seconds = time.process_time() - started
+    matcher = matcher.deep_copy()
+    slowest = 0.0
+    for number in range(NUM_TRIED_TOKENS):
+        mask_started = time.process_time()
+        mask = matcher.compute_bitmask()
+        now = time.process_time()
+        slowest = max(slowest, now - mask_started)
+        token = _pick(mask, number)
+        if token is None or now - started - seconds > TRIED_SECONDS:
+            break
+        if not matcher.consume_token(token) or matcher.is_stopped():
+            break
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "text": text,
+        "seconds": seconds,
+        "num_bytes": grown * 1024 + MIN_GRAMMAR_BYTES,
+        "is_slow": slowest > SLOW_SECONDS,
+    }
+
+
+def _pick(mask: bytes, number: int) -> int | None:
+    """Some token that a mask allows, another one for each number."""
+    start = number * 7919 % len(mask)
+    for index in (*range(start, len(mask)), *range(start)):
+        if mask[index]:
+            return index * 8 + (mask[index].bit_length() - 1)
+    return None
 
 
 class GrammarCompiler:
@@ -54,63 +232,146 @@ class GrammarCompiler:
 
     Args:
         tokenizer: whose tokens the answers are made of.
+        sandbox: where structures are tried; None makes one when it is needed.
+        seconds: of processor time that compiling may take.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, sandbox: Sandbox | None = None, seconds: float = 2.0
+    ) -> None:
         self._lock = threading.Lock()
-        self._vocabulary_lock = threading.Lock()  # two threads need it at once, it is made once
+        self._tokenizer = tokenizer
+        self._vocabulary: Vocabulary | None = None
+        self._seconds = seconds
+        self._sandbox = sandbox or Sandbox(tokenizer)
         self._cache: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
-        special = map(tokenizer.token_bytes, tokenizer.special_token_ids)
-        self._has_llama_tag = LLAMA_TAG.encode() in special
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
-        # One thread: slow grammars share a core, whatever they are and however many.
-        self._slow_pool = ThreadPoolExecutor(1, thread_name_prefix="slow-grammar")
+        self._refused: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
+        self._alive: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
+        self._pool = ShortestFirst(NUM_THREADS, "grammar", stack_bytes=STACK_BYTES)
+        # Whatever takes long shares a core, and leaves it to others.
+        self._late_pool = ShortestFirst(1, "late-grammar", stack_bytes=STACK_BYTES, niceness=19)
+        self._slow_pool = ShortestFirst(1, "slow-grammar", niceness=SLOW_NICENESS)
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
-        """Begin to compile; the future raises GrammarError if that fails. Safe in any thread."""
-        tools = structure.calls.tools if structure.calls else ()
-        if len(structure.source) + sum(len(tool.schema) for tool in tools) > MAX_SOURCE_LEN:
+        """Begin to compile. Safe in any thread.
+
+        The future raises GrammarError if that fails, and SandboxBusyError if it could not be tried.
+        """
+        size = len(structure.source)
+        size += sum(len(tool.schema) for tool in structure.calls.tools) if structure.calls else 0
+        if size > MAX_SOURCE_LEN:
             refusal: Future[CompiledGrammar] = Future()  # not kept, since it may be megabytes
             refusal.set_exception(GrammarError(f"is longer than {MAX_SOURCE_LEN} characters"))
             return refusal
         with self._lock:
-            future = self._cache.get(structure)
-            if future is None:
-                future = self._cache[structure] = self._pool.submit(self._compile, structure)
-                if len(self._cache) > MAX_CACHED:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(structure)
-            return future
+            for known in (self._refused, self._cache):
+                if structure in known:
+                    known.move_to_end(structure)
+                    return known[structure]
+            future = self._cache[structure] = Future()
+            if len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        future.add_done_callback(partial(self._sort, structure))
+        if is_simple(structure):
+            self._finish(self._pool, size, partial(self._compile_simple, structure), future)
+        else:
+            plain = structure_to_plain(structure)
+            trial = self._sandbox.submit("grammar", plain, size, self._seconds)
+            trial.add_done_callback(partial(self._on_trial, size, future))
+        return future
 
-    @cached_property
-    def _vocabulary(self) -> Any:
-        """The tokenizer in llguidance's form: about a second for 128 K tokens."""
-        import llguidance
+    def _on_trial(
+        self, size: int, future: Future[CompiledGrammar], trial: Future[dict[str, Any]]
+    ) -> None:
+        """Repeat what a helper has done, now that it is known to end well."""
+        error = trial.exception()
+        if isinstance(error, RefusalError):
+            future.set_exception(GrammarError(str(error)))
+        elif isinstance(error, SandboxError):
+            future.set_exception(GrammarError(f"{error}: make it smaller or simpler"))
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            done = Trial(**trial.result())
+            pool = self._pool if done.seconds < QUICK_SECONDS else self._late_pool
+            self._finish(pool, size, partial(self._compile, done), future)
 
-        return llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer)),
-            n_vocab=self._tokenizer.vocab_size,
-            eos_token=sorted(self._tokenizer.eos_token_ids),
+    @staticmethod
+    def _finish(pool: ShortestFirst, size: int, work: Any, future: Future[CompiledGrammar]) -> None:
+        def copy(done: Future[CompiledGrammar]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(GrammarError(PANIC) if is_panic(error) else error)
+
+        pool.submit(size, work).add_done_callback(copy)
+
+    def _sort(self, structure: Structure, future: Future[CompiledGrammar]) -> None:
+        """Keep refusals apart, so that they push out no grammar; forget those for want of time."""
+        error = future.exception()
+        with self._lock:
+            if error is not None and self._cache.get(structure) is future:
+                del self._cache[structure]
+            if isinstance(error, GrammarError):
+                self._refused[structure] = future
+                if len(self._refused) > MAX_REFUSALS:
+                    self._refused.popitem(last=False)
+            self._shrink(MAX_CACHED_BYTES)
+
+    def _shrink(self, max_bytes: int) -> None:
+        """Let go of cached grammars, the oldest first, until the others fit."""
+        done = [one for one in self._cache.values() if one.done() and one.exception() is None]
+        total = sum(one.result().num_bytes for one in done)
+        for structure, one in list(self._cache.items()):
+            if total <= max_bytes:
+                return
+            if one.done() and one.exception() is None:
+                total -= one.result().num_bytes
+                del self._cache[structure]
+
+    def _find_vocabulary(self) -> Vocabulary:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = Vocabulary.of(self._tokenizer)
+            return self._vocabulary
+
+    def _compile_simple(self, structure: Structure) -> CompiledGrammar:
+        return self._compile(Trial(_write(structure, self._find_vocabulary())))
+
+    def _compile(self, trial: Trial) -> CompiledGrammar:
+        with self._lock:
+            if self._held_bytes() + trial.num_bytes > MAX_HELD_BYTES:
+                self._shrink(0)
+            if self._held_bytes() + trial.num_bytes > MAX_HELD_BYTES:
+                raise SandboxBusyError(OUT_OF_MEMORY)
+        matcher, mask = _compile(self._find_vocabulary(), trial.text)
+        compiled = CompiledGrammar(
+            matcher, mask, self._slow_pool, is_slow=trial.is_slow, num_bytes=trial.num_bytes
         )
+        self._alive.add(compiled)
+        return compiled
 
-    def _compile(self, structure: Structure) -> CompiledGrammar:
-        import llguidance
+    def _held_bytes(self) -> int:
+        return sum(grammar.num_bytes for grammar in list(self._alive))
 
-        try:
-            text = _to_llguidance(structure, self._has_llama_tag)
-        except ValueError as error:
-            raise GrammarError(_first_line(str(error))) from error
-        with self._vocabulary_lock:
-            vocabulary = self._vocabulary
-        matcher = llguidance.LLMatcher(
-            vocabulary, text, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False)
-        )
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # the first mask is the slowest: not in the engine's thread
-        if matcher.is_error():
-            raise GrammarError(_first_line(matcher.get_error()))
-        return CompiledGrammar(matcher, self._slow_pool)
+
+def _compile(vocabulary: Vocabulary, text: str) -> tuple[Any, bytes]:
+    """A matcher at the beginning of an answer, and its first mask. Raises GrammarError."""
+    import llguidance
+
+    limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    try:
+        matcher = llguidance.LLMatcher(vocabulary.load(), text, log_level=0, limits=limits)
+        # The first mask is the slowest: not in the engine's thread.
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+    except BaseException as error:
+        if is_panic(error):
+            raise GrammarError(PANIC) from error
+        raise
+    if matcher.is_error():
+        raise GrammarError(_first_line(matcher.get_error()))
+    return matcher, mask
 
 
 class CompiledGrammar:
@@ -118,67 +379,122 @@ class CompiledGrammar:
 
     Args:
         matcher: at the beginning of an answer.
+        first_mask: what may come there.
         slow_pool: where masks are computed once one of them was slow.
+        is_slow: one was.
+        num_bytes: of memory, roughly.
     """
 
-    def __init__(self, matcher: Any, slow_pool: ThreadPoolExecutor) -> None:
-        self.is_slow = False
+    def __init__(
+        self,
+        matcher: Any,
+        first_mask: bytes,
+        slow_pool: ShortestFirst,
+        *,
+        is_slow: bool = False,
+        num_bytes: int = 0,
+    ) -> None:
+        self.first_mask = first_mask
+        self.is_slow = is_slow
         self.slow_pool = slow_pool
+        self.num_bytes = num_bytes
         self._matcher = matcher
 
     def start(self) -> MatcherGuide:
         """See Grammar."""
-        return MatcherGuide(self, self._matcher.deep_copy())
+        guide = MatcherGuide(self)
+        guide.begin(self._matcher)
+        return guide
 
 
 class MatcherGuide:
-    """See Guide. What takes long happens while the answer before sits out a step, others do not."""
+    """See Guide. What takes long happens while the answer sits out a step, others do not.
 
-    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
+    An answer whose next tokens are not known in time ends: it is told that nothing but the end may
+    come, and `accept` says why.
+    """
+
+    def __init__(self, grammar: CompiledGrammar) -> None:
         self.error: str | None = None
         self._grammar = grammar
-        self._matcher = matcher
+        self._matcher: Any = None
         self._mask: Future[bytes] | None = None
+        self._started: float | None = None
+
+    def begin(self, matcher: Any) -> None:
+        """Follow from where a matcher is, which stays there."""
+        try:
+            self._matcher = matcher.deep_copy()
+        except BaseException as error:
+            self._give_up(error)
 
     @property
     def is_ready(self) -> bool:
         """See Guide."""
-        return self._mask is None or self._mask.done()
+        if self._mask is None or self._mask.done():
+            return True
+        if self._started is not None and time.monotonic() - self._started > MAX_TOO_SLOW_SECONDS:
+            self.error = TOO_SLOW
+        return self.error is not None
+
+    def wait(self, seconds: float) -> None:
+        """See Guide."""
+        if self._mask is not None and not self.is_ready:
+            wait([self._mask], seconds)
 
     def allowed(self) -> bytes:
         """See Guide. A matcher that gave up allows the end tokens, and `accept` tells."""
+        if self.error is not None:
+            return self._grammar.first_mask
         if self._mask is not None:
             return self._mask.result()
         started = time.thread_time()
-        mask = self._matcher.compute_bitmask()
+        mask = self._compute()
         if time.thread_time() - started > SLOW_SECONDS:
             self._grammar.is_slow = True
         return mask
 
     def accept(self, token_id: int) -> bool:
         """See Guide."""
-        if self._matcher.is_error() or not self._matcher.consume_token(token_id):
-            self.error = TOO_COMPLEX
-        is_complete = self._matcher.is_stopped()
-        self._mask = None
+        self._mask = self._started = None
+        if self.error is not None:
+            return True
+        try:
+            if self._matcher.is_error() or not self._matcher.consume_token(token_id):
+                self.error = TOO_COMPLEX
+            is_complete = self._matcher.is_stopped()
+        except BaseException as error:
+            self._give_up(error)
+            return True
         if self._grammar.is_slow and not is_complete and self.error is None:
-            self._mask = self._grammar.slow_pool.submit(self._matcher.compute_bitmask)
+            self._mask = self._grammar.slow_pool.submit(0, self._compute)
         return is_complete
 
+    def _compute(self) -> bytes:
+        """The next tokens, in this thread."""
+        self._started = time.monotonic()
+        try:
+            return self._matcher.compute_bitmask()
+        except BaseException as error:
+            self._give_up(error)
+            return self._grammar.first_mask
 
-class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    def _give_up(self, error: BaseException) -> None:
+        if not is_panic(error):
+            raise error
+        self.error = TOO_COMPLEX
 
-    bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id = min(tokenizer.eos_token_ids)
-        self.special_token_ids = sorted(tokenizer.special_token_ids)
-        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-
-    def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+def _write(structure: Structure, vocabulary: Vocabulary) -> str:
+    """The structure in llguidance's own form. Raises GrammarError."""
+    try:
+        return _to_llguidance(structure, vocabulary.has_llama_tag)
+    except BaseException as error:
+        if is_panic(error) or isinstance(error, RecursionError):
+            raise GrammarError(PANIC) from error
+        if isinstance(error, ValueError):
+            raise GrammarError(_first_line(str(error))) from error
+        raise
 
 
 def _to_llguidance(structure: Structure, has_llama_tag: bool) -> str:
@@ -217,6 +533,8 @@ def _content(structure: Structure) -> dict[str, Any]:
         return {"lark_grammar": "start: " + " | ".join(texts)}
     try:
         return {"lark_grammar": any_to_lark(structure.source)}
+    except (MemoryError, RecursionError):
+        raise
     except Exception as error:  # all that its parser of GBNF ever raises
         raise ValueError(str(error)) from error
 
@@ -229,5 +547,7 @@ def _only(grammars: str) -> dict[str, Any]:
 
 def _first_line(message: str) -> str:
     """llguidance's error without the state and the grammar that may follow."""
+    if "panic" in message.lower():
+        return PANIC
     lines = message.partition("<state>")[0].strip().splitlines()
     return " ".join(line.strip() for line in lines if line.strip(" ^|0123456789"))[:300]

@@ -80,6 +80,7 @@ class Outbox:
                 token_ids=tuple(token_ids[:num_tokens]),
                 finish_reason=reason,
                 error=sequence.error,
+                error_code=sequence.error_code,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_output_tokens=num_output_tokens,
                 num_cached_tokens=sequence.num_cached_tokens,

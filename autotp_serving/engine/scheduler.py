@@ -18,6 +18,11 @@ from autotp_serving.engine.step import Progress, Step, build_step
 from autotp_serving.engine.waiting import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
 
+MAX_GUIDE_WAIT_SECONDS = 0.005
+"""In which the engine hears of nothing new."""
+
+STRUCTURE_CODE = "structure_too_complex"
+
 INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
 
 
@@ -104,13 +109,15 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Begin the next step, or None when there is nothing to run before another is collected.
 
-        A sequence whose guide does not know yet what may come next sits the step out, unless there
-        is nothing else to do; so does one whose next token depends on one that is in flight.
+        A sequence whose guide does not know yet what may come next sits the step out; so does one
+        whose next token depends on one that is in flight. Where nothing is in flight and nothing
+        else to do, this waits for a guide, and not for long: others may arrive.
         """
         chunks = self._choose_chunks()
-        if not self._in_flight:
-            while not chunks and (late := [one for one in self.running if not one.is_ready]):
-                late[0].guide.allowed()
+        if not chunks and not self._in_flight:
+            late = [one for one in self.running if not one.is_ready]
+            if late:
+                late[0].guide.wait(MAX_GUIDE_WAIT_SECONDS)
                 chunks = self._choose_chunks()
         if not chunks:
             return None
@@ -345,6 +352,7 @@ class Scheduler:
         sequence.token_ids.append(token)
         is_complete = sequence.guide is not None and sequence.guide.accept(token)
         if sequence.guide is not None and sequence.guide.error is not None:
+            sequence.error_code = STRUCTURE_CODE
             return self._fail(sequence, sequence.guide.error)
         if token in sequence.end_token_ids:
             sequence.ends_in_text = False

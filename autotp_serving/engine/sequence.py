@@ -39,6 +39,7 @@ class Sequence:
         finish_reason: None while it waits or runs.
         ends_in_text: False when the last token only marked the end.
         error: one sentence, with `finish_reason` "error".
+        error_code: a word for programs beside it, where it is not the engine's own failure.
     """
 
     request: Request
@@ -61,6 +62,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     ends_in_text: bool = True
     error: str | None = None
+    error_code: str | None = None
     _plain_sample: SampleInput | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

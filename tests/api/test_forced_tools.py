@@ -177,12 +177,12 @@ def test_thoughts_come_before_what_is_held_to_a_form(
     text = f"{begins}\nShall I add? {{</think>\n\nNo."
     book = {PROMPT.format("hm") + close: text, f"user: hm\nassistant: {close}": text}
     monkeypatch.setattr(service, "BOOK", book)
-    apply = service.ByteTokenizer.apply_chat_template
+    render = service.ByteTokenizer.render_chat
 
-    def begin(self: Any, messages: Any, options: Any) -> list[int]:
-        return [*apply(self, messages, options), *close.encode()]
+    def begin(self: Any, messages: Any, options: Any) -> str:
+        return render(self, messages, options) + close
 
-    monkeypatch.setattr(service.ByteTokenizer, "apply_chat_template", begin)
+    monkeypatch.setattr(service.ByteTokenizer, "render_chat", begin)
     body = {"messages": [{"role": "user", "content": "hm"}], "temperature": 0, "max_tokens": 400}
     reply = ask(form, tool_choice="required", thinks=True, **body)
     message = reply.json()["choices"][0]["message"]
@@ -225,11 +225,11 @@ def test_a_tag_cut_short_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model_is_told_of_all_tools_and_of_nothing_else(monkeypatch) -> None:
     seen: list[Any] = []
 
-    def apply(self: Any, messages: Any, options: Any) -> list[int]:
+    def render(self: Any, messages: Any, options: Any) -> str:
         seen.append(options["tools"])
-        return [1]
+        return "a"
 
-    monkeypatch.setattr(service.ByteTokenizer, "apply_chat_template", apply)
+    monkeypatch.setattr(service.ByteTokenizer, "render_chat", render)
     ask("hermes", tools=STRICT, tool_choice=NAMED, max_tokens=1)
     assert seen == [TOOLS]
 

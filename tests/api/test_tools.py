@@ -137,11 +137,11 @@ def test_thoughts_are_parted_from_the_answer():
 def test_calls_and_results_of_earlier_turns_reach_the_template(monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
 
-    def apply(self: ByteTokenizer, messages: Any, options: Any) -> list[int]:
+    def render(self: ByteTokenizer, messages: Any, options: Any) -> str:
         seen.append((messages, options))
-        return [1]
+        return "a"
 
-    monkeypatch.setattr(ByteTokenizer, "apply_chat_template", apply)
+    monkeypatch.setattr(ByteTokenizer, "render_chat", render)
     call = {"id": "c1", "type": "function",
             "function": {"name": "get_weather", "arguments": ARGUMENTS}}  # fmt: skip
     messages = [

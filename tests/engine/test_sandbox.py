@@ -1,0 +1,222 @@
+"""Work that crashes, loops or takes all memory costs its own process and nobody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotp_serving.chat_template import ChatTemplate
+from autotp_serving.engine import sandbox as sandbox_module
+from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
+from autotp_serving.engine.shortest_first import ShortestFirst
+from autotp_serving.structure import Structure, structure_to_plain
+from tests.fakes import ByteTokenizer
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = """{% if k == 'loop' %}{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}
+{% endfor %}{% elif k == 'memory' %}{{ 'a' * 10 ** 10 }}{% elif k == 'long' %}{{ 'a' * 5000 }}
+{% elif k == 'zero' %}{{ 1 // 0 }}{% elif k == 'refuse' %}{{ raise_exception('not so') }}
+{% elif k == 'recur' %}{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}
+{% else %}{{ messages[0].content }}{% endif %}"""
+
+
+class TemplateTokenizer(ByteTokenizer):
+    """Bytes, and a chat template."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.template = ChatTemplate({"default": TEMPLATE}, {"bos_token": "<s>"})
+
+
+def render(sandbox: Sandbox, k: str = "", seconds: float = 0.5) -> Any:
+    data = ([{"role": "user", "content": "hi"}], {"k": k}, 1000)
+    return sandbox.submit("render", data, 1, seconds).result(60)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that another has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(check: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """A helper that has begun in an environment like a rank's, beside a socket that listens."""
+    environ = {"PMI_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "RANK": "0", "AUTOTP_API_KEY": "k"}
+    before = {name: os.environ.get(name) for name in environ}
+    os.environ.update(environ)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.set_inheritable(listener.fileno(), True)  # even if somebody were that careless
+        one = Sandbox(TemplateTokenizer())
+        one.start().result(60)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        yield one
+    one.close()
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "words"),
+    [
+        ("loop", SandboxError, "took longer than 0.5 s"),
+        ("memory", SandboxError, "needs more than 256 MiB of memory"),
+        ("zero", RefusalError, "ZeroDivisionError"),
+        ("refuse", RefusalError, "^not so$"),
+        ("recur", RefusalError, "too deep"),
+    ],
+)
+def test_a_template_that_does_not_end_well(
+    sandbox: Sandbox, k: str, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        render(sandbox, k)
+    assert render(sandbox).strip() == "hi"
+
+
+def test_a_prompt_too_long_is_not_handed_over(sandbox: Sandbox) -> None:
+    assert render(sandbox, "long") > 5000
+
+
+def test_a_grammar_that_overflows_the_stack(sandbox: Sandbox) -> None:
+    rules = "\n".join(f'r{number}: "a" r{number + 1} "b"' for number in range(5000))
+    structure = Structure("grammar", f'start: r0\n{rules}\nr5000: "x"')
+    job = sandbox.submit("grammar", structure_to_plain(structure), 1, 5.0)
+    with pytest.raises(SandboxError, match="too deep"):
+        job.result(60)
+    job = sandbox.submit("grammar", structure_to_plain(Structure("regex", "a+")), 1, 5.0)
+    assert job.result(60)["text"]
+
+
+def test_a_worker_that_is_killed_is_replaced(sandbox: Sandbox) -> None:
+    helper = sandbox._helper._process.pid
+    before = set(children(helper))
+    job = sandbox.submit("render", ([], {"k": "loop"}, 9), 1, 30.0)
+
+    def busy() -> list[int]:
+        return [pid for pid in before if sandbox_module._cpu_seconds(pid) > 0.2]
+
+    wait_until(busy)
+    for pid in busy():
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(SandboxError):
+        job.result(10)
+    assert render(sandbox).strip() == "hi"
+    wait_until(lambda: len(children(helper)) == len(before))
+
+
+def test_helpers_stand_back_and_have_nothing_of_a_rank(sandbox: Sandbox) -> None:
+    helper = sandbox._helper._process.pid
+    num_seen = 0
+    for pid in (helper, *children(helper)):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # just replaced
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            names = {one.partition(b"=")[0].decode() for one in variables}
+            links = [os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()]
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+            assert not names & {"PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK", "AUTOTP_API_KEY"}
+            # The one at which workers wait.
+            assert len([link for link in links if link.startswith("socket:")]) == 1, links
+            assert "libtorch" not in maps and "libmpi" not in maps
+            num_seen += 1
+    assert num_seen >= 2
+
+
+def test_a_helper_that_is_killed_is_replaced_and_its_job_done(sandbox: Sandbox) -> None:
+    helper = sandbox._helper._process.pid
+    workers = children(helper)
+    os.kill(helper, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, workers)))
+    assert render(sandbox).strip() == "hi"
+    assert sandbox._helper._process.pid != helper
+
+
+def test_helpers_end_with_the_process_that_started_them() -> None:
+    """Even if that is killed while a worker loops."""
+    code = (
+        "from tests.engine.test_sandbox import *\n"
+        "sandbox = Sandbox(TemplateTokenizer())\n"
+        "sandbox.start().result(60)\n"
+        "sandbox.submit('render', ([], {'k': 'loop'}, 9), 1, 600.0)\n"
+        "helper = sandbox._helper._process.pid\n"
+        "print(helper, *children(helper), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) > 1 and all(map(is_alive, pids))
+        time.sleep(0.3)
+        process.kill()
+    wait_until(lambda: not any(map(is_alive, pids)), 5.0)
+
+
+def test_closing_ends_all() -> None:
+    one = Sandbox(TemplateTokenizer())
+    one.start().result(60)
+    helper = one._helper._process.pid
+    workers = children(helper)
+    one.close()
+    wait_until(lambda: not any(map(is_alive, [helper, *workers])), 5.0)
+    with pytest.raises(SandboxBusyError):
+        render(one)
+
+
+def test_a_job_that_waited_too_long_is_refused(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module, "MAX_WAIT_SECONDS", -1.0)
+    with pytest.raises(SandboxBusyError):
+        render(sandbox)
+
+
+def test_small_work_passes_large() -> None:
+    threads = ShortestFirst(1, "test")
+    gate = threading.Event()
+    done: list[int] = []
+    jobs = [threads.submit(0, gate.wait)]
+    jobs += [threads.submit(size, lambda size=size: done.append(size)) for size in (9, 3, 5, 1)]
+    gate.set()
+    for job in jobs:
+        job.result(10)
+    assert done == [1, 3, 5, 9]
+
+
+def test_a_panic_reaches_the_one_who_asked_and_ends_no_thread() -> None:
+    class PanicException(BaseException):
+        pass
+
+    def fail() -> None:
+        raise PanicException("entered unreachable code")
+
+    threads = ShortestFirst(1, "test")
+    with pytest.raises(PanicException):
+        threads.submit(1, fail).result(10)
+    assert threads.submit(1, lambda: 7).result(10) == 7
