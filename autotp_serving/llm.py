@@ -67,7 +67,8 @@ class LLM:
         control = join_control(os.environ)
         find_num_ranks(config, control)
         worker = start_worker(config, control)
-        worker.channel.watch(partial(leave_group, control.rank))
+        leave = partial(leave_group, control.rank)
+        worker.channel.watch(leave, config.step_timeout)
         if worker.lead is None:
             worker.runner.follow(worker.channel)
             sys.exit(0)
@@ -78,8 +79,15 @@ class LLM:
         )
         self._max_queue_len = config.max_queue_len
         self._engine = Engine(
-            worker.lead, self.tokenizer, config, worker.max_model_len, self._collect
+            worker.lead,
+            self.tokenizer,
+            config,
+            worker.max_model_len,
+            self._collect,
+            on_stall=leave,
+            find_late_ranks=worker.lead.find_late_ranks,
         )
+        self._engine.watchdog.start()
         self._completions: dict[str, Completion] = {}
         self._compiler = GrammarCompiler(self.tokenizer)
 

@@ -20,6 +20,7 @@ from autotp_serving.engine.outbox import Outbox
 from autotp_serving.engine.scheduler import Scheduler
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.stats import EngineStats
+from autotp_serving.engine.watchdog import StepWatchdog
 from autotp_serving.plan import Runner
 from autotp_serving.request import (
     FinishReason,
@@ -52,6 +53,9 @@ class Engine:
         on_outputs: called once per step with all outputs of that step, in the engine's thread.
             Each request gets outputs until one has a `finish_reason`, and exactly one that does.
         on_failure: called once, after the last outputs, with the sentence that is in `failure`.
+        on_stall: called instead, in a thread of its own, where a step does not end; it is given a
+            sentence. By default the engine fails, as by `fail`.
+        find_late_ranks: says who has not reported that it is done with the step under way.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Engine:
         max_model_len: int,
         on_outputs: Callable[[list[RequestOutput]], None],
         on_failure: Callable[[str], None] | None = None,
+        on_stall: Callable[[str], None] | None = None,
+        find_late_ranks: Callable[[], str] = lambda: "the runner",
     ) -> None:
         self.failure: str | None = None
         self.last_step_time: float | None = None  # monotonic; of the last that all ranks completed
@@ -75,6 +81,9 @@ class Engine:
         # Those that may run do not wait, even in the moment before the thread has seen them.
         self._alive = AliveRequests(config.max_num_seqs + config.max_queue_len)
         self._on_failure = on_failure
+        self._on_stall = on_stall or self.fail
+        self._find_late_ranks = find_late_ranks
+        self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closed = False
@@ -148,6 +157,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine's thread; it sleeps until there is a request."""
+        self.watchdog.start()
         self._thread.start()
 
     def shutdown(self, drain_seconds: float = 0.0) -> bool:
@@ -163,6 +173,7 @@ class Engine:
             self._thread.join(drain_seconds + SECONDS_FOR_LAST_STEP)
         else:
             self._run()
+        self.watchdog.stop()
         return not self._thread.is_alive()
 
     def fail(self, message: str) -> None:
@@ -171,8 +182,10 @@ class Engine:
         For any thread. The requests get no last outputs; whoever sees `failure` ends them.
         """
         with self._lock:
-            if self.failure is None:
-                self.failure = f"the engine failed: {message}"
+            if self.failure is not None:
+                return
+            self.failure = f"the engine failed: {message}"
+        logger.error("%s", self.failure)
 
     def step(self, *, wait: bool = False) -> None:
         """Take in what is in the inbox, run one step, hand out its outputs.
@@ -190,7 +203,9 @@ class Engine:
             started = time.perf_counter()
             step = self.scheduler.schedule()
             if step is not None:
+                self.watchdog.begin(len(step.plan.token_ids))
                 result = self._runner.execute(step.plan, step.samples, step.scores)
+                self.watchdog.end()
                 self.scheduler.update(step, result)
                 for row, sequence in enumerate(step.sampled):
                     self._emit(sequence, result.logprobs[row] if result.logprobs else None)
@@ -202,7 +217,8 @@ class Engine:
             self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
         except Exception as error:
-            logger.exception("the engine failed")
+            if self.failure is None and not isinstance(error, ConnectionError):  # no rank is gone
+                logger.exception("the engine failed")
             raise EngineError(self._fail(error)) from error
 
     def _run(self) -> None:
@@ -257,11 +273,19 @@ class Engine:
         with self._lock:
             self._alive.remove(request)
 
+    def _tell_stall(self, limit: float) -> None:
+        """In the watchdog's thread: the step under way has had its time."""
+        late = self._find_late_ranks()
+        self._on_stall(f"step {self._num_steps} has not ended within {limit:.0f} s: {late}")
+
     def _fail(self, error: Exception) -> str:
         """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
         detail = str(error).strip().partition("\n")[0]
         failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")
+        self.watchdog.stop()
         with self._lock:
+            if self.failure is None:
+                logger.error("%s", failure)
             failure = self.failure = self.failure or failure
         try:
             for request in self._alive:

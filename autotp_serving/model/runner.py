@@ -54,6 +54,7 @@ class LeadRunner:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
+        self._num_sent = 0
         self._sampler = Sampler()
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
@@ -69,6 +70,7 @@ class LeadRunner:
         Raises:
             ConnectionError: naming the rank that is gone.
         """
+        self._num_sent += 1
         self._channel.send(plan.to_bytes())
         try:
             logits = self._runner.run(plan)
@@ -81,9 +83,28 @@ class LeadRunner:
         if scores:
             result = replace(result, scores=score_prompts(logits[len(samples) :], scores))
         self.rank_times[0] = self._runner.times.snapshot()
+        self._read_reports()
+        return result
+
+    def find_late_ranks(self) -> str:
+        """Who has not done the step under way, in words; for any thread, while it lasts."""
+        try:
+            self._read_reports()
+        except ConnectionError as error:
+            return str(error)
+        late = [
+            self._channel.name(rank)
+            for rank, times in enumerate(self.rank_times)
+            if rank and times.num_steps < self._num_sent
+        ]
+        # While others are late rank 0 may be waiting for them.
+        if len(late) > 1:
+            return f"{' and '.join(late)} have not reported; they or their neighbours hang"
+        return f"{late[0] if late else self._channel.name(0)} has not reported, it hangs"
+
+    def _read_reports(self) -> None:
         for rank, report in self._channel.take_reports(LAYOUT.size).items():
             self.rank_times[rank] = RankTimes.from_bytes(report)
-        return result
 
     def release(self, request_id: str) -> None:
         """See Runner; the other ranks keep nothing but pages."""
