@@ -106,7 +106,9 @@ def lead(config: ServingConfig, control: Control, stand_in: StandIn) -> int:
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, control)
     tokenizer = HuggingFaceTokenizer(
-        Path(config.model_path), trust_remote_code=config.trust_remote_code
+        Path(config.model_path),
+        trust_remote_code=config.trust_remote_code,
+        num_rows=worker.vocab_size,
     )
     engine = AsyncEngine(
         lambda deliver: Engine(

@@ -29,6 +29,7 @@ SPIN_SECONDS = 0.01
 MAX_REPORT_BYTES = 2**16
 STOP_PATIENCE = 2.0
 LOSS_SECONDS = 1.0
+SILENT_SHARE = 0.8
 
 
 class PlanChannel:
@@ -117,7 +118,7 @@ class PlanChannel:
             else:
                 self._pulses[number - size] = peer
 
-    def watch(self, on_loss: Callable[[str], None], silence_seconds: float | None = None) -> None:
+    def watch(self, on_loss: Callable[[str], None], step_timeout: float | None = None) -> None:
         """Have `on_loss` called, in a thread of its own, should one of the peers be gone.
 
         Rank 0 watches all others, and each of these watches rank 0. On them `on_loss` comes late
@@ -125,9 +126,11 @@ class PlanChannel:
 
         Args:
             on_loss: is given a sentence that names the rank.
-            silence_seconds: how long a peer's process may give no sign of life, the same on all
-                ranks; None waits for ever.
+            step_timeout: seconds that a step may take, the same on all ranks. A peer's process must
+                give a sign of life sooner, so that of several late ranks the right one is named.
+                None waits for ever.
         """
+        silence_seconds = None if step_timeout is None else SILENT_SHARE * step_timeout
         pulses = {self._names[rank]: pulse for rank, pulse in self._pulses.items()}
         if self._lead is not None:
             lead = {self._names[0]: self._lead}

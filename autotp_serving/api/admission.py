@@ -11,7 +11,7 @@ from autotp_serving.api.errors import ApiError
 from autotp_serving.api.guard import RequestRecord
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
-from autotp_serving.request import Request, RequestError, SamplingParams
+from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
 from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import Tokenizer
 
@@ -42,7 +42,9 @@ class Admission:
             self.check_tokens(prompt, "prompt")
             return prompt
         encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens)
-        return await _run(encode, len(prompt))
+        token_ids = await _run(encode, len(prompt))
+        self.check_tokens(token_ids, "prompt")
+        return token_ids
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], options: dict[str, Any]
@@ -50,10 +52,14 @@ class Admission:
         """Tokenize a conversation by the model's chat template.
 
         Raises:
-            RequestError: when there is no template, or it refuses the messages.
+            RequestError: when there is no template, it refuses the messages, or what it makes of
+                them holds a token that the model does not have.
         """
         size = sum(len(message["content"] or "") for message in messages)
-        return await _run(partial(self.tokenizer.apply_chat_template, messages, options), size)
+        apply = partial(self.tokenizer.apply_chat_template, messages, options)
+        token_ids = await _run(apply, size)
+        self.check_tokens(token_ids, "messages")
+        return token_ids
 
     async def compile(self, wanted: tuple[str, Structure] | None) -> CompiledGrammar | None:
         """Make a structure ready for use, in another thread.
@@ -84,11 +90,8 @@ class Admission:
         self.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
 
     def check_tokens(self, token_ids: Iterable[int], field_name: str) -> None:
-        """Refuse tokens that the model does not have."""
-        for token_id in token_ids:
-            if not 0 <= token_id < self.tokenizer.vocab_size:
-                last = self.tokenizer.vocab_size - 1
-                raise RequestError(field_name, f"token {token_id} is not from 0 to {last}")
+        """Refuse tokens that the tokenizer or the model does not have."""
+        check_tokens(field_name, token_ids, self.tokenizer.vocab_size)
 
     def check_num_answers(
         self, num_prompts: int, num_choices: int, choices_field: str = "n"

@@ -28,6 +28,7 @@ from autotp_serving.request import (
     RequestError,
     RequestOutput,
     TokenLogprobs,
+    check_tokens,
 )
 from autotp_serving.step_times import RankTimes
 from autotp_serving.tokenizer import Tokenizer
@@ -36,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
+
+
+INTERNAL_ERROR = "internal error; see the server's log"
+
+ENDS_OF_PROCESS = (KeyboardInterrupt, SystemExit)
+"""Not a fault of what was running. All else is, the panics of libraries in Rust included."""
 
 
 class EngineError(RuntimeError):
@@ -101,24 +108,12 @@ class Engine:
         """Queue a request; its outputs come through `on_outputs`.
 
         Raises:
-            RequestError: prompt and answer are longer than the model or the KV cache allows, or a
-                token in `logit_bias` is not in the vocabulary.
+            RequestError: see `check`.
             QueueFullError: as many requests wait as may wait, in all or of one tenant.
             EngineError: the engine has failed or shuts down.
             ValueError: a request with this id is alive.
         """
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        if num_prompt_tokens + max_tokens > self._max_model_len:
-            raise RequestError(
-                "prompt",
-                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
-                f"the {self._max_model_len} tokens that fit",
-            )
-        for token in request.params.logit_bias:
-            if token >= self._vocab_size:
-                last = self._vocab_size - 1
-                raise RequestError("logit_bias", f"token {token} is not from 0 to {last}")
-        self.scheduler.check_fits(request)
+        self.check(request)
         with self._lock:
             if self.failure is not None:
                 raise EngineError(self.failure)
@@ -126,6 +121,26 @@ class Engine:
                 raise EngineError("the server is shutting down")
             self._alive.add(request)
             self._inbox.put(partial(self._add, request))
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run. Reads constants only: safe in any thread.
+
+        Raises:
+            RequestError: prompt and answer are longer than the model or the KV cache allows, or
+                one of its tokens is not in the vocabulary.
+        """
+        params = request.params
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), params.max_tokens
+        if num_prompt_tokens + max_tokens > self._max_model_len:
+            raise RequestError(
+                "prompt",
+                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
+                f"the {self._max_model_len} tokens that fit",
+            )
+        check_tokens("prompt", request.prompt_token_ids, self._vocab_size)
+        check_tokens("stop_token_ids", params.stop_token_ids, self._vocab_size)
+        check_tokens("logit_bias", params.logit_bias, self._vocab_size)
+        self.scheduler.check_fits(request)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; a last output says so. Unknown ids are ignored."""
@@ -216,7 +231,9 @@ class Engine:
                 self.last_step_time = time.monotonic()
             self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
-        except Exception as error:
+        except ENDS_OF_PROCESS:
+            raise
+        except BaseException as error:  # a library's panic is no Exception
             if self.failure is None and not isinstance(error, ConnectionError):  # no rank is gone
                 logger.exception("the engine failed")
             raise EngineError(self._fail(error)) from error
@@ -239,8 +256,14 @@ class Engine:
             self._inbox.get()()
 
     def _add(self, request: Request) -> None:
-        self.scheduler.add(request)
-        self._outbox.open(request)
+        try:
+            self._outbox.open(request)
+            self.scheduler.add(request)
+        except ENDS_OF_PROCESS:
+            raise
+        except BaseException:
+            logger.exception("request %s cannot begin", request.request_id)
+            self._end(request, "error", INTERNAL_ERROR)
 
     def _abort(self, request_id: str) -> None:
         request = self._alive.get(request_id)
@@ -278,7 +301,7 @@ class Engine:
         late = self._find_late_ranks()
         self._on_stall(f"step {self._num_steps} has not ended within {limit:.0f} s: {late}")
 
-    def _fail(self, error: Exception) -> str:
+    def _fail(self, error: BaseException) -> str:
         """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
         detail = str(error).strip().partition("\n")[0]
         failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")

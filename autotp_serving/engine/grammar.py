@@ -97,6 +97,8 @@ class GrammarCompiler:
     def _compile(self, structure: Structure) -> CompiledGrammar:
         import llguidance
 
+        if not self._tokenizer.eos_token_ids:
+            raise GrammarError("cannot be kept to: the model has no token that ends a text")
         try:
             text = _to_llguidance(structure, self._has_llama_tag)
         except ValueError as error:
@@ -178,7 +180,9 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = self._tokenizer.encode(text, add_special_tokens=False)
+        # The tokenizer may know more tokens than the model, and llguidance must not.
+        return [token for token in tokens if token < len(self.tokens)]
 
 
 def _to_llguidance(structure: Structure, has_llama_tag: bool) -> str:

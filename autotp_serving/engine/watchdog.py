@@ -21,7 +21,7 @@ DECAY = 0.99
 """By which a size's slowest step is forgotten, with each further step of that size."""
 
 OVERSLEPT_SECONDS = 1.0
-"""A thread woken so much too late was not running meanwhile, nor was the step: its time begins anew."""
+"""A thread woken so much too late did not run meanwhile, nor did the step: it gets that time."""
 
 
 class StepLimits:
@@ -62,8 +62,8 @@ class StepLimits:
 class StepWatchdog:
     """Calls `on_stall` once, in its own thread, when a step has taken longer than it may.
 
-    `begin` and `end` cost a step next to nothing: the thread sleeps through it, and looks again
-    when the limit of the step that it last saw is over.
+    `begin` and `end` cost a step next to nothing: the thread sleeps through many, and looks once
+    in the least time that a step has.
 
     Args:
         step_timeout: see StepLimits.
@@ -71,6 +71,7 @@ class StepWatchdog:
     """
 
     def __init__(self, step_timeout: float, on_stall: Callable[[float], None]) -> None:
+        self._step_timeout = step_timeout
         self._limits = StepLimits(step_timeout)
         self._on_stall = on_stall
         self._step: tuple[float, float, int] | None = None  # begin, limit, number of tokens
@@ -117,6 +118,8 @@ class StepWatchdog:
             left = started + limit + extra - time.monotonic()
             if left > 0:
                 before = time.monotonic()
+                # A step that begins meanwhile may have less time than what this one has left.
+                left = min(left, self._step_timeout)
                 self._wake.wait(left)
                 self._wake.clear()
                 overslept = time.monotonic() - before - left
