@@ -125,6 +125,7 @@ class FakeRunner:
         next_token: the model: (context, sample) -> token id; -1 stands for NaN logits.
         delay: seconds each step takes.
         fail_at_step: raise RuntimeError in the step of this index, from 0.
+        vocab_size: tokens that the model has rows for; others must not reach it.
     """
 
     def __init__(
@@ -135,7 +136,9 @@ class FakeRunner:
         next_token: NextToken = letters,
         delay: float = 0.0,
         fail_at_step: int | None = None,
+        vocab_size: int = 2**31,
     ) -> None:
+        self.vocab_size = vocab_size
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.next_token = next_token
@@ -164,6 +167,7 @@ class FakeRunner:
         times = RankTimes(len(self.plans), 0.5 * len(self.plans), 2 * len(self.plans), 4096, 0.25)
         self.rank_times = [times, times]
         self._check_shape(plan, samples, scores)
+        self._check_tokens(plan, samples, scores)
         contexts = [
             self._read(table, context_len - query_len)
             for table, context_len, query_len in zip(
@@ -229,6 +233,19 @@ class FakeRunner:
             assert len(table) == -(-context_len // self.block_size), "table does not fit context"
             assert len(set(table)) == len(table), "a page twice in one table"
             assert all(0 <= block < self.num_blocks for block in table)
+
+    def _check_tokens(
+        self, plan: StepPlan, samples: Sequence[SampleInput], scores: Sequence[ScoreInput]
+    ) -> None:
+        tokens = list(plan.token_ids)
+        for sample in samples:
+            tokens += [*sample.params.logit_bias, *sample.token_ids]
+            if sample.allowed is not None:
+                tokens.append(max(0, int.from_bytes(sample.allowed, "little").bit_length() - 1))
+        for score in scores:
+            tokens += score.target_ids
+        assert all(type(token) is int for token in tokens), "a token that is no number"
+        assert min(tokens) >= 0 and max(tokens) < self.vocab_size, "a token without a row"
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size

@@ -219,8 +219,10 @@ class Engine:
             step = self.scheduler.schedule()
             if step is not None:
                 self.watchdog.begin(len(step.plan.token_ids))
-                result = self._runner.execute(step.plan, step.samples, step.scores)
-                self.watchdog.end()
+                try:
+                    result = self._runner.execute(step.plan, step.samples, step.scores)
+                finally:
+                    self.watchdog.end()
                 self.scheduler.update(step, result)
                 for row, sequence in enumerate(step.sampled):
                     self._emit(sequence, result.logprobs[row] if result.logprobs else None)
