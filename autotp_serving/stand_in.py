@@ -12,6 +12,7 @@ little of it, since it stays for as long as the rank.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -46,6 +47,8 @@ class StandIn:
             threading.Thread(target=self._watch, args=(alive,), daemon=True).start()
 
     def _watch(self, alive: int) -> None:
+        # A signal that this thread took would not wake the main thread, which handles it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         os.read(alive, 1)
         self.on_end()
         time.sleep(LAST_WORDS_SECONDS)
@@ -92,11 +95,9 @@ def stand_in(rank: int, pid: int) -> int:
     """Wait for the rank, passing on what the launcher sends. Returns or dies as the rank did."""
 
     def pass_on(number: int, _: object) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(pid, number)
             os.kill(pid, signal.SIGCONT)  # one that is stopped would not hear
-        except ProcessLookupError:
-            pass  # it has ended, which is what this process waits for
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)

@@ -118,12 +118,14 @@ class Maker:
             "stop": tuple(
                 draw.choice(("a", "bc", "\ud800", "é")) for _ in range(draw.randint(0, 3))
             ),
-            "stop_token_ids": (draw.randrange(NUM_ROWS + 2), ord("q")),
+            "stop_token_ids": (draw.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)), ord("q")),
             "ignore_eos": draw.random() < 0.5,
             "skip_special_tokens": draw.random() < 0.5,
             "frequency_penalty": draw.uniform(-2, 2),
             "repetition_penalty": draw.choice((0.01, 1.5, 100.0)),
-            "logit_bias": {draw.randrange(NUM_ROWS + 2): draw.uniform(-100, 100)},
+            "logit_bias": {
+                draw.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)): draw.uniform(-100, 100)
+            },
             "min_tokens": draw.randint(0, 3),
             "logprobs": draw.randint(0, 20),
             "prompt_logprobs": draw.randint(0, 20),
