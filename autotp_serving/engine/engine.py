@@ -17,9 +17,10 @@ from queue import SimpleQueue
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.alive import AliveRequests
 from autotp_serving.engine.outbox import Outbox
-from autotp_serving.engine.scheduler import Scheduler
+from autotp_serving.engine.scheduler import INVALID_NUMBERS, Scheduler
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.stats import EngineStats
+from autotp_serving.engine.step import Step
 from autotp_serving.engine.watchdog import StepWatchdog
 from autotp_serving.plan import Runner
 from autotp_serving.request import (
@@ -77,7 +78,8 @@ class Engine:
         find_late_ranks: Callable[[], str] = lambda: "the runner",
     ) -> None:
         self.failure: str | None = None
-        self.last_step_time: float | None = None  # monotonic; of the last that all ranks completed
+        self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
+        self.is_sound = True  # the latest step to give numbers gave finite ones
         self.scheduler = Scheduler(
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
@@ -230,7 +232,7 @@ class Engine:
                     if sequence.finish_reason is not None and sequence not in step.sampled:
                         self._emit(sequence)
                 self._num_steps += 1
-                self.last_step_time = time.monotonic()
+                self._judge(step)
             self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
         except ENDS_OF_PROCESS:
@@ -239,6 +241,17 @@ class Engine:
             if self.failure is None and not isinstance(error, ConnectionError):  # no rank is gone
                 logger.exception("the engine failed")
             raise EngineError(self._fail(error)) from error
+
+    def _judge(self, step: Step) -> None:
+        """Note whether a step was good: one that gave NaN ran on all ranks, and proves nothing."""
+        judged = dict.fromkeys((*step.sampled, *step.scored))
+        invalid = [one.request_id for one in judged if one.error == INVALID_NUMBERS]
+        if invalid:
+            logger.error("invalid numbers (NaN or infinity) for request %s", ", ".join(invalid))
+        if judged:
+            self.is_sound = not invalid
+        if self.is_sound:
+            self.last_step_time = time.monotonic()
 
     def _run(self) -> None:
         """Step until shut down or failed: the thread's whole life."""

@@ -136,5 +136,5 @@ def test_an_engine_whose_step_hangs_fails_with_who_is_late() -> None:
 
 
 def test_the_least_timeout_leaves_a_busy_machine_time() -> None:
-    with pytest.raises(ConfigError, match="--step-timeout must be at least 1, not 0.5"):
+    with pytest.raises(ConfigError, match=r"--step-timeout must be at least 1, not 0\.5"):
         ServingConfig(model_path="fake", step_timeout=0.5)
