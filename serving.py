@@ -24,11 +24,13 @@ from autotp_serving.ranks import (
     GroupFailure,
     LaunchError,
     check_open_files,
+    find_launched_rank,
     find_num_ranks,
     is_first_rank,
     join_control,
     leave_group,
 )
+from autotp_serving.stand_in import StandIn, part_from_launcher
 
 EXIT_CANNOT_START = 2
 
@@ -38,13 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     # Ctrl+C before the server runs ends this rank, and so the group: as a KeyboardInterrupt it
     # would leave the rank waiting, in MPI's own exit, for others that never come.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    rank = find_launched_rank(os.environ)
+    stand_in = StandIn(None) if rank is None else part_from_launcher(rank)
     try:
         check_open_files(os.environ)
         control = join_control(os.environ)
     except LaunchError as error:
         return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START
     try:
-        return run_rank(control, argv)
+        return run_rank(control, argv, stand_in)
     except GroupFailure as error:
         return report(str(error)) if control.rank == 0 else EXIT_CANNOT_START
     except LaunchError as error:  # the others cannot hear this rank, so it speaks for itself
@@ -64,7 +68,7 @@ def report(message: str) -> int:
     return EXIT_CANNOT_START
 
 
-def run_rank(control: Control, argv: list[str] | None) -> int:
+def run_rank(control: Control, argv: list[str] | None, stand_in: StandIn) -> int:
     """Parse, load and serve or follow.
 
     Raises:
@@ -82,14 +86,14 @@ def run_rank(control: Control, argv: list[str] | None) -> int:
         if config.save_low_bit is not None:
             return save(config, control)
         if control.rank == 0:
-            return lead(config, control)
+            return lead(config, control, stand_in)
         return follow(config, control)
     except (ConfigError, LaunchError) as error:
         control.all_gather(Failure(" ".join(str(error).split())))
         raise
 
 
-def lead(config: ServingConfig, control: Control) -> int:
+def lead(config: ServingConfig, control: Control, stand_in: StandIn) -> int:
     """Rank 0: load, then answer requests until told to stop."""
     from autotp_serving.api.app import build_app
     from autotp_serving.api.keys import load_api_keys
@@ -105,17 +109,27 @@ def lead(config: ServingConfig, control: Control) -> int:
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, control)
     tokenizer = HuggingFaceTokenizer(
-        Path(config.model_path), trust_remote_code=config.trust_remote_code
+        Path(config.model_path),
+        trust_remote_code=config.trust_remote_code,
+        num_rows=worker.vocab_size,
     )
     sandbox = Sandbox(tokenizer)
     sandbox.start()
     engine = AsyncEngine(
-        lambda deliver: Engine(worker.lead, tokenizer, config, worker.max_model_len, deliver),
+        lambda deliver: Engine(
+            worker.lead,
+            tokenizer,
+            config,
+            worker.max_model_len,
+            deliver,
+            find_late_ranks=worker.lead.find_late_ranks,
+        ),
         config.request_timeout,
     )
     spare_collector()
     control.all_gather("ready")
-    worker.channel.watch(engine.engine.fail)
+    worker.channel.watch(engine.engine.fail, config.step_timeout)
+    stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
     engine.engine.start()
     app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys, sandbox)
     exit_code = serve(app, engine, config, sock)
@@ -155,7 +169,7 @@ def follow(config: ServingConfig, control: Control) -> int:
     ignore_signals()
     spare_collector()
     control.all_gather("ready")
-    worker.channel.watch(partial(leave_group, control.rank))
+    worker.channel.watch(partial(leave_group, control.rank), config.step_timeout)
     worker.runner.follow(worker.channel)
     return 0
 

@@ -1,4 +1,4 @@
-"""Step plans from rank 0 to the others, their figures back: one TCP connection per follower.
+"""Step plans from rank 0 to the others, their figures back: TCP connections to each follower.
 
 Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling it with sleeps
 costs several percent of one, and a connection also tells that its peer has died or its host is
@@ -17,6 +17,7 @@ import secrets
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ SPIN_SECONDS = 0.01
 MAX_REPORT_BYTES = 2**16
 STOP_PATIENCE = 2.0
 LOSS_SECONDS = 1.0
+SILENT_SHARE = 0.8
 
 
 class PlanChannel:
@@ -45,6 +47,8 @@ class PlanChannel:
         self._control = control
         self._followers: dict[int, socket.socket] = {}
         self._lead: socket.socket | None = None
+        self._pulses: dict[int, socket.socket] = {}  # second connections, see watch.py
+        self._reports_lock = threading.Lock()
         self._reports: dict[int, bytearray] = {}  # of each follower, the beginning of its next
         self._names = ["rank 0"]
         self._watch: PeerWatch | None = None
@@ -67,11 +71,17 @@ class PlanChannel:
             with listener:
                 self._accept_followers(listener, secret)
         else:
-            self._lead = self._connect(address)
-            self._lead.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            probe_peer(self._lead)
-            self._lead.sendall(secret + LENGTH.pack(control.rank))
-            self._lead.settimeout(None)
+            self._lead = self._greet(address, secret, control.rank)
+            self._pulses[0] = self._greet(address, secret, control.size + control.rank)
+
+    def _greet(self, address: tuple[str, int], secret: bytes, number: int) -> socket.socket:
+        """Connect to rank 0: as number `rank` for plans, as number `size + rank` for the pulse."""
+        connection = self._connect(address)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        probe_peer(connection)
+        connection.sendall(secret + LENGTH.pack(number))
+        connection.settimeout(None)
+        return connection
 
     def _listen(self) -> socket.socket:
         listener = socket.create_server((own_host(self._control), 0))
@@ -88,12 +98,13 @@ class PlanChannel:
             ) from error
 
     def _accept_followers(self, listener: socket.socket, secret: bytes) -> None:
-        """Take one connection per follower; whoever does not know the secret is turned away."""
-        while len(self._followers) < self._control.size - 1:
+        """Take two connections per follower; whoever does not know the secret is turned away."""
+        size = self._control.size
+        while len(self._followers) < size - 1 or len(self._pulses) < size - 1:
             try:
                 peer, _ = listener.accept()
             except TimeoutError as error:
-                missing = sorted(set(range(1, self._control.size)) - set(self._followers))
+                missing = sorted(set(range(1, size)) - (set(self._followers) & set(self._pulses)))
                 raise LaunchError(
                     f"ranks {missing} did not connect to rank 0 within {CONNECT_SECONDS:.0f} s: "
                     "let the hosts of the group connect to one another on all ports"
@@ -109,24 +120,41 @@ class PlanChannel:
             peer.settimeout(None)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             probe_peer(peer)
-            self._followers[LENGTH.unpack(greeting[SECRET_LEN:])[0]] = peer
+            number = LENGTH.unpack(greeting[SECRET_LEN:])[0]
+            if number < size:
+                self._followers[number] = peer
+            else:
+                self._pulses[number - size] = peer
 
-    def watch(self, on_loss: Callable[[str], None]) -> None:
+    def watch(self, on_loss: Callable[[str], None], step_timeout: float | None = None) -> None:
         """Have `on_loss` called, in a thread of its own, should one of the peers be gone.
 
         Rank 0 watches all others, and each of these watches rank 0. On them `on_loss` comes late
         enough for a rank that is not stuck to have read why rank 0 left.
+
+        Args:
+            on_loss: is given a sentence that names the rank.
+            step_timeout: seconds that a step may take, the same on all ranks. A peer's process must
+                give a sign of life sooner, so that of several late ranks the right one is named.
+                None waits for ever.
         """
+        silence_seconds = None if step_timeout is None else SILENT_SHARE * step_timeout
+        pulses = {self._names[rank]: pulse for rank, pulse in self._pulses.items()}
         if self._lead is not None:
-            self._watch = PeerWatch({self._names[0]: self._lead}, on_loss, STOP_PATIENCE)
+            lead = {self._names[0]: self._lead}
+            self._watch = PeerWatch(lead, on_loss, STOP_PATIENCE, pulses, silence_seconds)
         elif self._followers:
             followers = {self._names[rank]: peer for rank, peer in self._followers.items()}
-            self._watch = PeerWatch(followers, on_loss)
+            self._watch = PeerWatch(followers, on_loss, 0.0, pulses, silence_seconds)
 
     def stop_watching(self) -> None:
         """Peers leave from now on, and may."""
         if self._watch is not None:
             self._watch.stop()
+
+    def name(self, rank: int) -> str:
+        """A rank in words, with its host where there are several."""
+        return self._names[rank]
 
     def find_loss(self) -> str | None:
         """On rank 0, where a sum has failed: which rank is gone, if one is."""
@@ -164,9 +192,15 @@ class PlanChannel:
     def take_reports(self, length: int) -> dict[int, bytes]:
         """On rank 0, without waiting: the latest report of each rank that has made one since.
 
+        For any thread.
+
         Raises:
             ConnectionError: naming the rank that is gone.
         """
+        with self._reports_lock:
+            return self._take_reports(length)
+
+    def _take_reports(self, length: int) -> dict[int, bytes]:
         latest = {}
         for rank, follower in self._followers.items():
             unread = self._reports.setdefault(rank, bytearray())

@@ -21,6 +21,9 @@ DEFAULT_LOW_BIT = "sym_int4"
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
+MIN_STEP_TIMEOUT = 1.0
+"""On a busy machine a healthy rank may be silent for nearly as long."""
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -178,6 +181,12 @@ class ServingConfig:
         "answered 400",
         unit="SECONDS",
     )
+    step_timeout: float = setting(
+        60.0,
+        "seconds after which a rank that is silent, or a step that has not ended, is taken to hang "
+        "and ends the server; the first steps may take longer, and so may any that is expected to",
+        unit="SECONDS",
+    )
     max_body_size: int = setting(
         32 * 2**20,
         "most bytes of a request body, as 512KiB or 32MiB; more is answered 413",
@@ -302,6 +311,10 @@ class ServingConfig:
                 raise ConfigError(
                     f"{flag} must be above 0, 3600 at most, not {getattr(self, name)}"
                 )
+        if not MIN_STEP_TIMEOUT <= self.step_timeout < float("inf"):
+            raise ConfigError(
+                f"--step-timeout must be at least {MIN_STEP_TIMEOUT:g}, not {self.step_timeout}"
+            )
         for origin in self.cors_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(

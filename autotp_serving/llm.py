@@ -6,6 +6,7 @@ serve it from inside the constructor until rank 0 is done, and then exit.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from autotp_serving.ranks import find_num_ranks, join_control, leave_group
 from autotp_serving.request import (
     FinishReason,
     Request,
+    RequestError,
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
@@ -67,20 +69,31 @@ class LLM:
         control = join_control(os.environ)
         find_num_ranks(config, control)
         worker = start_worker(config, control)
-        worker.channel.watch(partial(leave_group, control.rank))
+        leave = partial(leave_group, control.rank)
+        worker.channel.watch(leave, config.step_timeout)
         if worker.lead is None:
             worker.runner.follow(worker.channel)
             sys.exit(0)
         # Also when the script ends without `close`, or ends with an error.
         self._release = weakref.finalize(self, worker.lead.stop)
         self.tokenizer = HuggingFaceTokenizer(
-            Path(model_path), trust_remote_code=config.trust_remote_code
+            Path(model_path),
+            trust_remote_code=config.trust_remote_code,
+            num_rows=worker.vocab_size,
         )
         self._max_queue_len = config.max_queue_len
         self._engine = Engine(
-            worker.lead, self.tokenizer, config, worker.max_model_len, self._collect
+            worker.lead,
+            self.tokenizer,
+            config,
+            worker.max_model_len,
+            self._collect,
+            on_stall=leave,
+            find_late_ranks=worker.lead.find_late_ranks,
         )
+        self._engine.watchdog.start()
         self._completions: dict[str, Completion] = {}
+        self._numbers = itertools.count()
         self._compiler = GrammarCompiler(self.tokenizer)
 
     def generate(
@@ -97,37 +110,54 @@ class LLM:
             params: for all prompts, or one for each.
 
         Raises:
-            RequestError: a prompt that does not fit.
+            RequestError: a prompt or params that cannot be served; then none is.
             GrammarError: a structure that cannot be compiled.
         """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
-        waiting = []
-        for index, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
-            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            structure = prompt_params.structure
-            grammar = None if structure is None else self._compiler.submit(structure).result()
-            waiting.append(
-                Request(
-                    str(index),
-                    tuple(token_ids),
-                    prompt_params,
-                    time.monotonic(),
-                    grammar=grammar,
-                )
-            )
-        completions = [Completion() for _ in waiting]
-        self._completions = {str(index): item for index, item in enumerate(completions)}
-        waiting.reverse()
-        with tqdm(total=len(waiting), unit="prompt", disable=not show_progress) as bar:
-            while waiting or self._engine.has_work:
-                while waiting and self._engine.stats().num_waiting < self._max_queue_len:
-                    self._engine.submit(waiting.pop())
-                self._engine.step()
-                num_done = sum(item.finish_reason is not None for item in completions)
-                if num_done > bar.n:
-                    bar.update(num_done - bar.n)
+        requests = [self._make_request(*pair) for pair in zip(prompts, params, strict=True)]
+        for request in requests:
+            self._engine.check(request)
+        self._completions = {request.request_id: Completion() for request in requests}
+        completions = list(self._completions.values())
+        waiting = requests[::-1]
+        try:
+            with tqdm(total=len(waiting), unit="prompt", disable=not show_progress) as bar:
+                while waiting or self._engine.has_work:
+                    while waiting and self._engine.stats().num_waiting < self._max_queue_len:
+                        self._engine.submit(waiting.pop())
+                    self._engine.step()
+                    num_done = sum(item.finish_reason is not None for item in completions)
+                    if num_done > bar.n:
+                        bar.update(num_done - bar.n)
+        finally:  # also after Ctrl+C: the next call finds an engine without work
+            for request in requests:
+                self._engine.abort(request.request_id)
         return completions
+
+    def _make_request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """Tokenize one prompt and compile its structure. Raises as `generate` does."""
+        if isinstance(prompt, str):
+            try:
+                token_ids = self.tokenizer.encode(prompt)
+            except (UnicodeEncodeError, TypeError) as error:
+                raise RequestError("prompt", "is not valid Unicode text") from error
+        elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
+            token_ids = prompt
+        else:
+            raise RequestError("prompt", "must be a text or a list of token ids")
+        if not isinstance(params, SamplingParams):
+            raise RequestError("params", "must be SamplingParams")
+        grammar = None
+        if params.structure is not None:
+            grammar = self._compiler.submit(params.structure).result()
+        return Request(
+            f"request {next(self._numbers)}",
+            tuple(token_ids),
+            params,
+            time.monotonic(),
+            grammar=grammar,
+        )
 
     def close(self) -> None:
         """Let the other ranks go; the instance cannot be used afterwards."""
@@ -142,7 +172,9 @@ class LLM:
 
     def _collect(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            completion = self._completions[output.request_id]
+            completion = self._completions.get(output.request_id)
+            if completion is None:
+                continue  # of a call that was interrupted
             completion.text += output.text
             completion.token_ids.extend(output.token_ids)
             completion.finish_reason = output.finish_reason

@@ -255,6 +255,20 @@ def is_first_rank(environ: Mapping[str, str]) -> bool:
     return all(environ.get(name, "0") == "0" for name in names)
 
 
+def find_launched_rank(environ: Mapping[str, str]) -> int | None:
+    """This process's rank among several, as its launcher says; None where it is the only one."""
+    pairs = (
+        ("PMI_SIZE", "PMI_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("PMIX_SIZE", "PMIX_RANK"),
+        ("WORLD_SIZE", "RANK"),
+    )
+    for size_name, rank_name in pairs:
+        if size_name in environ and rank_name in environ:
+            return int(environ[rank_name]) if int(environ[size_name]) > 1 else None
+    return None
+
+
 def own_host(control: Control) -> str:
     """Address at which other ranks can meet this one: loopback unless they live on other hosts.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any, Literal
 
 from autotp_serving.structure import Grammar, Structure
 
@@ -22,6 +24,25 @@ class RequestError(ValueError):
     def __init__(self, field_name: str, message: str) -> None:
         super().__init__(message)
         self.field_name = field_name
+
+
+def _check_type(field_name: str, value: Any, kind: type) -> None:
+    """Refuse a value of another type; True and False are no numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
+        raise RequestError(field_name, f"must be {words}, not {value!r:.50}")
+
+
+def check_tokens(field_name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse tokens that the tokenizer or the model does not have.
+
+    Raises:
+        RequestError: naming the field and the first of them.
+    """
+    token_ids = tuple(token_ids)
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(field_name, f"token {wrong} is not from 0 to {vocab_size - 1}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,7 @@ class SamplingParams:
     structure: Structure | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_tokens < 0 or (self.max_tokens == 0 and self.prompt_logprobs is None):
             raise RequestError("max_tokens", f"must be at least 1, not {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
@@ -111,6 +133,35 @@ class SamplingParams:
                 raise RequestError(name, f"must be from 0 to {MAX_LOGPROBS}, not {value}")
         if self.structure is not None and self.min_tokens:
             raise RequestError("min_tokens", "cannot be held where a structure ends the text")
+
+    def _check_types(self) -> None:
+        """Refuse what only looks like a number or a text, and keep copies that nobody changes."""
+        for name in ("max_tokens", "top_k", "min_tokens"):
+            _check_type(name, getattr(self, name), Integral)
+        for name in ("seed", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_type(name, getattr(self, name), Integral)
+        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty",
+                     "repetition_penalty"):  # fmt: skip
+            _check_type(name, getattr(self, name), Real)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, "must be true or false")
+        for name, kind in (("stop", str), ("stop_token_ids", Integral)):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list, set, frozenset)):
+                raise RequestError(name, "must be a list")
+            for value in values:
+                _check_type(name, value, kind)
+            object.__setattr__(self, name, tuple(values))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias", "must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            _check_type("logit_bias", token, Integral)
+            _check_type("logit_bias", bias, Real)
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise RequestError("structure", "must be a Structure")
 
     @property
     def is_greedy(self) -> bool:
@@ -154,9 +205,19 @@ class Request:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompt_token_ids:
-            raise RequestError("prompt", "must not be empty")
-        assert (self.grammar is None) == (self.params.structure is None), "compile it first"
+        if not isinstance(self.prompt_token_ids, tuple) or not self.prompt_token_ids:
+            raise RequestError("prompt", "must be a tuple of token ids, and not empty")
+        if set(map(type, self.prompt_token_ids)) != {int}:
+            for token in self.prompt_token_ids:
+                _check_type("prompt", token, Integral)
+            object.__setattr__(self, "prompt_token_ids", tuple(map(int, self.prompt_token_ids)))
+        for name in ("request_id", "tenant"):
+            _check_type(name, getattr(self, name), str)
+        _check_type("arrival_time", self.arrival_time, Real)
+        if not isinstance(self.params, SamplingParams):
+            raise RequestError("params", "must be SamplingParams")
+        if (self.grammar is None) != (self.params.structure is None):
+            raise RequestError("structure", "must be compiled before the request is made")
 
 
 @dataclass(frozen=True, slots=True)

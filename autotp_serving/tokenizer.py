@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.request import RequestError
 from autotp_serving.token_bytes import byte_level_bytes, sentencepiece_bytes
 
+logger = logging.getLogger(__name__)
+
 TAGS_OF_TEXT = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
 """Some models mark these as special; left out of a text, nobody could read the text's parts."""
 
@@ -24,7 +27,15 @@ SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_me
 
 
 class Tokenizer(Protocol):
-    """What the server asks of a tokenizer; all calls are thread-safe."""
+    """What the server asks of a tokenizer; all calls are thread-safe.
+
+    Attributes:
+        eos_token_ids: tokens that end a text, all below `vocab_size`.
+        special_token_ids: tokens that are no text, all below `vocab_size`.
+        vocab_size: ids from 0 to below this are tokens that tokenizer and model both know. `encode`
+            may yield others, where the tokenizer knows more: see `check_tokens`.
+        chat_template: "" without one.
+    """
 
     eos_token_ids: frozenset[int]
     special_token_ids: frozenset[int]
@@ -68,11 +79,18 @@ class HuggingFaceTokenizer:
     Calls go to the Rust tokenizer inside, which is never changed after loading and so may be used
     by several threads at once.
 
+    Args:
+        folder: of the checkpoint.
+        trust_remote_code: run Python code that comes with it.
+        num_rows: tokens that the model has an embedding and logits for; None as many as needed.
+
     Raises:
         ConfigError: the folder has none, or only one without a fast implementation.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, trust_remote_code: bool = False, num_rows: int | None = None
+    ) -> None:
         from transformers import AutoTokenizer
 
         check_model_folder(folder)
@@ -98,7 +116,15 @@ class HuggingFaceTokenizer:
         # What a file asks for here is meant for training: prompts would be cut or filled up.
         self._inner.no_truncation()
         self._inner.no_padding()
-        self.vocab_size = len(self._outer)
+        # Not how many there are: ids may have gaps.
+        num_ids = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = num_ids if num_rows is None else min(num_ids, num_rows)
+        if self.vocab_size < num_ids:
+            logger.warning(
+                "The tokenizer has %d tokens, the model only %d: requests with others are refused",
+                num_ids,
+                self.vocab_size,
+            )
         template = self._outer.chat_template or ""
         texts = template.values() if isinstance(template, dict) else [template]
         if not all(isinstance(text, str) for text in texts):
@@ -108,12 +134,16 @@ class HuggingFaceTokenizer:
             )
         self.chat_template = template if isinstance(template, str) else json.dumps(template)
         self.template, self._taken_names = self._find_template()
-        self.eos_token_ids = _find_eos_token_ids(folder, self._outer.eos_token_id)
+        self.eos_token_ids = frozenset(
+            token
+            for token in _find_eos_token_ids(folder, self._outer.eos_token_id)
+            if token < self.vocab_size
+        )
         added = self._inner.get_added_tokens_decoder()
         self.special_token_ids = frozenset(
             number
             for number, one in added.items()
-            if one.special and one.content not in TAGS_OF_TEXT
+            if one.special and one.content not in TAGS_OF_TEXT and number < self.vocab_size
         )
         self._added = {number: one.content.encode() for number, one in added.items()}
         self._is_byte_level = '"ByteLevel"' in json.dumps(

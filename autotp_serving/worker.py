@@ -42,6 +42,7 @@ class Worker:
     Attributes:
         model: this rank's shard, in transformers' modules.
         max_model_len: most tokens of a prompt and its answer together.
+        vocab_size: tokens that the model has an embedding and logits for.
         lead: what the engine drives; on rank 0 only.
     """
 
@@ -51,6 +52,7 @@ class Worker:
     lead: LeadRunner | None
     channel: PlanChannel
     max_model_len: int
+    vocab_size: int
 
 
 def take_place(control: Control) -> None:
@@ -123,4 +125,5 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
 
         folder = Path(config.profile)
         StepProfiler(folder, control.rank, device, runner, lead).attach(model)
-    return Worker(model, cache, runner, lead, channel, max_model_len)
+    vocab_size = model.get_output_embeddings().vocab_size
+    return Worker(model, cache, runner, lead, channel, max_model_len, vocab_size)

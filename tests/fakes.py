@@ -130,6 +130,7 @@ class FakeRunner:
         next_token: the model: (context, sample) -> token id; -1 stands for NaN logits.
         delay: seconds each step takes.
         fail_at_step: raise RuntimeError in the step of this index, from 0.
+        vocab_size: tokens that the model has rows for; others must not reach it.
     """
 
     max_in_flight = 1  # tests set it to 2, here or on one runner
@@ -142,7 +143,9 @@ class FakeRunner:
         next_token: NextToken = letters,
         delay: float = 0.0,
         fail_at_step: int | None = None,
+        vocab_size: int = 2**31,
     ) -> None:
+        self.vocab_size = vocab_size
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.next_token = next_token
@@ -174,6 +177,7 @@ class FakeRunner:
         self._check_shape(batch)
         self._grow_tables(batch)
         token_ids = self._complete_tokens(batch)
+        self._check_rows(token_ids)
         tables = [self._tables[row] for row in batch.rows]
         contexts = [
             self._read(table, start) for table, start in zip(tables, batch.starts, strict=True)
@@ -203,6 +207,7 @@ class FakeRunner:
         assert self._forwarded is not None, "nothing was forwarded"
         (batch, seen), self._forwarded = self._forwarded, None
         self.samples.extend(samples)
+        self._check_tokens(samples, scores)
         result = StepResult([], [], [])
         for index, sample in zip(batch.sampled, samples, strict=True):
             context = seen[self._ends[index]]
@@ -289,6 +294,20 @@ class FakeRunner:
                 )
                 token_ids.append(self._last_tokens[row])
         return token_ids
+
+    def _check_tokens(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput]) -> None:
+        tokens = [0]
+        for sample in samples:
+            tokens += [*sample.params.logit_bias, *sample.token_ids]
+            if sample.allowed is not None:
+                tokens.append(max(0, int.from_bytes(sample.allowed, "little").bit_length() - 1))
+        for score in scores:
+            tokens += score.target_ids
+        self._check_rows(tokens)
+
+    def _check_rows(self, tokens: Sequence[int]) -> None:
+        assert all(type(token) is int for token in tokens), "a token that is no number"
+        assert min(tokens) >= 0 and max(tokens) < self.vocab_size, "a token without a row"
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,3 +96,57 @@ def test_the_kernel_is_asked_to_probe(pairs: Pairs) -> None:
     count = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
     assert idle + interval * count == 15
     assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
+
+
+def pulses_of(pairs: Pairs) -> tuple[dict[str, socket.socket], dict[str, socket.socket]]:
+    """Near and far ends of further connections by the same names."""
+    near, far = {}, {}
+    for name in pairs:
+        near[name], far[name] = socket.socketpair()
+    return near, far
+
+
+def test_a_peer_without_a_pulse_is_told_and_one_with_it_is_not(pairs: Pairs) -> None:
+    """As where its process is stopped: its connection is open, and its kernel answers."""
+    near, far = pulses_of(pairs)
+    notes, others = Notes(), Notes()
+    peer = {"rank 0": pairs["rank 1"][1]}
+    lively = PeerWatch(peer, others.take, 0.0, {"rank 0": far["rank 1"]}, 0.5)
+    PeerWatch(near_ends(pairs), notes.take, 0.0, near, 0.5)
+    assert notes.heard.wait(5.0)
+    assert notes.sentences == ["rank 2 has not answered for 0.5 s: its process is stopped or hangs"]
+    assert not others.heard.wait(0.7), "who has told of a loss still has a pulse itself"
+    lively.stop()
+
+
+WATCHER = """
+import socket, sys, time
+from autotp_serving.watch import PeerWatch
+link, pulse = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+PeerWatch({"rank 0": link}, lambda loss: print(loss, flush=True), 0.0, {"rank 0": pulse}, 1.0)
+time.sleep(60)
+"""
+
+
+def test_time_in_which_the_watcher_was_stopped_is_no_silence() -> None:
+    """Someone stopped the whole group for a while, or the machine slept."""
+    (link, far_link), (pulse, far_pulse) = socket.socketpair(), socket.socketpair()
+    numbers = far_link.fileno(), far_pulse.fileno()
+    command = [sys.executable, "-c", WATCHER, *map(str, numbers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=numbers) as watcher:
+        try:
+            assert pulse.recv(1), "it has begun"
+            os.kill(watcher.pid, signal.SIGSTOP)
+            time.sleep(3.0)
+            os.kill(watcher.pid, signal.SIGCONT)
+            for _ in range(15):
+                pulse.send(b"x")
+                time.sleep(0.1)
+            os.set_blocking(watcher.stdout.fileno(), False)
+            assert watcher.stdout.read() is None
+            time.sleep(2.0)
+            assert watcher.stdout.read().startswith(b"rank 0 has not answered")
+        finally:
+            watcher.kill()
+            for end in (link, far_link, pulse, far_pulse):
+                end.close()

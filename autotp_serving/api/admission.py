@@ -13,7 +13,7 @@ from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
 from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
-from autotp_serving.request import Request, RequestError, SamplingParams
+from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
 from autotp_serving.structure import Structure
 from autotp_serving.tokenizer import Tokenizer
 
@@ -51,12 +51,14 @@ class Admission:
             self._prompts.check_num_tokens(len(prompt), "prompt")
             self.check_tokens(prompt, "prompt")
             return prompt
-        return await self._prompts.encode(
+        token_ids = await self._prompts.encode(
             prompt,
             "prompt",
             add_special_tokens=add_special_tokens,
             max_tokens=self.max_listed_tokens if is_listed else None,
         )
+        self.check_tokens(token_ids, "prompt")
+        return token_ids
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], options: dict[str, Any]
@@ -64,13 +66,16 @@ class Admission:
         """Tokenize a conversation by the model's chat template.
 
         Raises:
-            RequestError: when there is no template, or it refuses the messages.
+            RequestError: when there is no template, it refuses the messages, or what it makes of
+                them holds a token that the model does not have.
             ApiError: 400 when it is too long for the model by far, 503 when nothing is free to
                 render it.
         """
         text = await self._prompts.render(messages, options)
         # The template has written the special tokens itself.
-        return await self._prompts.encode(text, "messages", add_special_tokens=False)
+        token_ids = await self._prompts.encode(text, "messages", add_special_tokens=False)
+        self.check_tokens(token_ids, "messages")
+        return token_ids
 
     async def compile(self, wanted: tuple[str, Structure] | None) -> CompiledGrammar | None:
         """Make a structure ready for use, in another thread.
@@ -100,11 +105,8 @@ class Admission:
         self.check_tokens(map(int, body.logit_bias or ()), "logit_bias")
 
     def check_tokens(self, token_ids: Iterable[int], field_name: str) -> None:
-        """Refuse tokens that the model does not have."""
-        for token_id in token_ids:
-            if not 0 <= token_id < self.tokenizer.vocab_size:
-                last = self.tokenizer.vocab_size - 1
-                raise RequestError(field_name, f"token {token_id} is not from 0 to {last}")
+        """Refuse tokens that the tokenizer or the model does not have."""
+        check_tokens(field_name, token_ids, self.tokenizer.vocab_size)
 
     def check_num_answers(
         self, num_prompts: int, num_choices: int, choices_field: str = "n"

@@ -1,7 +1,8 @@
-"""/ready: has a real step gone through all ranks lately? Rank 0 only.
+"""/ready: has a good step gone through all ranks lately? Rank 0 only.
 
-A step that ended proves that every rank ran, since each waits for the others inside it. Where
-none ended lately, a request of one token asks for one; probes in between cost nothing.
+A step that ended proves that every rank ran, since each waits for the others inside it, and one
+with finite numbers that the model works. Where none ended lately, or numbers were not finite after
+it, a request of one token asks for one; probes in between cost nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Readiness:
         self._answered_time = 0.0
 
     async def check(self) -> float:
-        """Seconds since the last step ended.
+        """Seconds since the last good step ended.
 
         Raises:
             ApiError: 503, with the cause.
@@ -86,7 +87,8 @@ class Readiness:
 
     def _is_fresh(self) -> bool:
         last_step_seconds = self._engine.engine.stats().last_step_seconds
-        return self._age() < max(FRESH_SECONDS, FRESH_STEPS * last_step_seconds)
+        is_sound = self._engine.engine.is_sound
+        return is_sound and self._age() < max(FRESH_SECONDS, FRESH_STEPS * last_step_seconds)
 
     def _has_just_failed(self) -> bool:
         return self._refusal is not None and time.monotonic() - self._answered_time < RETRY_SECONDS

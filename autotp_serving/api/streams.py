@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import Latencies, Progress
+from autotp_serving.api.pace import Pace
 from autotp_serving.engine import EngineError, QueueFullError, ShareFullError
 from autotp_serving.request import Request, RequestOutput
 
@@ -100,8 +101,7 @@ class AsyncEngine:
         self._streams: dict[str, tuple[TokenStream, Progress | None]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._busy_since = 0.0
-        self._finish_times: deque[float] = deque(maxlen=64)
+        self._pace = Pace()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the event loop that serves requests; before the first `open`."""
@@ -131,9 +131,8 @@ class AsyncEngine:
         self.check_open()
         assert self._loop is not None, "bind() comes first"
         stream = TokenStream(self._loop, requests, usage)
-        if self._idle.is_set():
-            self._idle.clear()
-            self._busy_since = time.monotonic()
+        self._idle.clear()
+        self._pace.open(requests, time.monotonic())
         for request in requests:
             progress = Progress(request.arrival_time) if is_measured else None
             self._streams[request.request_id] = stream, progress
@@ -161,14 +160,9 @@ class AsyncEngine:
             logger.debug("outputs of %d requests came too late", len(outputs))
 
     def seconds_until_room(self, num_finishes: int = 1) -> int:
-        """Seconds until so many requests should have ended, by the mean time between finishes.
-
-        Measured over the latest finishes since the engine was last idle, and up to now, so that
-        an engine that stalls is told truly as well.
-        """
-        start = self._finish_times[0] if self._finish_times else self._busy_since
-        mean = (time.monotonic() - start) / max(1, len(self._finish_times))
-        return max(1, min(MAX_RETRY_AFTER, math.ceil(mean * num_finishes)))
+        """Seconds until so many requests should have ended; see Pace."""
+        seconds = self._pace.seconds_until(num_finishes, time.monotonic())
+        return max(1, min(MAX_RETRY_AFTER, math.ceil(seconds)))
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let the running ones finish, end the rest when time is over."""
@@ -230,6 +224,7 @@ class AsyncEngine:
 
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
         now = time.monotonic()
+        self._pace.add(outputs, now)
         for output in outputs:
             if output.request_id not in self._streams:
                 continue  # its client has left; the engine has not heard of it yet
@@ -237,12 +232,11 @@ class AsyncEngine:
             if progress is not None:
                 self.latencies.observe(progress, output, now)
             if output.finish_reason is not None:
-                self._finish_times.append(now)
                 self._forget(output.request_id)
             stream.push(output)
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
+        self._pace.close(request_id)
         if not self._streams:
             self._idle.set()
-            self._finish_times.clear()

@@ -19,14 +19,16 @@ from autotp_serving.batch import Runner
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.alive import AliveRequests
 from autotp_serving.engine.outbox import Outbox
-from autotp_serving.engine.scheduler import Scheduler
+from autotp_serving.engine.scheduler import INVALID_NUMBERS, Scheduler
 from autotp_serving.engine.stats import EngineStats
 from autotp_serving.engine.step import Progress, Step
+from autotp_serving.engine.watchdog import StepWatchdog
 from autotp_serving.request import (
     FinishReason,
     Request,
     RequestError,
     RequestOutput,
+    check_tokens,
 )
 from autotp_serving.step_times import RankTimes
 from autotp_serving.tokenizer import Tokenizer
@@ -35,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
+
+
+INTERNAL_ERROR = "internal error; see the server's log"
+
+ENDS_OF_PROCESS = (KeyboardInterrupt, SystemExit)
+"""Not a fault of what was running. All else is, the panics of libraries in Rust included."""
 
 
 class EngineError(RuntimeError):
@@ -52,6 +60,9 @@ class Engine:
         on_outputs: called once per step with all outputs of that step, in the engine's thread.
             Each request gets outputs until one has a `finish_reason`, and exactly one that does.
         on_failure: called once, after the last outputs, with the sentence that is in `failure`.
+        on_stall: called instead, in a thread of its own, where a step does not end; it is given a
+            sentence. By default the engine fails, as by `fail`.
+        find_late_ranks: says who has not reported that it is done with the step under way.
     """
 
     def __init__(
@@ -62,9 +73,12 @@ class Engine:
         max_model_len: int,
         on_outputs: Callable[[list[RequestOutput]], None],
         on_failure: Callable[[str], None] | None = None,
+        on_stall: Callable[[str], None] | None = None,
+        find_late_ranks: Callable[[], str] = lambda: "the runner",
     ) -> None:
         self.failure: str | None = None
-        self.last_step_time: float | None = None  # monotonic; of the last that all ranks completed
+        self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
+        self.is_sound = True  # the latest step to give numbers gave finite ones
         self.scheduler = Scheduler(
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
@@ -75,6 +89,9 @@ class Engine:
         # Those that may run do not wait, even in the moment before the thread has seen them.
         self._alive = AliveRequests(config.max_num_seqs + config.max_queue_len)
         self._on_failure = on_failure
+        self._on_stall = on_stall or self.fail
+        self._find_late_ranks = find_late_ranks
+        self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closed = False
@@ -93,24 +110,12 @@ class Engine:
         """Queue a request; its outputs come through `on_outputs`.
 
         Raises:
-            RequestError: prompt and answer are longer than the model or the KV cache allows, or a
-                token in `logit_bias` is not in the vocabulary.
+            RequestError: see `check`.
             QueueFullError: as many requests wait as may wait, in all or of one tenant.
             EngineError: the engine has failed or shuts down.
             ValueError: a request with this id is alive.
         """
-        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        if num_prompt_tokens + max_tokens > self._max_model_len:
-            raise RequestError(
-                "prompt",
-                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
-                f"the {self._max_model_len} tokens that fit",
-            )
-        for token in request.params.logit_bias:
-            if token >= self._vocab_size:
-                last = self._vocab_size - 1
-                raise RequestError("logit_bias", f"token {token} is not from 0 to {last}")
-        self.scheduler.check_fits(request)
+        self.check(request)
         with self._lock:
             if self.failure is not None:
                 raise EngineError(self.failure)
@@ -118,6 +123,26 @@ class Engine:
                 raise EngineError("the server is shutting down")
             self._alive.add(request)
             self._inbox.put(partial(self._add, request))
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run. Reads constants only: safe in any thread.
+
+        Raises:
+            RequestError: prompt and answer are longer than the model or the KV cache allows, or
+                one of its tokens is not in the vocabulary.
+        """
+        params = request.params
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), params.max_tokens
+        if num_prompt_tokens + max_tokens > self._max_model_len:
+            raise RequestError(
+                "prompt",
+                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
+                f"the {self._max_model_len} tokens that fit",
+            )
+        check_tokens("prompt", request.prompt_token_ids, self._vocab_size)
+        check_tokens("stop_token_ids", params.stop_token_ids, self._vocab_size)
+        check_tokens("logit_bias", params.logit_bias, self._vocab_size)
+        self.scheduler.check_fits(request)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; a last output says so. Unknown ids are ignored."""
@@ -149,6 +174,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine's thread; it sleeps until there is a request."""
+        self.watchdog.start()
         self._thread.start()
 
     def shutdown(self, drain_seconds: float = 0.0) -> bool:
@@ -164,6 +190,7 @@ class Engine:
             self._thread.join(drain_seconds + SECONDS_FOR_LAST_STEP)
         else:
             self._run()
+        self.watchdog.stop()
         return not self._thread.is_alive()
 
     def fail(self, message: str) -> None:
@@ -172,8 +199,10 @@ class Engine:
         For any thread. The requests get no last outputs; whoever sees `failure` ends them.
         """
         with self._lock:
-            if self.failure is None:
-                self.failure = f"the engine failed: {message}"
+            if self.failure is not None:
+                return
+            self.failure = f"the engine failed: {message}"
+        logger.error("%s", self.failure)
 
     def step(self, *, wait: bool = False) -> None:
         """Take in what is in the inbox, begin steps, collect the oldest, hand out its outputs.
@@ -192,20 +221,36 @@ class Engine:
         try:
             self._read_inbox(wait)
             started = time.perf_counter()
-            while len(self._in_flight) < self._runner.max_in_flight:
-                step = self.scheduler.schedule()
-                if step is None:
-                    break
-                self._in_flight.append(step)
-                self._runner.forward(step.batch)
-                self._runner.sample(step.samples, step.scores)
-            if self._in_flight:
-                self._collect()
+            step = self._schedule()
+            if step is not None or self._in_flight:
+                oldest = self._in_flight[0] if self._in_flight else step
+                self.watchdog.begin(oldest.num_tokens)
+                try:
+                    while step is not None:
+                        self._launch(step)
+                        step = self._schedule()
+                    self._collect()
+                finally:
+                    self.watchdog.end()
             self._outbox.publish()
             self._last_step_seconds = time.perf_counter() - started
-        except Exception as error:
-            logger.exception("the engine failed")
+        except ENDS_OF_PROCESS:
+            raise
+        except BaseException as error:  # a library's panic is no Exception
+            if self.failure is None and not isinstance(error, ConnectionError):  # no rank is gone
+                logger.exception("the engine failed")
             raise EngineError(self._fail(error)) from error
+
+    def _schedule(self) -> Step | None:
+        """The next step, unless as many as may be are in flight."""
+        if len(self._in_flight) >= self._runner.max_in_flight:
+            return None
+        return self.scheduler.schedule()
+
+    def _launch(self, step: Step) -> None:
+        self._in_flight.append(step)
+        self._runner.forward(step.batch)
+        self._runner.sample(step.samples, step.scores)
 
     def _run(self) -> None:
         """Step until shut down or failed: the thread's whole life."""
@@ -231,8 +276,14 @@ class Engine:
             self._inbox.get()()
 
     def _add(self, request: Request) -> None:
-        self.scheduler.add(request)
-        self._outbox.open(request)
+        try:
+            self._outbox.open(request)
+            self.scheduler.add(request)
+        except ENDS_OF_PROCESS:
+            raise
+        except BaseException:
+            logger.exception("request %s cannot begin", request.request_id)
+            self._end(request, "error", INTERNAL_ERROR)
 
     def _abort(self, request_id: str) -> None:
         request = self._alive.get(request_id)
@@ -246,10 +297,22 @@ class Engine:
         """Wait for the oldest step in flight and write what it did."""
         result = self._runner.collect()
         step = self._in_flight.popleft()
-        for progress in self.scheduler.update(step, result):
+        done = self.scheduler.update(step, result)
+        for progress in done:
             self._emit(progress)
         self._num_steps += 1
-        self.last_step_time = time.monotonic()
+        self._judge(step, done)
+
+    def _judge(self, step: Step, done: list[Progress]) -> None:
+        """Note whether a step was good: one that gave NaN ran on all ranks, and proves nothing."""
+        sequences = [progress.sequence for progress in done]
+        invalid = [one.request_id for one in sequences if one.error == INVALID_NUMBERS]
+        if invalid:
+            logger.error("invalid numbers (NaN or infinity) for request %s", ", ".join(invalid))
+        if step.sampled or step.scored:
+            self.is_sound = not invalid
+        if self.is_sound:
+            self.last_step_time = time.monotonic()
 
     def _emit(self, progress: Progress) -> None:
         """Write the output of a sequence that got a token in a step or ended with it."""
@@ -273,11 +336,19 @@ class Engine:
         with self._lock:
             self._alive.remove(request)
 
-    def _fail(self, error: Exception) -> str:
+    def _tell_stall(self, limit: float) -> None:
+        """In the watchdog's thread: the step under way has had its time."""
+        late = self._find_late_ranks()
+        self._on_stall(f"step {self._num_steps} has not ended within {limit:.0f} s: {late}")
+
+    def _fail(self, error: BaseException) -> str:
         """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
         detail = str(error).strip().partition("\n")[0]
         failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")
+        self.watchdog.stop()
         with self._lock:
+            if self.failure is None:
+                logger.error("%s", failure)
             failure = self.failure = self.failure or failure
         try:
             self._in_flight.clear()

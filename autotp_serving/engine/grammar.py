@@ -164,8 +164,17 @@ class Vocabulary:
             return self._loaded
 
 
+def _refuse(reason: str) -> Future[CompiledGrammar]:
+    """A refusal that is not kept: what is refused may be megabytes."""
+    refusal: Future[CompiledGrammar] = Future()
+    refusal.set_exception(GrammarError(reason))
+    return refusal
+
+
 def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    # The tokenizer may know more tokens than the model, and llguidance must not.
+    return [token for token in tokens if token < tokenizer.vocab_size]
 
 
 @dataclass(frozen=True)
@@ -260,9 +269,9 @@ class GrammarCompiler:
         size = len(structure.source)
         size += sum(len(tool.schema) for tool in structure.calls.tools) if structure.calls else 0
         if size > MAX_SOURCE_LEN:
-            refusal: Future[CompiledGrammar] = Future()  # not kept, since it may be megabytes
-            refusal.set_exception(GrammarError(f"is longer than {MAX_SOURCE_LEN} characters"))
-            return refusal
+            return _refuse(f"is longer than {MAX_SOURCE_LEN} characters")
+        if not self._tokenizer.eos_token_ids:
+            return _refuse("cannot be kept to: the model has no token that ends a text")
         with self._lock:
             for known in (self._refused, self._cache):
                 if structure in known:

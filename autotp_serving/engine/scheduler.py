@@ -87,8 +87,9 @@ class Scheduler:
             RequestError: prompt and answer need more pages than there are.
         """
         num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
-        # The last token is only given out, it never enters the cache.
-        if self.blocks.num_blocks_for(num_tokens - 1) > self.blocks.num_blocks:
+        # The last token of an answer is only given out, it never enters the cache.
+        num_kept = max(num_tokens - 1, len(request.prompt_token_ids))
+        if self.blocks.num_blocks_for(num_kept) > self.blocks.num_blocks:
             raise RequestError(
                 "prompt",
                 f"{len(request.prompt_token_ids)} tokens of prompt and up to "

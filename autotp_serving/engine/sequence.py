@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 
 from autotp_serving.batch import SampleInput
@@ -12,6 +13,54 @@ from autotp_serving.structure import Guide
 NO_ROW = -1
 
 MASK_64 = 2**64 - 1
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedGuide:
+    """A guide of whose faults the answer that it follows ends, and nothing else. See Guide."""
+
+    def __init__(self, guide: Guide) -> None:
+        self._guide = guide
+        self._fault: str | None = None
+
+    @property
+    def error(self) -> str | None:
+        """See Guide."""
+        return self._fault or self._guide.error
+
+    @property
+    def is_ready(self) -> bool:
+        """See Guide."""
+        return self._fault is not None or self._guide.is_ready
+
+    def allowed(self) -> bytes | None:
+        """See Guide; None after a fault, of which `error` tells."""
+        try:
+            return None if self._fault else self._guide.allowed()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
+            return self._note_fault()
+
+    def wait(self, seconds: float) -> None:
+        """See Guide."""
+        if self._fault is None:
+            self._guide.wait(seconds)
+
+    def accept(self, token_id: int) -> bool:
+        """See Guide."""
+        try:
+            return self._fault is None and self._guide.accept(token_id)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            self._note_fault()
+            return False
+
+    def _note_fault(self) -> None:
+        logger.exception("a structure cannot be followed")
+        self._fault = "the structure cannot be followed; see the server's log"
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +106,7 @@ class Sequence:
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     num_preemptions: int = 0
-    guide: Guide | None = None
+    guide: GuardedGuide | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     ends_in_text: bool = True
@@ -68,7 +117,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         if self.request.grammar is not None:
-            self.guide = self.request.grammar.start()
+            self.guide = GuardedGuide(self.request.grammar.start())
         assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 0
         assert all(token >= 0 for token in self.token_ids)
 

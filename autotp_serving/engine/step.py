@@ -33,6 +33,11 @@ class Step:
     scored: list[Sequence] = field(default_factory=list)
     read: list[Sequence] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it runs."""
+        return sum(self.batch.query_lens)
+
 
 @dataclass(slots=True)
 class Progress:

@@ -95,6 +95,7 @@ class LeadRunner:
         self._sampler = Sampler(device.fetch)
         self._forwarded: tuple[Batch, torch.Tensor] | None = None
         self._in_flight: deque[Sampled] = deque()
+        self._num_sent = 0
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
         self.max_in_flight = device.max_in_flight
@@ -105,6 +106,7 @@ class LeadRunner:
         Raises:
             ConnectionError: naming the rank that is gone.
         """
+        self._num_sent += 1
         if len(self.rank_times) > 1:
             self._channel.send(batch.to_bytes())
         with self._name_loss():
@@ -124,9 +126,28 @@ class LeadRunner:
         """See Runner."""
         result = self._in_flight.popleft().wait()
         self.rank_times[0] = self._runner.times.snapshot()
+        self._read_reports()
+        return result
+
+    def find_late_ranks(self) -> str:
+        """Who has not done the step under way, in words; for any thread, while it lasts."""
+        try:
+            self._read_reports()
+        except ConnectionError as error:
+            return str(error)
+        late = [
+            self._channel.name(rank)
+            for rank, times in enumerate(self.rank_times)
+            if rank and times.num_steps < self._num_sent
+        ]
+        # While others are late rank 0 may be waiting for them.
+        if len(late) > 1:
+            return f"{' and '.join(late)} have not reported; they or their neighbours hang"
+        return f"{late[0] if late else self._channel.name(0)} has not reported, it hangs"
+
+    def _read_reports(self) -> None:
         for rank, report in self._channel.take_reports(LAYOUT.size).items():
             self.rank_times[rank] = RankTimes.from_bytes(report)
-        return result
 
     def release(self, request_id: str) -> None:
         """See Runner; the other ranks keep nothing but pages."""

@@ -137,6 +137,27 @@ def test_a_model_gone_mad_is_not_ready_and_is_not_asked_all_the_time(
     run(test)
 
 
+def test_a_request_that_met_invalid_numbers_takes_the_proof_away(
+    caplog: pytest.LogCaptureFixture,
+):
+    """Its step had run on all ranks, and the one before it was good."""
+
+    async def test(http: httpx.AsyncClient, service: Service) -> None:
+        assert (await http.get("/ready")).status_code == 200
+        service.runner.next_token = lambda context, sample: -1
+        reply = await http.post("/generate", json={"prompt": "x"})
+        assert reply.status_code == 500
+        assert "invalid numbers" in caplog.text
+        assert (await http.get("/ready")).status_code == 503
+        service.runner.next_token = letters
+        assert (await http.post("/generate", json={"prompt": "x"})).status_code == 200
+        assert (await http.get("/ready")).status_code in (200, 503), "the last probe was refused"
+        await asyncio.sleep(ready.RETRY_SECONDS)
+        assert (await http.get("/ready")).status_code == 200
+
+    run(test)
+
+
 def test_probes_do_not_count_as_latencies_and_leave_nothing():
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         await http.get("/ready")

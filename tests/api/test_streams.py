@@ -162,19 +162,66 @@ def test_retry_after_follows_the_measured_rate(monkeypatch: pytest.MonkeyPatch) 
         engine, _ = bridge()
         now = [100.0]
         monkeypatch.setattr("autotp_serving.api.streams.time.monotonic", lambda: now[0])
-        for _ in range(2):
+        for expected in (1, 8):
             now[0] += 3600.0
             names = [f"r{i}" for i in range(10)]
             with engine.open(requests(*names, "last"), Usage()):
-                assert engine.seconds_until_room() == 1
-                now[0] += 5.0
-                assert engine.seconds_until_room() == 5  # nothing has finished yet
+                assert engine.seconds_until_room() == expected  # the pace of before, if any
+                if expected == 1:
+                    now[0] += 5.0
+                    assert engine.seconds_until_room() == 5  # nothing is known yet
+                    now[0] -= 5.0
                 for name in names:
                     now[0] += 8.0
-                    engine._dispatch([output(name, "x", "stop")])
+                    engine._dispatch([output(name, "x", "stop")])  # after 1 token of 32
                 assert engine.seconds_until_room() == 8
                 now[0] += 1e6
                 assert engine.seconds_until_room() == 600
+                now[0] -= 1e6
+
+    run(go())
+
+
+@pytest.mark.parametrize("num_finishes", [1, 3, 7])
+@pytest.mark.parametrize("length", [100, 400])
+def test_retry_after_is_what_it_will_take(
+    length: int, num_finishes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time, each 100 or 400 tokens of the 400 it may have, 20 a second."""
+
+    async def go() -> None:
+        engine, _ = bridge()
+        now = [100.0]
+        monkeypatch.setattr("autotp_serving.api.streams.time.monotonic", lambda: now[0])
+        params = SamplingParams(max_tokens=400)
+        names = [f"r{i}" for i in range(30)]
+        waiting = list(names)
+        running: dict[str, int] = {}
+        foretold: dict[int, float] = {}
+        ends: list[float] = []
+
+        def step() -> None:
+            now[0] += 0.05
+            while waiting and len(running) < 3:
+                running[waiting.pop(0)] = 0
+            outputs = []
+            for name in list(running):
+                running[name] += 1
+                is_last = running[name] == length
+                outputs.append(output(name, "x", "stop" if is_last else None))
+                if is_last:
+                    del running[name]
+                    ends.append(now[0])
+            engine._dispatch(outputs)
+
+        with engine.open([Request(name, (1, 2), params, 0.0) for name in names], Usage()):
+            while len(ends) < 6 + num_finishes:
+                step()
+                if len(ends) == 6 and not foretold:
+                    foretold[0] = now[0] + engine.seconds_until_room(num_finishes)
+        took = ends[5 + num_finishes] - ends[5]
+        said = foretold[0] - ends[5]
+        assert took / 2 <= said <= 2 * took + 1
 
     run(go())
 

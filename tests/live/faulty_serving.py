@@ -32,6 +32,21 @@ def step() -> None:
     ModelRunner.run = run_until_fault
 
 
+def hang() -> None:
+    """A step does not end, as where a driver has lost its card."""
+    run = ModelRunner.run
+    num_steps = 0
+
+    def run_until_fault(runner: ModelRunner, plan: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps > NUM_GOOD_STEPS:
+            time.sleep(3600)
+        return run(runner, plan)
+
+    ModelRunner.run = run_until_fault
+
+
 def linger() -> None:
     """Each step takes 20 ms longer: what is to be met under way is still there, on any machine."""
     run = ModelRunner.run
