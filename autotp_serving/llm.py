@@ -6,12 +6,15 @@ serve it from inside the constructor until rank 0 is done, and then exit.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,11 +125,15 @@ class LLM:
         completions = list(self._completions.values())
         waiting = requests[::-1]
         try:
-            with tqdm(total=len(waiting), unit="prompt", disable=not show_progress) as bar:
+            with (
+                tqdm(total=len(waiting), unit="prompt", disable=not show_progress) as bar,
+                _hold_interrupts() as raise_interrupt,
+            ):
                 while waiting or self._engine.has_work:
                     while waiting and self._engine.stats().num_waiting < self._max_queue_len:
                         self._engine.submit(waiting.pop())
                     self._engine.step()
+                    raise_interrupt()
                     num_done = sum(item.finish_reason is not None for item in completions)
                     if num_done > bar.n:
                         bar.update(num_done - bar.n)
@@ -182,3 +189,35 @@ class LLM:
             completion.logprobs.extend(output.logprobs)
             if output.prompt_logprobs is not None:
                 completion.prompt_logprobs = output.prompt_logprobs
+
+
+@contextlib.contextmanager
+def _hold_interrupts() -> Iterator[Callable[[], None]]:
+    """Keep Ctrl+C until the function that this gives is called; a second one is not kept.
+
+    In the middle of a step it would leave the runner, and the other ranks, with half of one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    is_pending = False
+
+    def note(*_: object) -> None:
+        nonlocal is_pending
+        if is_pending:
+            raise KeyboardInterrupt
+        is_pending = True
+
+    def raise_interrupt() -> None:
+        if is_pending:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # the script has its own way, or none
+        yield lambda: None
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield raise_interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)

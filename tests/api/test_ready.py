@@ -27,13 +27,13 @@ def run(test: Test, **options: Any) -> Any:
 
 def hold_steps(service: Service) -> threading.Event:
     """Make every step wait for the event, as if a rank had stopped."""
-    gate, execute = threading.Event(), service.runner.execute
+    gate, forward = threading.Event(), service.runner.forward
 
-    def wait_and_execute(*args: Any) -> Any:
+    def wait_and_forward(*args: Any) -> None:
         gate.wait(10)
-        return execute(*args)
+        forward(*args)
 
-    service.runner.execute = wait_and_execute
+    service.runner.forward = wait_and_forward
     return gate
 
 
