@@ -54,6 +54,10 @@ def find_max_connections() -> int:
     return max(1, limit - num_open - NUM_OTHER_FILES - NUM_SPARE)
 
 
+def _do_nothing() -> None:
+    """What a place without a connection does."""
+
+
 class Place:
     """One connection's place among all.
 
@@ -63,10 +67,12 @@ class Place:
         expire: ends it, since it has waited for too long.
     """
 
+    give_way: Callable[[], object]
+    expire: Callable[[], object]
+
     def __init__(self, places: Places, *, is_spare: bool) -> None:
         self.is_spare = is_spare
-        self.give_way: Callable[[], object] = lambda: None
-        self.expire: Callable[[], object] = lambda: None
+        self.give_way = self.expire = _do_nothing
         self._places = places
 
     def wait(self) -> None:
@@ -81,6 +87,7 @@ class Place:
         """The connection has ended. May be called twice."""
         self.work()
         self._places.taken.discard(self)
+        self.give_way = self.expire = _do_nothing
 
 
 class Places:
@@ -102,8 +109,9 @@ class Places:
             longest = next(iter(self.waiting), None)
             if longest is not None:
                 is_spare = longest.is_spare
+                give_way = longest.give_way
                 longest.leave()
-                longest.give_way()
+                give_way()
             elif len(self.taken) >= self._max_places + self._num_spare:
                 return None
         place = Place(self, is_spare=is_spare)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import os
 import re
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +20,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Places
+from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
+from autotp_serving.api.http_protocol import HttpProtocol
 from tests.api.conftest import LiveServer
 
 pytestmark = pytest.mark.live
@@ -288,6 +293,48 @@ def test_a_machine_without_files_left_is_asked_again(caplog: pytest.LogCaptureFi
 
     asyncio.run(go())
     assert "Too many open files" in caplog.text
+
+
+def test_a_connection_leaves_nothing_for_the_collector() -> None:
+    """Which comes late, since it costs every stream a pause."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"here"})
+
+    async def go() -> None:
+        config = uvicorn.Config(app, http=HttpProtocol, lifespan="off", log_config=None)
+        config.load()
+        state = ServerState()
+        protocols = []
+
+        def make(place: Place) -> HttpProtocol:
+            protocol = HttpProtocol(place=place, config=config, server_state=state, app_state={})
+            protocols.append(weakref.ref(protocol))
+            return protocol
+
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            places = Places(2, asyncio.get_running_loop().time)
+            acceptor = Acceptor(sock, places, make, None)
+            for lines in (b"", b"Connection: close\r\n"):
+                reader, writer = await asyncio.open_connection(*sock.getsockname())
+                writer.write(b"GET / HTTP/1.1\r\n" + lines + b"\r\n")
+                assert b"here" in await reader.readuntil(b"0\r\n\r\n")
+                writer.close()
+            acceptor.close()
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert not places.taken and not places.waiting
+        assert [protocol() for protocol in protocols] == [None, None]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(go())
+    finally:
+        gc.enable()
 
 
 # What is left out by uvicorn
