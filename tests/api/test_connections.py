@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -92,6 +93,15 @@ def message_of(body: bytes) -> str:
     return json.loads(body)["error"]["message"]
 
 
+def count_sockets(server: LiveServer) -> int:
+    """That the process has open."""
+    found = 0
+    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found += os.readlink(link).startswith("socket:")
+    return found
+
+
 # Time
 
 
@@ -171,13 +181,7 @@ def test_a_long_answer_is_no_waiting(hasty: LiveServer) -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(hasty: LiveServer) -> None:
-    pid = hasty.process.pid
-
-    def num_sockets() -> int:
-        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return sum(link.startswith("socket:") for link in links)
-
-    before = num_sockets()
+    before = count_sockets(hasty)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", httpx.URL(hasty.url).port))
@@ -186,7 +190,7 @@ def test_a_client_that_reads_nothing_is_given_up(hasty: LiveServer) -> None:
             for _ in range(2000):
                 client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
         began = time.monotonic()
-        while num_sockets() > before:
+        while count_sockets(hasty) > before:
             assert time.monotonic() - began < 10 * SECONDS, "still held"
             time.sleep(0.1)
 
@@ -205,6 +209,28 @@ def test_probes_and_others_get_through_a_crowd_that_says_nothing(hasty: LiveServ
         [(status, body)] = parse(read_all(silent[0]))  # made room for one of the others
         assert status == 503 and json.loads(body)["error"]["code"] == "too_many_connections"
     assert sum("file descriptors" in line for line in hasty.lines) == 1
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_crowds_that_come_and_go_leave_nothing_behind(
+    start_server: Callable[..., LiveServer], is_silent: bool
+) -> None:
+    """Those too that give way before they are quite in."""
+    server = start_server(files=52)  # so few that the newest of them give way to one another
+    before = count_sockets(server)
+    for _ in range(10):
+        with ExitStack() as stack:
+            for _ in range(NUM_FILES):
+                client = stack.enter_context(connect(server))
+                if not is_silent:
+                    client.sendall(request(ASK))
+    deadline = time.monotonic() + 10.0
+    while count_sockets(server) > before:
+        assert time.monotonic() < deadline, count_sockets(server) - before
+        time.sleep(0.05)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10.0) == 0
+    assert not any("Cancel" in line or "Traceback" in line for line in server.lines)
 
 
 def test_where_all_places_are_at_work_probes_are_answered_and_others_refused(
