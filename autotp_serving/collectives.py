@@ -19,7 +19,7 @@ from typing import Any
 
 from autotp_serving import listeners
 from autotp_serving.native_build import cache_folder, hold_build_lock
-from autotp_serving.ranks import GROUP_TIMEOUT, Control, TorchControl, own_host
+from autotp_serving.ranks import GROUP_TIMEOUT, Control, LaunchError, TorchControl, own_host
 from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -220,6 +220,9 @@ def _prepare_store(control: Control) -> str:
 
     Returns:
         How torch.distributed is to be told of it.
+
+    Raises:
+        LaunchError: the address that was given to rank 0 is not to be had.
     """
     from torch.distributed import TCPStore, register_rendezvous_handler
 
@@ -227,7 +230,13 @@ def _prepare_store(control: Control) -> str:
     if isinstance(control, TorchControl):  # started by hand, one rank after the other
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if control.rank == 0:
-            listener = socket.create_server(address)
+            try:
+                listener = socket.create_server(address)
+            except OSError as error:
+                raise LaunchError(
+                    f"rank 0 cannot listen on MASTER_ADDR {address[0]} port {address[1]} "
+                    f"({error.strerror}): name an address of its host, and a free port"
+                ) from error
     else:
         if control.rank == 0:
             listener = socket.create_server((own_host(control), 0))

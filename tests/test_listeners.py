@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from autotp_serving import listeners
+from autotp_serving.collectives import _prepare_store
 from autotp_serving.listeners import admit_only, is_one_host, keep_to_loopback
+from autotp_serving.ranks import LaunchError, TorchControl
 
 A_WHILE = 0.3
 
@@ -103,6 +105,15 @@ def test_inherited_listeners_are_closed_and_narrowed_and_own_ones_kept() -> None
 )
 def test_one_host_is_what_the_launcher_says(environ: dict[str, str], expected: bool) -> None:
     assert is_one_host(environ) is expected
+
+
+def test_an_address_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks started by hand are told where to meet, and rank 0 may not be able to be there."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(LaunchError, match=r"MASTER_ADDR 127\.0\.0\.1 port"):
+            _prepare_store(TorchControl(0, 2, 0, 2))
 
 
 def test_an_interface_that_the_user_named_stays() -> None:

@@ -54,6 +54,10 @@ def find_max_connections() -> int:
     return max(1, limit - num_open - NUM_OTHER_FILES - NUM_SPARE)
 
 
+def _do_nothing() -> None:
+    """What a place without a connection does."""
+
+
 class Place:
     """One connection's place among all.
 
@@ -63,15 +67,18 @@ class Place:
         expire: ends it, since it has waited for too long.
     """
 
+    give_way: Callable[[], object]
+    expire: Callable[[], object]
+
     def __init__(self, places: Places, *, is_spare: bool) -> None:
         self.is_spare = is_spare
-        self.give_way: Callable[[], object] = lambda: None
-        self.expire: Callable[[], object] = lambda: None
+        self.give_way = self.expire = _do_nothing
         self._places = places
 
     def wait(self) -> None:
         """A request of this connection is being waited for, from now on."""
-        self._places.waiting[self] = self._places.now()
+        if self in self._places.taken:
+            self._places.waiting[self] = self._places.now()
 
     def work(self) -> None:
         """One has come."""
@@ -81,6 +88,7 @@ class Place:
         """The connection has ended. May be called twice."""
         self.work()
         self._places.taken.discard(self)
+        self.give_way = self.expire = _do_nothing
 
 
 class Places:
@@ -102,8 +110,9 @@ class Places:
             longest = next(iter(self.waiting), None)
             if longest is not None:
                 is_spare = longest.is_spare
+                give_way = longest.give_way
                 longest.leave()
-                longest.give_way()
+                give_way()
             elif len(self.taken) >= self._max_places + self._num_spare:
                 return None
         place = Place(self, is_spare=is_spare)
@@ -131,6 +140,12 @@ class Places:
             )
 
 
+def _hang_up(connection: socket.socket) -> None:
+    """End a connection that may belong to the event loop already, which will find it ended."""
+    with contextlib.suppress(OSError):  # the other side was first
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class Acceptor:
     """Takes connections in from a listening socket; to uvicorn it is an asyncio server.
 
@@ -150,7 +165,7 @@ class Acceptor:
         self._places = places
         self._make_protocol = make_protocol
         self._context = context
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], socket.socket] = {}
         self._pause: asyncio.TimerHandle | None = None
         sock.setblocking(False)
         sock.listen(BACKLOG)
@@ -161,8 +176,8 @@ class Acceptor:
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._sock.fileno())
-        for task in self._tasks:
-            task.cancel()
+        for connection in self._tasks.values():
+            _hang_up(connection)
 
     async def wait_closed(self) -> None:
         """Wait for connections that were just being taken in."""
@@ -190,11 +205,11 @@ class Acceptor:
                 self._refuse(connection)
                 connection.close()
                 continue
+            place.give_way = partial(self._turn_back, connection)
+            place.expire = partial(_hang_up, connection)
             task = self._loop.create_task(self._hand_over(connection, place))
-            place.give_way = partial(self._turn_back, connection, task)
-            place.expire = task.cancel
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = connection
+            task.add_done_callback(self._tasks.pop)
 
     async def _hand_over(self, connection: socket.socket, place: Place) -> None:
         """Make a connection the protocol's, after TLS has been agreed on, if it is wanted."""
@@ -202,14 +217,14 @@ class Acceptor:
             await self._loop.connect_accepted_socket(
                 lambda: self._make_protocol(place), connection, ssl=self._context
             )
-        except (OSError, asyncio.CancelledError):  # it left, spoke no TLS, or took too long
+        except OSError:  # it left, spoke no TLS, or took too long
             place.leave()
             connection.close()
 
-    def _turn_back(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
-        """Have a connection give way that no protocol has yet."""
+    def _turn_back(self, connection: socket.socket) -> None:
+        """Have a connection give way that no protocol has yet, or only just."""
         self._refuse(connection)
-        task.cancel()
+        _hang_up(connection)
 
     def _refuse(self, connection: socket.socket) -> None:
         """Answer 503 to whatever it may have asked; over TLS that would take a handshake."""

@@ -53,6 +53,10 @@ class ClosingTransport:
         self.close = protocol.close
         self.is_closing = protocol.is_closing
 
+    def let_go(self, transport: asyncio.Transport) -> None:
+        """Of the protocol, whose connection has ended, and so of a circle that keeps it alive."""
+        self.close, self.is_closing = transport.close, transport.is_closing
+
 
 class HttpProtocol(HttpToolsProtocol):
     """One connection.
@@ -100,6 +104,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_stuck_timer()
         super().connection_lost(exc)
+        self.transport.let_go(self._connection)
 
     def is_closing(self) -> bool:
         """Whether no more than the rest of an answer goes out."""

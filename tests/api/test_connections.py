@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +21,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Places
+from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
+from autotp_serving.api.http_protocol import HttpProtocol
 from tests.api.conftest import LiveServer
 
 pytestmark = pytest.mark.live
@@ -85,6 +91,15 @@ def ask(server: LiveServer, data: bytes, *, ends: bool = False) -> list[tuple[in
 
 def message_of(body: bytes) -> str:
     return json.loads(body)["error"]["message"]
+
+
+def count_sockets(server: LiveServer) -> int:
+    """That the process has open."""
+    found = 0
+    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found += os.readlink(link).startswith("socket:")
+    return found
 
 
 # Time
@@ -166,13 +181,7 @@ def test_a_long_answer_is_no_waiting(hasty: LiveServer) -> None:
 
 
 def test_a_client_that_reads_nothing_is_given_up(hasty: LiveServer) -> None:
-    pid = hasty.process.pid
-
-    def num_sockets() -> int:
-        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return sum(link.startswith("socket:") for link in links)
-
-    before = num_sockets()
+    before = count_sockets(hasty)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", httpx.URL(hasty.url).port))
@@ -181,7 +190,7 @@ def test_a_client_that_reads_nothing_is_given_up(hasty: LiveServer) -> None:
             for _ in range(2000):
                 client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
         began = time.monotonic()
-        while num_sockets() > before:
+        while count_sockets(hasty) > before:
             assert time.monotonic() - began < 10 * SECONDS, "still held"
             time.sleep(0.1)
 
@@ -200,6 +209,28 @@ def test_probes_and_others_get_through_a_crowd_that_says_nothing(hasty: LiveServ
         [(status, body)] = parse(read_all(silent[0]))  # made room for one of the others
         assert status == 503 and json.loads(body)["error"]["code"] == "too_many_connections"
     assert sum("file descriptors" in line for line in hasty.lines) == 1
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_crowds_that_come_and_go_leave_nothing_behind(
+    start_server: Callable[..., LiveServer], is_silent: bool
+) -> None:
+    """Those too that give way before they are quite in."""
+    server = start_server(files=52)  # so few that the newest of them give way to one another
+    before = count_sockets(server)
+    for _ in range(10):
+        with ExitStack() as stack:
+            for _ in range(NUM_FILES):
+                client = stack.enter_context(connect(server))
+                if not is_silent:
+                    client.sendall(request(ASK))
+    deadline = time.monotonic() + 10.0
+    while count_sockets(server) > before:
+        assert time.monotonic() < deadline, count_sockets(server) - before
+        time.sleep(0.05)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10.0) == 0
+    assert not any("Cancel" in line or "Traceback" in line for line in server.lines)
 
 
 def test_where_all_places_are_at_work_probes_are_answered_and_others_refused(
@@ -288,6 +319,48 @@ def test_a_machine_without_files_left_is_asked_again(caplog: pytest.LogCaptureFi
 
     asyncio.run(go())
     assert "Too many open files" in caplog.text
+
+
+def test_a_connection_leaves_nothing_for_the_collector() -> None:
+    """Which comes late, since it costs every stream a pause."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"here"})
+
+    async def go() -> None:
+        config = uvicorn.Config(app, http=HttpProtocol, lifespan="off", log_config=None)
+        config.load()
+        state = ServerState()
+        protocols = []
+
+        def make(place: Place) -> HttpProtocol:
+            protocol = HttpProtocol(place=place, config=config, server_state=state, app_state={})
+            protocols.append(weakref.ref(protocol))
+            return protocol
+
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            places = Places(2, asyncio.get_running_loop().time)
+            acceptor = Acceptor(sock, places, make, None)
+            for lines in (b"", b"Connection: close\r\n"):
+                reader, writer = await asyncio.open_connection(*sock.getsockname())
+                writer.write(b"GET / HTTP/1.1\r\n" + lines + b"\r\n")
+                assert b"here" in await reader.readuntil(b"0\r\n\r\n")
+                writer.close()
+            acceptor.close()
+            while state.connections or state.tasks:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert not places.taken and not places.waiting
+        assert [protocol() for protocol in protocols] == [None, None]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(go())
+    finally:
+        gc.enable()
 
 
 # What is left out by uvicorn
