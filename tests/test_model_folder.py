@@ -244,3 +244,16 @@ def test_an_object_is_read_within_its_limit(folder: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_left_to_others(tmp_path: Path) -> None:
     check_model_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("4.53.3", True), ("5.23.0", False)])
+def test_vocabularies_elsewhere_where_transformers_would_open_them(
+    folder: Path, version: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many checkpoints name the place where they were made; transformers 5 passes over it."""
+    monkeypatch.setattr("autotp_serving.model_folder.metadata.version", lambda name: version)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"vocab_file": "/etc/passwd"}))
+    if is_refused:
+        check_refusal(folder, "/etc/passwd", "tokenizer_config.json")
+    else:
+        check_model_folder(folder)

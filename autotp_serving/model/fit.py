@@ -42,7 +42,17 @@ def find_room(
     local_size: int,
     max_model_len: int,
 ) -> Room:
-    """Divide a device's memory by the rules that the server sizes its cache by."""
+    """Divide a device's memory by the rules that the server sizes its cache by.
+
+    Raises:
+        ConfigError: a cache is asked for that no such device could hold.
+    """
+    num_sharing = local_size if on_cpu else 1
+    if (config.kv_cache_memory or 0) * num_sharing > memory.total:
+        raise ConfigError(
+            f"--kv-cache-memory {show(config.kv_cache_memory)} on each of {num_sharing} rank(s) is "
+            f"more than the {show(memory.total)} of memory that they share: lower it"
+        )
     usable = int(memory.free - (1.0 - config.gpu_memory_utilization) * memory.total)
     if on_cpu:
         # A share of host memory is kept free of an automatic cache only, as count_blocks does.

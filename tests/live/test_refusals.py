@@ -280,6 +280,15 @@ def test_a_cache_too_small_for_one_sequence_is_refused_before_a_weight_is_read(
     assert "--kv-cache-memory" in line and "--max-model-len is 2048" in line and hint in line
 
 
+@pytest.mark.parametrize("mode", ["serve", "plan"])
+def test_a_cache_larger_than_the_memory_there_is(
+    mode: str, refuse: Callable[..., str], model_path: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", model_path, "--kv-cache-memory", "900TiB"]
+    line = refuse(*flags, *mode_flags(mode, tmp_path))
+    assert "--kv-cache-memory" in line and "lower it" in line
+
+
 def test_a_missing_shard(refuse: Callable[..., str], broken: Path) -> None:
     name = shards(broken)[1].name
     shards(broken)[1].unlink()
