@@ -249,7 +249,9 @@ class GrammarCompiler:
         self._alive: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
         self._pool = ShortestFirst(NUM_THREADS, "grammar", stack_bytes=STACK_BYTES)
         # Whatever takes long shares a core, and leaves it to others.
-        self._late_pool = ShortestFirst(1, "late-grammar", stack_bytes=STACK_BYTES, niceness=19)
+        self._late_pool = ShortestFirst(
+            1, "late-grammar", stack_bytes=STACK_BYTES, niceness=SLOW_NICENESS
+        )
         self._slow_pool = ShortestFirst(1, "slow-grammar", niceness=SLOW_NICENESS)
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
