@@ -147,11 +147,13 @@ def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) 
     regex = [Structure("regex", f"a{{{number}}}") for number in range(5)]
     first = compiler.submit(regex[0])
     assert compiler.submit(Structure("regex", "a{0}")) is first
+    first.result(60)
     for structure in (*regex[1:3], regex[0], regex[3]):  # regex[1] is now the oldest
-        compiler.submit(structure)
+        compiler.submit(structure).result(60)
     assert compiler.submit(regex[0]) is first
     assert len(compiler._cache) == 3 and regex[1] not in compiler._cache
     failed = compiler.submit(Structure("regex", "("))
+    assert failed.exception(60)
     assert compiler.submit(Structure("regex", "(")) is failed and failed.exception()
 
 

@@ -23,6 +23,7 @@ from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.structure import Structure, structure_to_plain
 from tests.fakes import ByteTokenizer
 
+NUM_WORKERS = sandbox_module.NUM_AT_ONCE * len(sandbox_module.KINDS)
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{% if k == 'loop' %}{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}
 {% endfor %}{% elif k == 'memory' %}{{ 'a' * 10 ** 10 }}{% elif k == 'long' %}{{ 'a' * 5000 }}
@@ -124,6 +125,7 @@ def test_a_grammar_that_overflows_the_stack(sandbox: Sandbox) -> None:
 
 def test_a_worker_that_is_killed_is_replaced(sandbox: Sandbox) -> None:
     helper = sandbox._helper._process.pid
+    wait_until(lambda: len(children(helper)) == NUM_WORKERS)
     before = set(children(helper))
     job = sandbox.submit("render", ([], {"k": "loop"}, 9), 1, 30.0)
 
@@ -136,7 +138,7 @@ def test_a_worker_that_is_killed_is_replaced(sandbox: Sandbox) -> None:
     with pytest.raises(SandboxError):
         job.result(10)
     assert render(sandbox).strip() == "hi"
-    wait_until(lambda: len(children(helper)) == len(before))
+    wait_until(lambda: len(children(helper)) == NUM_WORKERS)
 
 
 def test_helpers_stand_back_and_have_nothing_of_a_rank(sandbox: Sandbox) -> None:
