@@ -55,15 +55,18 @@ class Admission:
             prompt,
             "prompt",
             add_special_tokens=add_special_tokens,
-            max_tokens=self.max_listed_tokens if is_listed else None,
+            max_tokens=self.max_listed_tokens if is_listed else self.max_model_len,
         )
         self.check_tokens(token_ids, "prompt")
         return token_ids
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], options: dict[str, Any]
+        self, messages: list[dict[str, Any]], options: dict[str, Any], *, is_listed: bool = False
     ) -> list[int]:
         """Tokenize a conversation by the model's chat template.
+
+        Args:
+            is_listed: it is not run but listed, so it may have more tokens than the model takes.
 
         Raises:
             RequestError: when there is no template, it refuses the messages, or what it makes of
@@ -71,9 +74,12 @@ class Admission:
             ApiError: 400 when it is too long for the model by far, 503 when nothing is free to
                 render it.
         """
-        text = await self._prompts.render(messages, options)
+        max_tokens = self.max_listed_tokens if is_listed else self.max_model_len
+        text = await self._prompts.render(messages, options, max_tokens)
         # The template has written the special tokens itself.
-        token_ids = await self._prompts.encode(text, "messages", add_special_tokens=False)
+        token_ids = await self._prompts.encode(
+            text, "messages", add_special_tokens=False, max_tokens=max_tokens
+        )
         self.check_tokens(token_ids, "messages")
         return token_ids
 

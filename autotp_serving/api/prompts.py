@@ -69,7 +69,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-        self.max_chars = max_model_len * max(1, longest)
+        self._longest = max(1, longest)
         self._sandbox = sandbox
         self._seconds = template_seconds
         self._is_cheap = {
@@ -93,48 +93,47 @@ class PromptEncoder:
         field_name: str,
         *,
         add_special_tokens: bool = True,
-        max_tokens: int | None = None,
+        max_tokens: int,
     ) -> list[int]:
         """Tokenize a text without holding up the event loop.
 
         Args:
             field_name: the client's word for it.
             add_special_tokens: begin with the model's own.
-            max_tokens: refuse a text that certainly has more; None is what the model takes.
+            max_tokens: refuse a text that certainly has more.
 
         Raises:
             ApiError: 400, the text is too long for the model.
             RequestError: the tokenizer fails.
         """
-        if max_tokens is None:
-            max_tokens = self._max_model_len
         if len(text) > LONG_CHARS and self._trim_timer is None:
             loop = asyncio.get_running_loop()
             self._trim_timer = loop.call_later(TRIM_SECONDS, self._trim)
-        self.check_len(text, field_name)
+        if len(text) > self._longest * max_tokens:
+            raise self._too_long(field_name, f"{len(text)} characters", max_tokens)
         work = partial(self._encode, text, field_name, add_special_tokens, max_tokens)
         if len(text) <= MAX_INLINE_CHARS:
             return work()
         threads = self._short if len(text) <= MAX_SHORT_CHARS else self._long
         return await asyncio.wrap_future(threads.submit(len(text), work))
 
-    def check_len(self, text: str, field_name: str) -> None:
-        """Refuse a text that has more characters than the model's tokens can hold."""
-        if len(text) > self.max_chars:
-            raise self._too_long(field_name, f"{len(text)} characters")
-
     def check_num_tokens(self, num_tokens: int, field_name: str) -> None:
         """Refuse a prompt that leaves no room for a token, before each is looked at."""
         if num_tokens > self._max_model_len:
-            raise self._too_long(field_name, f"{num_tokens} tokens")
+            raise self._too_long(field_name, f"{num_tokens} tokens", self._max_model_len)
 
-    async def render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    async def render(
+        self, messages: list[dict[str, Any]], options: dict[str, Any], max_tokens: int
+    ) -> str:
         """Write out a conversation by the model's chat template.
+
+        Args:
+            max_tokens: refuse what certainly has more.
 
         Raises:
             RequestError: there is no template, or it refuses the messages, fails, or takes too
                 much time or memory.
-            ApiError: 503, no process is free to run it.
+            ApiError: 400, it is too long by far; 503, no process is free to run it.
         """
         self._tokenizer.check_chat(options)
         work = partial(self._render_here, messages, options)
@@ -145,7 +144,7 @@ class PromptEncoder:
             if size <= MAX_INLINE_CHARS:
                 return work()
             return await asyncio.wrap_future(self._short.submit(size, work))
-        return await self._render_apart(messages, options, size)
+        return await self._render_apart(messages, options, size, max_tokens)
 
     def _render_here(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
         try:
@@ -154,12 +153,12 @@ class PromptEncoder:
             raise _refuse_chat(str(error)) from error
 
     async def _render_apart(
-        self, messages: list[dict[str, Any]], options: dict[str, Any], size: int
+        self, messages: list[dict[str, Any]], options: dict[str, Any], size: int, max_tokens: int
     ) -> str:
         key = hashlib.sha256(marshal.dumps((messages, options))).digest()
         if key in self._refusals:
             raise RequestError("messages", self._refusals[key])
-        data = (messages, options, self.max_chars)
+        data = (messages, options, self._longest * max_tokens)
         job = self._sandbox.submit("render", data, size, self._seconds)
         try:
             text = await asyncio.wrap_future(job)
@@ -174,7 +173,7 @@ class PromptEncoder:
         except SandboxBusyError as error:
             raise busy() from error
         if isinstance(text, int):  # its length: too long to be handed over
-            raise self._too_long("messages", f"{text} characters")
+            raise self._too_long("messages", f"{text} characters", max_tokens)
         return text
 
     def _trim(self) -> None:
@@ -207,12 +206,11 @@ class PromptEncoder:
             if num_tokens > max_tokens:
                 raise self._too_long(field_name, f"over {num_tokens} tokens", max_tokens)
 
-    def _too_long(self, field_name: str, length: str, max_tokens: int | None = None) -> ApiError:
-        limit = max_tokens or self._max_model_len
+    def _too_long(self, field_name: str, length: str, max_tokens: int) -> ApiError:
+        flag = " (--max-model-len)" if max_tokens == self._max_model_len else ""
         return ApiError(
             400,
-            f"{field_name}: {length} are more than fit in the limit of {limit} tokens "
-            "(--max-model-len)",
+            f"{field_name}: {length} are more than fit in the limit of {max_tokens} tokens{flag}",
             param=field_name,
             code="context_length_exceeded",
         )

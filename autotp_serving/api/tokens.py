@@ -57,6 +57,7 @@ def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
             tokens = await admission.encode_chat(
                 [message.for_template() for message in body.messages],
                 {"add_generation_prompt": body.add_generation_prompt},
+                is_listed=True,
             )
         return {"tokens": tokens, "count": len(tokens), "max_model_len": admission.max_model_len}
 

@@ -71,6 +71,9 @@ NUM_TRIED_TOKENS = 24
 TRIED_SECONDS = 0.02
 """A helper follows a grammar for so many tokens, or until that time is over."""
 
+TRIED_SLOW_SECONDS = 0.005
+"""More than SLOW_SECONDS, since a process just forked is slow in all it does first."""
+
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
 
@@ -223,7 +226,7 @@ def try_structure(vocabulary: Vocabulary, structure: Structure) -> dict[str, Any
         "text": text,
         "seconds": seconds,
         "num_bytes": grown * 1024 + MIN_GRAMMAR_BYTES,
-        "is_slow": slowest > SLOW_SECONDS,
+        "is_slow": slowest > TRIED_SLOW_SECONDS,
     }
 
 
@@ -253,12 +256,15 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._seconds = seconds
         self._sandbox = sandbox or Sandbox(tokenizer)
+        self._pending: dict[Structure, Future[CompiledGrammar]] = {}
         self._cache: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
         self._refused: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
         self._alive: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
         self._pool = ShortestFirst(NUM_THREADS, "grammar", stack_bytes=STACK_BYTES)
         # Whatever takes long shares a core, and leaves it to others.
-        self._late_pool = ShortestFirst(1, "late-grammar", stack_bytes=STACK_BYTES, niceness=19)
+        self._late_pool = ShortestFirst(
+            1, "late-grammar", stack_bytes=STACK_BYTES, niceness=SLOW_NICENESS
+        )
         self._slow_pool = ShortestFirst(1, "slow-grammar", niceness=SLOW_NICENESS)
 
     def submit(self, structure: Structure) -> Future[CompiledGrammar]:
@@ -273,13 +279,13 @@ class GrammarCompiler:
         if not self._tokenizer.eos_token_ids:
             return _refuse("cannot be kept to: the model has no token that ends a text")
         with self._lock:
+            if structure in self._pending:
+                return self._pending[structure]
             for known in (self._refused, self._cache):
                 if structure in known:
                     known.move_to_end(structure)
                     return known[structure]
-            future = self._cache[structure] = Future()
-            if len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
+            future = self._pending[structure] = Future()
         future.add_done_callback(partial(self._sort, structure))
         if is_simple(structure):
             self._finish(self._pool, size, partial(self._compile_simple, structure), future)
@@ -320,24 +326,23 @@ class GrammarCompiler:
         """Keep refusals apart, so that they push out no grammar; forget those for want of time."""
         error = future.exception()
         with self._lock:
-            if error is not None and self._cache.get(structure) is future:
-                del self._cache[structure]
+            del self._pending[structure]
             if isinstance(error, GrammarError):
                 self._refused[structure] = future
                 if len(self._refused) > MAX_REFUSALS:
                     self._refused.popitem(last=False)
-            self._shrink(MAX_CACHED_BYTES)
+            elif error is None:
+                self._cache[structure] = future
+                if len(self._cache) > MAX_CACHED:
+                    self._cache.popitem(last=False)
+                self._shrink(MAX_CACHED_BYTES)
 
     def _shrink(self, max_bytes: int) -> None:
         """Let go of cached grammars, the oldest first, until the others fit."""
-        done = [one for one in self._cache.values() if one.done() and one.exception() is None]
-        total = sum(one.result().num_bytes for one in done)
-        for structure, one in list(self._cache.items()):
-            if total <= max_bytes:
-                return
-            if one.done() and one.exception() is None:
-                total -= one.result().num_bytes
-                del self._cache[structure]
+        total = sum(one.result().num_bytes for one in self._cache.values())
+        while total > max_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            total -= oldest.result().num_bytes
 
     def _find_vocabulary(self) -> Vocabulary:
         with self._lock:

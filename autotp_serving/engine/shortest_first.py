@@ -70,4 +70,5 @@ class ShortestFirst:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del work, future  # or the last result would live until the next
+                del result  # or it would live until the next one
+            del work, future

@@ -10,6 +10,8 @@ import pytest
 
 from autotp_serving.engine import grammar
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.engine.sandbox import SLACK, SandboxBusyError
+from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.request import Request, RequestError, SamplingParams
 from autotp_serving.structure import Structure
 from tests.engine.test_engine import Bench
@@ -24,7 +26,7 @@ def compiler() -> GrammarCompiler:
 
 
 def compile_one(compiler: GrammarCompiler, kind: str, source: str = "") -> CompiledGrammar:
-    return compiler.submit(Structure(kind, source)).result(20)
+    return compiler.submit(Structure(kind, source)).result(60)
 
 
 def follow(compiled: CompiledGrammar, text: str) -> str:
@@ -118,15 +120,17 @@ def nasty() -> dict[str, tuple[str, str]]:
 def test_a_nasty_structure_holds_nobody_up(name: str) -> None:
     """It compiles or is refused within the time that a request waits, and so does each mask.
 
-    Limits are llguidance's own; the times allowed here leave room for a busy machine."""
+    On a busy machine the processes that try it out, which stand back, may take several times the
+    two seconds of processor time that they have. Masks are limited by llguidance itself; the time
+    allowed here leaves room for a busy machine too."""
     compiler = GrammarCompiler(ByteTokenizer())
     compile_one(compiler, "json_object")
     started = time.monotonic()
     try:
         guide = compile_one(compiler, *nasty()[name]).start()
-    except GrammarError:
+    except (GrammarError, SandboxBusyError):
         guide = None
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 2.0 * SLACK + 5.0
     for _ in range(50 if guide else 0):
         started = time.monotonic()
         allowed = int.from_bytes(guide.allowed(), "little")
@@ -143,11 +147,13 @@ def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) 
     regex = [Structure("regex", f"a{{{number}}}") for number in range(5)]
     first = compiler.submit(regex[0])
     assert compiler.submit(Structure("regex", "a{0}")) is first
+    first.result(60)
     for structure in (*regex[1:3], regex[0], regex[3]):  # regex[1] is now the oldest
-        compiler.submit(structure)
+        compiler.submit(structure).result(60)
     assert compiler.submit(regex[0]) is first
     assert len(compiler._cache) == 3 and regex[1] not in compiler._cache
     failed = compiler.submit(Structure("regex", "("))
+    assert failed.exception(60)
     assert compiler.submit(Structure("regex", "(")) is failed and failed.exception()
 
 
@@ -300,3 +306,82 @@ def test_what_is_computed_in_a_thread_is_what_is_computed_at_once(monkeypatch) -
         told.append((masks, is_complete))
         assert compiled.is_slow == (seconds < 0)
     assert told[0] == told[1] and told[0][1]
+
+
+class StuckMatcher:
+    """Thinks about its second token for ever, as far as anyone can tell."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.num_asked = 0
+
+    def deep_copy(self) -> StuckMatcher:
+        return self
+
+    def compute_bitmask(self) -> bytes:
+        self.num_asked += 1
+        if self.num_asked > 1:
+            self.gate.wait(30)
+        return b"\xff" * 36
+
+    def consume_token(self, token_id: int) -> bool:
+        return True
+
+    def is_error(self) -> bool:
+        return False
+
+    is_stopped = is_error
+
+
+def test_a_mask_that_takes_too_long_ends_its_request_and_no_other(monkeypatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_TOO_SLOW_SECONDS", 0.2)
+    matcher = StuckMatcher()
+    slow_pool = ShortestFirst(1, "slow")
+    compiled = CompiledGrammar(matcher, b"\xff" * 36, slow_pool, is_slow=True)
+    bench = Bench(FakeRunner(delay=0.01))
+    submit(bench, "stuck", compiled, max_tokens=9)
+    bench.submit("quick", max_tokens=40)
+    started = time.monotonic()
+    bench.run()
+    matcher.gate.set()
+    assert time.monotonic() - started < 5.0
+    last = bench.last("stuck")
+    assert (last.finish_reason, last.error) == ("error", grammar.TOO_SLOW)
+    assert last.error_code == "structure_too_complex"
+    assert len(bench.tokens("quick")) == 40
+    bench.assert_clean()
+
+
+def test_a_panic_while_an_answer_is_followed_ends_its_request_alone() -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panics(StuckMatcher):
+        def consume_token(self, token_id: int) -> bool:
+            raise PanicException("index out of bounds")
+
+    bench = Bench()
+    submit(bench, "a", CompiledGrammar(Panics(), b"\xff" * 36, ShortestFirst(1, "slow")))
+    bench.submit("b", max_tokens=9)
+    bench.run()
+    assert (bench.last("a").finish_reason, bench.last("a").error) == ("error", grammar.TOO_COMPLEX)
+    assert len(bench.tokens("b")) == 9
+    bench.assert_clean()
+
+
+def test_refusals_push_out_no_grammar_and_heavy_grammars_each_other(monkeypatch) -> None:
+    compiler = GrammarCompiler(ByteTokenizer())
+    kept = Structure("regex", "a{3}")
+    compiler.submit(kept).result(60)
+    for number in range(grammar.MAX_CACHED + 5):
+        compiler.submit(Structure("choice", f"[{number}"))  # no JSON
+    assert kept in compiler._cache
+    monkeypatch.setattr(grammar, "MAX_CACHED_BYTES", 2 * grammar.MIN_GRAMMAR_BYTES)
+    for number in range(4):
+        compiler.submit(Structure("choice", f'["{number}"]')).result(60)
+    assert len(compiler._cache) <= 3 and kept not in compiler._cache
+    monkeypatch.setattr(grammar, "MAX_HELD_BYTES", grammar.MIN_GRAMMAR_BYTES)
+    held = compiler.submit(Structure("choice", '["held"]')).result(60)
+    with pytest.raises(SandboxBusyError):
+        compiler.submit(Structure("choice", '["more"]')).result(60)
+    del held
