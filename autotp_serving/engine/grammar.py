@@ -181,8 +181,21 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        # The tokenizer may know more tokens than the model, and llguidance must not.
-        return [token for token in tokens if token < len(self.tokens)]
+        if max(tokens, default=0) < len(self.tokens):
+            return tokens
+        # The tokenizer may know more tokens than the model. Those are spelled, byte by byte.
+        spelled: list[int] = []
+        for token in tokens:
+            if token < len(self.tokens):
+                spelled.append(token)
+            else:
+                known = map(self._byte_tokens.get, self._tokenizer.token_bytes(token))
+                spelled.extend(one for one in known if one is not None)
+        return spelled
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        return {piece[0]: token for token, piece in enumerate(self.tokens) if len(piece) == 1}
 
 
 def _to_llguidance(structure: Structure, has_llama_tag: bool) -> str:
