@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, Literal
 
 from autotp_serving.structure import Grammar, Structure
@@ -159,7 +158,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check_type("logit_bias", token, Integral)
             _check_type("logit_bias", bias, Real)
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if self.structure is not None and not isinstance(self.structure, Structure):
             raise RequestError("structure", "must be a Structure")
 

@@ -50,9 +50,11 @@ class StandIn:
         # A signal that this thread took would not wake the main thread, which handles it.
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         os.read(alive, 1)
-        self.on_end()
-        time.sleep(LAST_WORDS_SECONDS)
-        os._exit(1)
+        try:
+            self.on_end()
+        finally:  # its words may find no reader any more
+            time.sleep(LAST_WORDS_SECONDS)
+            os._exit(1)
 
 
 def end_soon() -> None:

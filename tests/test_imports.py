@@ -22,6 +22,7 @@ TOP_ROOMS = {
     "ranks": "ranks",
     "channel": "ranks",
     "watch": "ranks",
+    "stand_in": "ranks",
     "agreement": "ranks",
     "collectives": "ranks",
     "listeners": "ranks",

@@ -122,6 +122,12 @@ def test_a_rank_without_its_stand_in_has_last_words_and_ends(
     assert "last words" in known.stdout.read()
 
 
+def test_a_rank_whose_last_words_fail_ends_too(start: Start) -> None:
+    known, pid = start("stand_in.on_end = lambda: 1 / 0")
+    known.kill()
+    wait_until(lambda: has_ended(pid), LAST_WORDS_SECONDS + 5)
+
+
 @pytest.mark.parametrize(
     ("environ", "rank"),
     [

@@ -29,11 +29,14 @@ class Pace:
         self._ends: deque[tuple[int, int]] = deque(maxlen=NUM_ENDS)  # tokens used, tokens allowed
         self._last_time = 0.0
         self._num_running = 0  # in the latest step
+        self._is_first = True
+        self._first_interval: float | None = None
 
     def open(self, requests: Sequence[Request], now: float) -> None:
         """These requests begin to wait."""
         if not self._max_tokens:
             self._last_time = now  # idle time is not the engine's
+            self._is_first = True
         for request in requests:
             self._max_tokens[request.request_id] = max(1, request.params.max_tokens)
 
@@ -49,7 +52,11 @@ class Pace:
                 if output.finish_reason in ("stop", "length"):
                     self._ends.append((num_done, self._max_tokens[output.request_id]))
         if num_tokens:
-            self._intervals.append(now - self._last_time)
+            if self._is_first:  # the prompts' step: it says little of those that follow
+                self._first_interval = now - self._last_time
+                self._is_first = False
+            else:
+                self._intervals.append(now - self._last_time)
             self._last_time = now
             self._num_running = num_running
 
@@ -64,11 +71,14 @@ class Pace:
         Before anything is measured: as long again as the first step has taken so far.
         """
         since = now - self._last_time
-        if not self._intervals:
+        intervals = list(self._intervals)
+        if not intervals and self._first_interval is not None:
+            intervals = [self._first_interval]
+        if not intervals:
             return since
-        mean = sum(self._intervals) / len(self._intervals)
+        mean = sum(intervals) / len(intervals)
         if since > mean:  # the present step is slower, or never ends
-            mean = (sum(self._intervals) + since) / (len(self._intervals) + 1)
+            mean = (sum(intervals) + since) / (len(intervals) + 1)
         return mean * self._steps_until(num_finishes)
 
     def _steps_until(self, num_finishes: int) -> float:

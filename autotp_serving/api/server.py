@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import socket
 import ssl
 import time
@@ -15,13 +16,18 @@ from fastapi import FastAPI
 
 from autotp_serving.api.connections import Acceptor, Place, Places, find_max_connections
 from autotp_serving.api.http_protocol import HttpProtocol
+from autotp_serving.api.stalled_clients import cut_all, cut_stalled
 from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 
 logger = logging.getLogger("uvicorn.error")
 
-# Seconds for answers that are complete to reach their clients once the server stops.
-FLUSH_SECONDS = 5
+# Seconds for answers that are complete to reach their clients once the server stops, and for errors
+# to reach them once the engine has failed.
+FLUSH_SECONDS = 5.0
+FLUSH_SECONDS_OF_FAILURE = 1.0
+# Probes are to see that the engine has failed before nobody answers them any more.
+FAILED_SECONDS = 0.8
 # A Ctrl+C reaches us from the terminal and once more from mpirun: that is one signal, not two.
 SAME_SIGNAL_SECONDS = 1.0
 
@@ -98,7 +104,7 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
         lifespan="on",
         http=HttpProtocol,
         ws="none",
-        timeout_graceful_shutdown=FLUSH_SECONDS,
+        timeout_graceful_shutdown=math.ceil(2 * FLUSH_SECONDS),  # ours comes first
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
     )
@@ -123,6 +129,7 @@ class _Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         self._first_signal_time = 0.0
         self._places: Places | None = None
+        self._failed_time = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, and take connections in ourselves."""
@@ -157,8 +164,19 @@ class _Server(uvicorn.Server):
         failure = self._engine.engine.failure
         if failure is not None:
             self._engine.end_all(failure)
-            self.should_exit = True
+            self._failed_time = self._failed_time or time.monotonic()
+            if time.monotonic() - self._failed_time >= FAILED_SECONDS:
+                self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        seconds = FLUSH_SECONDS_OF_FAILURE if self._failed_time else FLUSH_SECONDS
+        connections = self.server_state.connections
+        timer = asyncio.get_running_loop().call_later(seconds, cut_all, connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, stop at the second."""
@@ -182,5 +200,9 @@ class _Server(uvicorn.Server):
                 self._engine.num_open,
                 self._drain_seconds,
             )
-        await self._engine.drain(self._drain_seconds)
+        cutting = asyncio.ensure_future(cut_stalled(self.server_state.connections))
+        try:
+            await self._engine.drain(self._drain_seconds)
+        finally:
+            cutting.cancel()
         self.should_exit = True

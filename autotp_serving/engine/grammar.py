@@ -175,9 +175,23 @@ def _refuse(reason: str) -> Future[CompiledGrammar]:
 
 
 def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's tokens. Those that the model does not have are spelled, byte by byte."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    # The tokenizer may know more tokens than the model, and llguidance must not.
-    return [token for token in tokens if token < tokenizer.vocab_size]
+    if max(tokens, default=0) < tokenizer.vocab_size:
+        return tokens
+    byte_tokens = {
+        piece[0]: token
+        for token in range(tokenizer.vocab_size)
+        if len(piece := tokenizer.token_bytes(token)) == 1
+    }
+    spelled: list[int] = []
+    for token in tokens:
+        if token < tokenizer.vocab_size:
+            spelled.append(token)
+        else:
+            known = map(byte_tokens.get, tokenizer.token_bytes(token))
+            spelled.extend(one for one in known if one is not None)
+    return spelled
 
 
 @dataclass(frozen=True)

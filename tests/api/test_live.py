@@ -274,3 +274,30 @@ def test_a_port_just_given_up_can_be_used_again(start_server: Callable[..., Live
 def test_an_address_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ConfigError, match="--host"):
         reserve_port("no.such.host.invalid", 8000)
+
+
+def test_clients_that_read_nothing_are_not_waited_for(
+    start_server: Callable[..., LiveServer],
+) -> None:
+    """One kept the drain for a minute, and left a traceback. Who reads slowly is let finish."""
+    server = start_server(max_model_len=4096, config={"drain_seconds": 60})
+    body = {"prompt": "x", "n_predict": 4000, "ignore_eos": True, "logprobs": 20}
+    text = json.dumps(body)
+    head = f"POST /generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n"
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    short = body | {"n_predict": 600}
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect((host, int(port)))
+        silent.sendall((head + text).encode())
+        server.wait_for_health(lambda health: health["num_generated_tokens"] > 2500, 60.0)
+        with httpx.stream("POST", f"{server.url}/generate_stream", json=short, timeout=60) as slow:
+            lines = slow.iter_lines()
+            next(lines)
+            server.signal(signal.SIGTERM)
+            for last in lines:  # noqa: B007
+                time.sleep(0.005)
+        assert json.loads(last)["finish_reason"] == "length"
+        assert server.wait(15.0) == 0
+    assert not [line for line in server.lines if "Traceback" in line or "ERROR" in line]
+    assert any("whose client reads nothing" in line for line in server.lines)

@@ -44,6 +44,10 @@ class MoreTokens(ByteTokenizer):
         """A "~" is a token that the model does not have."""
         return [NUM_ROWS + 9 if byte == ord("~") else byte for byte in text.encode()]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Of such a token, too."""
+        return b"~" if token_id == NUM_ROWS + 9 else super().token_bytes(token_id)
+
 
 class PanickingGuide:
     """A guide that goes wrong somewhere, as a library in Rust does: by no Exception."""
