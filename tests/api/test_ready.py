@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from autotp_serving.api import ready
+from autotp_serving.batch import Batch
 from tests.api.service import Service, client
 from tests.fakes import letters
 
@@ -27,13 +28,13 @@ def run(test: Test, **options: Any) -> Any:
 
 def hold_steps(service: Service) -> threading.Event:
     """Make every step wait for the event, as if a rank had stopped."""
-    gate, execute = threading.Event(), service.runner.execute
+    gate, forward = threading.Event(), service.runner.forward
 
-    def wait_and_execute(*args: Any) -> Any:
+    def wait_and_forward(batch: Batch) -> None:
         gate.wait(10)
-        return execute(*args)
+        forward(batch)
 
-    service.runner.execute = wait_and_execute
+    service.runner.forward = wait_and_forward
     return gate
 
 
