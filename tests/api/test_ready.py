@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from autotp_serving.api import ready
+from autotp_serving.batch import Batch
 from tests.api.service import Service, client
 from tests.fakes import letters
 
@@ -29,9 +30,9 @@ def hold_steps(service: Service) -> threading.Event:
     """Make every step wait for the event, as if a rank had stopped."""
     gate, forward = threading.Event(), service.runner.forward
 
-    def wait_and_forward(*args: Any) -> None:
+    def wait_and_forward(batch: Batch) -> None:
         gate.wait(10)
-        forward(*args)
+        forward(batch)
 
     service.runner.forward = wait_and_forward
     return gate

@@ -85,6 +85,25 @@ def test_equal_pages_registered_twice_become_one():
     blocks.check_integrity(tables[1:])
 
 
+def test_a_table_shrinks_to_what_its_tokens_need():
+    """Pages taken for tokens that did not come to stay go back; shared ones stay with others."""
+    blocks = BlockManager(8, BLOCK_SIZE)
+    table = fill(blocks, list(range(9)))
+    other: list[int] = []
+    blocks.take(other, blocks.match(list(range(9))))
+    assert blocks.grow(table, 6 * BLOCK_SIZE)
+    blocks.shrink(table, 2 * BLOCK_SIZE + 1)
+    assert len(table) == 3 and blocks.num_held == 3
+    blocks.shrink(table, BLOCK_SIZE)
+    assert len(table) == 1 and len(other) == 2
+    blocks.check_integrity([table, other])
+    blocks.shrink(table, 3 * BLOCK_SIZE)
+    assert len(table) == 1, "it never grows"
+    blocks.shrink(table, 0)
+    assert not table
+    blocks.check_integrity([table, other])
+
+
 def test_oldest_content_goes_first_and_its_end_before_its_beginning():
     blocks = BlockManager(6, BLOCK_SIZE)
     old, new = list(range(9)), list(range(50, 59))

@@ -76,6 +76,20 @@ def test_tokens_equal_those_of_transformers(
     assert list_shared_memory() <= names_before
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_two_steps_in_flight_give_the_same_tokens(
+    num_ranks: int, model_path: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Tokens then go from rank 0 to every rank's state, and the host learns them a step later."""
+    if torch.cuda.is_available():
+        pytest.skip("there it is how every step runs")
+    prompts, lens = make_prompts(256)
+    small = {"max_num_batched_tokens": 96, "max_num_seqs": 4, "max_model_len": 768}
+    settings = {"low_bit": "bf16", "dtype": "float32", "kv_cache_memory": 100 * 2**20} | small
+    job = {"prompts": prompts, "max_tokens": lens, "settings": settings, "max_in_flight": 2}
+    assert run_program("generate_program", num_ranks, model_path, job, tmp_path) == expected
+
+
 def test_an_int8_cache_gives_the_same_tokens_at_any_number_of_ranks(
     model_path: Path, tmp_path: Path
 ) -> None:
