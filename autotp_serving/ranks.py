@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MPI_SIZE_NAMES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")
 FILES_OF_PROCESS = 64
 FILES_PER_RANK = 16
-"""What rank 0 of a group has open when it is ready: 70 files of two ranks, measured."""
+"""Rank 0 has 70 files open when two ranks are ready, 78 of four; the rest is for connections."""
 
 POLL_SECONDS = 0.002
 FAILURE_SECONDS = 5.0
