@@ -79,7 +79,7 @@ def test_what_the_model_has_no_row_for_is_refused_everywhere(
                 reply = await http.post(path, json=body)
                 assert reply.status_code == 400, (path, body, reply.text)
                 assert reply.json()["error"]["param"] == field, (path, body, reply.text)
-            assert not served.runner.plans
+            assert not served.runner.batches
             for path, body in SERVED:
                 reply = await http.post(path, json=body)
                 assert reply.status_code == 200, (path, body, reply.text)
