@@ -50,6 +50,9 @@ class ClosingTransport:
 
     def __init__(self, transport: asyncio.Transport, protocol: HttpProtocol) -> None:
         self.write = transport.write  # the transport's own: a token's way is no longer for this
+        self.abort = transport.abort
+        self.get_extra_info = transport.get_extra_info
+        self.get_write_buffer_size = transport.get_write_buffer_size
         self.close = protocol.close
         self.is_closing = protocol.is_closing
 
