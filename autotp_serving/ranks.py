@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 from autotp_serving import listeners
@@ -120,6 +121,9 @@ class MpiControl:
         host = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank = host.Get_rank()
         self.local_size = host.Get_size()
+        host.Barrier()  # all have mapped it
+        if self.local_rank == 0:
+            unlink_mpich_memory(Path("/proc/self/maps"))
 
     def all_gather(self, value: Any) -> list[Any]:
         """Exchange pickled values, asleep until the last rank has come.
@@ -293,6 +297,21 @@ def leave_group(rank: int, message: str) -> None:
     """
     logger.error("rank %d ends: %s", rank, message)
     os._exit(1)
+
+
+def unlink_mpich_memory(maps: Path) -> None:
+    """Take the name of MPICH's shared memory away: it would stay when a rank is killed, 1 MB each.
+
+    Without a name the memory goes with the last process that maps it, however that ends.
+
+    Args:
+        maps: the kernel's list of what this process has mapped.
+    """
+    if not maps.exists():  # only Linux has it
+        return
+    for path in {line.split()[-1] for line in maps.read_text().splitlines() if line.strip()}:
+        if path.startswith("/dev/shm/mpich_shm_"):
+            Path(path).unlink(missing_ok=True)
 
 
 def _exit_late(exit_code: int) -> None:

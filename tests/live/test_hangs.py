@@ -46,6 +46,7 @@ def read_end(server: Launch, number: int) -> tuple[str, float]:
 
 def strike(server: Launch, fault: Callable[[], None]) -> tuple[list[str], float]:
     """Have it happen under 12 streams; how they ended, and the seconds until the last had."""
+    assert not shared_memory(server), "what has a name stays when a rank is killed"
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         ends = [pool.submit(read_end, server, number) for number in range(NUM_STREAMS)]
         server.wait_for(lambda: server.health()["num_generated_tokens"] > 5 * NUM_STREAMS)
@@ -54,6 +55,13 @@ def strike(server: Launch, fault: Callable[[], None]) -> tuple[list[str], float]
         fault()
         results = [end.result(60.0) for end in ends]
     return [message for message, _ in results], max(moment for _, moment in results) - struck
+
+
+def shared_memory(server: Launch) -> set[str]:
+    """Files in /dev/shm that the ranks have mapped and that still have a name."""
+    lines = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in server.rank_pids())
+    names = {line.split(maxsplit=5)[-1] for line in lines.splitlines() if "/dev/shm/" in line}
+    return {name for name in names if Path(name).exists()}
 
 
 def send(server: Launch, rank: int, number: int) -> Callable[[], None]:
