@@ -247,7 +247,11 @@ def test_a_browser_must_label_json_as_json() -> None:
                 await http.post(
                     "/generate",
                     content=b'{"prompt": "emoji", "n_predict": 2}',
-                    headers={"content-type": kind, "origin": "http://elsewhere.example"},
+                    headers={
+                        "content-type": kind,
+                        "origin": "http://elsewhere.example",
+                        "host": "localhost",
+                    },
                 )
                 for kind in ("text/plain", "application/json")
             ]
