@@ -166,7 +166,8 @@ class PromptEncoder:
             raise _refuse_chat(str(error)) from error
         except SandboxError as error:
             reason = f"rendering them by the chat template {error}"
-            self._refusals[key] = reason
+            if error.is_certain:
+                self._refusals[key] = reason
             if len(self._refusals) > MAX_REFUSALS:
                 self._refusals.popitem(last=False)
             raise RequestError("messages", reason) from error

@@ -92,7 +92,15 @@ OUT_OF_MEMORY = "grammars in use take all the memory that there is for them"
 
 
 class GrammarError(ValueError):
-    """A structure that cannot be compiled; the message says why, in one line."""
+    """A structure that cannot be compiled; the message says why, in one line.
+
+    Args:
+        is_certain: see SandboxError.
+    """
+
+    def __init__(self, message: str, *, is_certain: bool = True) -> None:
+        super().__init__(message)
+        self.is_certain = is_certain
 
 
 class Vocabulary:
@@ -317,7 +325,8 @@ class GrammarCompiler:
         if isinstance(error, RefusalError):
             future.set_exception(GrammarError(str(error)))
         elif isinstance(error, SandboxError):
-            future.set_exception(GrammarError(f"{error}: make it smaller or simpler"))
+            message = f"{error}: make it smaller or simpler"
+            future.set_exception(GrammarError(message, is_certain=error.is_certain))
         elif error is not None:
             future.set_exception(error)
         else:
@@ -341,7 +350,7 @@ class GrammarCompiler:
         error = future.exception()
         with self._lock:
             del self._pending[structure]
-            if isinstance(error, GrammarError):
+            if isinstance(error, GrammarError) and error.is_certain:
                 self._refused[structure] = future
                 if len(self._refused) > MAX_REFUSALS:
                     self._refused.popitem(last=False)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -40,6 +41,12 @@ START_SECONDS = 120.0
 SLACK = 5.0
 """On a busy machine a job may take so many times its deadline by the clock."""
 
+MIN_SHARE = 0.25
+MIN_SHARE_AT_LAST = 0.05
+CERTAIN_SHARE = 0.5
+"""Of the processor time that a job may take: with the first it is late once its deadline is over by
+the clock, with the second once SLACK is over too, and with the third it would be late again."""
+
 POLL_SECONDS = 0.25
 
 KINDS = ("grammar", "render")
@@ -57,7 +64,15 @@ REPLY_HEAD = struct.Struct("!Q")
 
 
 class SandboxError(Exception):
-    """A job that failed for its own fault; the message says how, as in "took longer than 2 s"."""
+    """A job that failed for its own fault; the message says how, as in "took longer than 2 s".
+
+    Args:
+        is_certain: it would fail again; False if a busy machine may have had a part in it.
+    """
+
+    def __init__(self, message: str, *, is_certain: bool = True) -> None:
+        super().__init__(message)
+        self.is_certain = is_certain
 
 
 class SandboxBusyError(Exception):
@@ -131,6 +146,7 @@ class Sandbox:
             if self._helper is None:
                 # The kernel ends it with the thread that starts it, and those of a queue never end.
                 self._helper = _Helper(_describe(self._tokenizer))
+                weakref.finalize(self, self._helper.close)
             return self._helper
 
 
@@ -274,19 +290,21 @@ def _read(sock: socket.socket, size: int, on_timeout: Callable[[], None] | None 
 def _watch(pid: int, started: float, cpu_before: float, seconds: float) -> None:
     """End a worker that has had its time. It has not ended by itself, so the id is its own.
 
-    By the clock, a machine whose processors are taken would make every job late: as long as the
-    worker got less than half its time it may go on for a while.
+    By the clock, a machine whose processors are taken would make every job late: a worker that got
+    next to nothing of its time may go on for a while.
     """
     elapsed = time.monotonic() - started
     if elapsed < seconds:
         return
-    is_late = _cpu_seconds(pid) - cpu_before >= seconds / 2
-    if is_late or elapsed > SLACK * seconds:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        if is_late:
-            raise SandboxError(f"took longer than {seconds:g} s")
+    share = (_cpu_seconds(pid) - cpu_before) / seconds
+    is_over = elapsed > SLACK * seconds
+    if share < MIN_SHARE and not is_over:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    if share < MIN_SHARE_AT_LAST:
         raise SandboxBusyError
+    raise SandboxError(f"took longer than {seconds:g} s", is_certain=share >= CERTAIN_SHARE)
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -24,7 +24,7 @@ NUM_STAGES = 3
 """Buffers of pinned memory in turns: one more than the most steps in flight."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInputs:
     """What a forward pass and attention read of one step. Tensors are on the device.
 

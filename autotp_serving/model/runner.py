@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -109,8 +108,10 @@ class LeadRunner:
         self._num_sent += 1
         if len(self.rank_times) > 1:
             self._channel.send(batch.to_bytes())
-        with self._name_loss():
+        try:
             self._forwarded = (batch, self._runner.run(batch))
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
 
     def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
         """See Runner; the logits are those of rank 0."""
@@ -118,8 +119,10 @@ class LeadRunner:
         batch, logits = self._forwarded
         self._forwarded = None
         sampled = self._sampler.sample(logits, samples, scores)
-        with self._name_loss():
+        try:
             self._runner.share_tokens(batch, sampled.token_ids)
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
         self._in_flight.append(sampled)
 
     def collect(self) -> StepResult:
@@ -158,13 +161,7 @@ class LeadRunner:
         self._channel.stop_watching()
         self._channel.send(STOP_MESSAGE)
 
-    @contextlib.contextmanager
-    def _name_loss(self) -> Iterator[None]:
+    def _name_loss(self, error: RuntimeError) -> Exception:
         """A sum that lacks a rank names its socket at best: say which rank is gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            loss = self._channel.find_loss()
-            if loss is None:
-                raise
-            raise ConnectionError(loss) from error
+        loss = self._channel.find_loss()
+        return error if loss is None else ConnectionError(loss)

@@ -19,7 +19,7 @@ from autotp_serving.model.logprobs import Fetch, find_logprobs, score_prompts
 from autotp_serving.request import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
     """A step's choice, on its way to the host.
 

@@ -123,8 +123,8 @@ def test_grammars_that_crash_or_loop_cost_their_own_request() -> None:
                 if name != "tool":  # its definitions hang together with nothing
                     check_refusal(bomb.result())
             again = time.monotonic()
-            for fields in GRAMMARS.values():
-                await http.post("/v1/chat/completions", json=CHAT | fields)
+            for name in ("references", "rules in Lark", "groups"):
+                await http.post("/v1/chat/completions", json=CHAT | GRAMMARS[name])
             assert time.monotonic() - again < 1.0  # known by now
 
     asyncio.run(go())
