@@ -1,0 +1,252 @@
+// What lies between the products of a layer: norms, rotation, the gated activation, and rounding
+// to 8-bit integers where a product takes those. bfloat16 in and out, rounded where transformers'
+// own code rounds. Grids have a token in x.
+#include "common.cuh"
+
+// Where quantized activations of a row go; `codes` null: they stay bfloat16.
+struct Quantized {
+    uint8_t* codes;
+    float* scales;
+    float* sums;
+    int64_t blocks;
+};
+
+// Rounds the 64 numbers that 8 neighbouring lanes hold, 8 each, by the rule of the CPU's kernels:
+// a scale of largest magnitude / 127, halves to even. Tiles of 8 tokens by 64, and within a token's
+// 64 bytes column h * 32 + t * 8 + i lies at t * 16 + h * 8 + i: as products.cu reads them.
+//
+// A block with infinity or NaN gives NaN, one whose numbers are all below 2**-119 zeros.
+__device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t token, int64_t block,
+                                                int part, const Quantized& to, int8_t (&codes)[8]) {
+    uint32_t largest = 0;  // as integers, magnitudes keep their order and NaN is the largest
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) {
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
+    const float peak = __uint_as_float(largest);
+    const bool finite = largest < 0x7f800000u, tiny = peak < 0x1p-119f;
+    const float scale = tiny ? 0.0f : finite ? __fdiv_rn(peak, 127.0f) : __int_as_float(0x7fc00000);
+    const float inverse = tiny || !finite ? 0.0f : __fdiv_rn(127.0f, peak);
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        codes[i] = finite ? static_cast<int8_t>(__float2int_rn(__fmul_rn(v[i], inverse))) : 0;
+        sum += codes[i];
+    }
+    if (to.codes != nullptr) {
+        const int64_t index = token / kTokens * to.blocks + block;
+        const int row = static_cast<int>(token % kTokens);
+        uint8_t* bytes = to.codes + index * (kTokens * kBlock) + row * kBlock + part % 4 * 16 +
+                         part / 4 * 8;
+        uint2 packed;
+        packed.x = (codes[0] & 0xff) | (codes[1] & 0xff) << 8 | (codes[2] & 0xff) << 16 |
+                   static_cast<uint32_t>(codes[3] & 0xff) << 24;
+        packed.y = (codes[4] & 0xff) | (codes[5] & 0xff) << 8 | (codes[6] & 0xff) << 16 |
+                   static_cast<uint32_t>(codes[7] & 0xff) << 24;
+        *reinterpret_cast<uint2*>(bytes) = packed;
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (part == 0) {
+            to.scales[index * kTokens + row] = scale;
+            to.sums[index * kTokens + row] = scale * static_cast<float>(sum);
+        }
+    }
+    return scale;
+}
+
+// Writes 8 numbers of a row: rounded to integers, or as bfloat16 (`rounds`: what the integers
+// stand for, in bfloat16: for products of many tokens, which then see the same activations).
+__device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t chunk,
+                                              int64_t columns, const Quantized& to, uint16_t* plain,
+                                              bool rounds) {
+    if (to.codes != nullptr || rounds) {
+        int8_t codes[8];
+        const int part = static_cast<int>(chunk % 8);
+        const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
+        if (to.codes != nullptr) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = scale * static_cast<float>(codes[i]);
+    }
+    *reinterpret_cast<uint4*>(plain + token * columns + chunk * 8) = pack_bfloat16(v);
+}
+
+// x [tokens, columns] to integers, or to bfloat16 of what they stand for. Grid y: 256 chunks of 8.
+extern "C" __global__ void __launch_bounds__(256)
+quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* codes, float* scales,
+                float* sums, uint16_t* plain) {
+    const Quantized to{codes, scales, sums, columns / kBlock};
+    const int64_t token = blockIdx.x;
+    const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+    let_next_begin();
+    wait_for_inputs();
+    float v[8] = {};
+    const bool inside = chunk * 8 < columns;
+    if (inside) unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
+    if (__any_sync(0xffffffffu, inside) && chunk / 8 * kBlock < columns) {
+        write_numbers(v, token, chunk, columns, to, plain, true);
+    }
+}
+
+// hidden += added (where there is any); out = norm of hidden, times weight. One thread block a
+// token; `columns` is a multiple of 64. Shared memory: columns * 2 bytes.
+extern "C" __global__ void __launch_bounds__(1024)
+add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* weight, float epsilon,
+             int64_t columns, uint8_t* codes, float* scales, float* sums, uint16_t* plain,
+             int rounds) {
+    extern __shared__ uint4 row[];
+    __shared__ float parts[32];
+    const Quantized to{codes, scales, sums, columns / kBlock};
+    const int64_t token = blockIdx.x, chunks = columns / 8;
+    uint4* from = reinterpret_cast<uint4*>(hidden + token * columns);
+    let_next_begin();
+    wait_for_inputs();
+    float square = 0;
+    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        uint4 packed = from[chunk];
+        float v[8];
+        unpack_bfloat16(packed, v);
+        if (added != nullptr) {
+            float more[8];
+            unpack_bfloat16(reinterpret_cast<const uint4*>(added + token * columns)[chunk], more);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] += more[i];
+            packed = pack_bfloat16(v);
+            from[chunk] = packed;
+            unpack_bfloat16(packed, v);
+        }
+        row[chunk] = packed;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) square = fmaf(v[i], v[i], square);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
+    if (threadIdx.x % kLanes == 0) parts[threadIdx.x / kLanes] = square;
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < static_cast<int>(blockDim.x) / kLanes; ++i) total += parts[i];
+    const float factor = __frsqrt_rn(__fdiv_rn(total, static_cast<float>(columns)) + epsilon);
+    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        float v[8], w[8];
+        unpack_bfloat16(row[chunk], v);
+        unpack_bfloat16(reinterpret_cast<const uint4*>(weight)[chunk], w);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] = round_to_bfloat16(round_to_bfloat16(v[i] * factor) * w[i]);
+        }
+        write_numbers(v, token, chunk, columns, to, plain, rounds != 0);
+    }
+}
+
+// gate_up [tokens, 2 * columns] (+ bias [2 * columns]): silu(gate) * up. Grid y: 256 chunks of 8.
+extern "C" __global__ void __launch_bounds__(256)
+silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, uint8_t* codes,
+              float* scales, float* sums, uint16_t* plain, int rounds) {
+    const Quantized to{codes, scales, sums, columns / kBlock};
+    const int64_t token = blockIdx.x;
+    const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+    let_next_begin();
+    wait_for_inputs();
+    if (chunk / 8 * kBlock >= columns) return;  // whole groups of 8 lanes
+    const uint4* gates = reinterpret_cast<const uint4*>(gate_up + token * 2 * columns);
+    float gate[8], up[8];
+    unpack_bfloat16(gates[chunk], gate);
+    unpack_bfloat16(gates[columns / 8 + chunk], up);
+    if (bias != nullptr) {
+        float gate_bias[8], up_bias[8];
+        unpack_bfloat16(reinterpret_cast<const uint4*>(bias)[chunk], gate_bias);
+        unpack_bfloat16(reinterpret_cast<const uint4*>(bias)[columns / 8 + chunk], up_bias);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            gate[i] = round_to_bfloat16(gate[i] + gate_bias[i]);
+            up[i] = round_to_bfloat16(up[i] + up_bias[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float silu = round_to_bfloat16(gate[i] / (1.0f + expf(-gate[i])));
+        gate[i] = round_to_bfloat16(silu * up[i]);
+    }
+    write_numbers(gate, token, chunk, columns, to, plain, rounds != 0);
+}
+
+// Queries, keys and values [tokens, (heads + 2 * kv_heads) * head_dim] in place: bias, norm of
+// heads (where there are any), rotation of queries and keys by row `positions[token]` of cos and
+// sin [longest, head_dim]; keys and values also go to their slots of the pools
+// [slots, kv_heads, head_dim] (null: they do not; slot -1: nowhere). A warp takes a head; grid y:
+// all heads / 8. head_dim is a multiple of 2 and at most 256.
+extern "C" __global__ void __launch_bounds__(256)
+rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm,
+                 const uint16_t* key_norm, float epsilon, const int64_t* positions,
+                 const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* keys,
+                 uint16_t* values, int heads, int kv_heads, int head_dim) {
+    constexpr int kMost = 4;  // pairs a lane
+    const int64_t token = blockIdx.x;
+    const int lane = threadIdx.x % kLanes;
+    const int head = blockIdx.y * 8 + threadIdx.x / kLanes;
+    const int half = head_dim / 2;
+    let_next_begin();
+    wait_for_inputs();
+    if (head >= heads + 2 * kv_heads) return;
+    uint16_t* row = qkv + (token * (heads + 2 * kv_heads) + head) * head_dim;
+    float low[kMost], high[kMost];
+    float square = 0;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+        const int column = lane + i * kLanes;
+        low[i] = high[i] = 0;
+        if (column >= half) continue;
+        low[i] = bfloat16_to_float(row[column]);
+        high[i] = bfloat16_to_float(row[column + half]);
+        if (bias != nullptr) {
+            const uint16_t* b = bias + head * head_dim;
+            low[i] = round_to_bfloat16(low[i] + bfloat16_to_float(b[column]));
+            high[i] = round_to_bfloat16(high[i] + bfloat16_to_float(b[column + half]));
+        }
+        square = fmaf(low[i], low[i], fmaf(high[i], high[i], square));
+    }
+    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+    const uint16_t* norm = is_value ? nullptr : is_query ? query_norm : key_norm;
+    if (norm != nullptr) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            square += __shfl_xor_sync(0xffffffffu, square, step);
+        }
+        const float mean = __fdiv_rn(square, static_cast<float>(head_dim));
+        const float factor = __frsqrt_rn(mean + epsilon);
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const int column = lane + i * kLanes;
+            if (column >= half) continue;
+            low[i] = round_to_bfloat16(round_to_bfloat16(low[i] * factor) *
+                                       bfloat16_to_float(norm[column]));
+            high[i] = round_to_bfloat16(round_to_bfloat16(high[i] * factor) *
+                                        bfloat16_to_float(norm[column + half]));
+        }
+    }
+    const int64_t slot = slots == nullptr ? -1 : slots[token];
+    uint16_t* pool = is_query || slot < 0 ? nullptr : is_value ? values : keys;
+    if (pool != nullptr) {
+        const int kv_head = head - heads - (is_value ? kv_heads : 0);
+        pool += (slot * kv_heads + kv_head) * head_dim;
+    }
+    const int64_t angle = positions[token] * head_dim;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+        const int column = lane + i * kLanes;
+        if (column >= half) continue;
+        float first = low[i], second = high[i];
+        if (!is_value) {
+            const float c0 = bfloat16_to_float(cos[angle + column]);
+            const float s0 = bfloat16_to_float(sin[angle + column]);
+            const float c1 = bfloat16_to_float(cos[angle + column + half]);
+            const float s1 = bfloat16_to_float(sin[angle + column + half]);
+            first = round_to_bfloat16(low[i] * c0) + round_to_bfloat16(-high[i] * s0);
+            second = round_to_bfloat16(high[i] * c1) + round_to_bfloat16(low[i] * s1);
+        }
+        const uint16_t a = float_to_bfloat16(first), b = float_to_bfloat16(second);
+        row[column] = a, row[column + half] = b;
+        if (pool != nullptr) pool[column] = a, pool[column + half] = b;
+    }
+}

@@ -1,0 +1,210 @@
+"""Products with low-bit and bfloat16 weights on a CUDA card, by csrc/products.cu. Ranks on CUDA.
+
+Up to MOST_FEW tokens a kernel reads the weight's bytes once, as fast as memory gives them, and
+multiplies on the tensor cores; a token's result is bitwise the same whatever stands beside it.
+More tokens are multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace
+that the second-level cache holds, and forgotten.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autotp_serving.low_bit.formats import BLOCK, Format, num_blocks, split_code_bits
+from autotp_serving.low_bit.kernels.cpu import find_levels
+from autotp_serving.low_bit.numerics import decode
+
+from .activations import Activations, Rounding, quantize_tokens
+from .nvrtc import Kernel, Long, Words, load_kernel
+from .tiles import ROWS, CudaTensor
+
+SOURCE = "products.cu"
+TOKENS = 8
+LANES = 32
+MOST_FEW = 64
+"""Tokens up to which a weight is multiplied as it is."""
+
+CHUNK_PRODUCTS = 2**22
+"""Rows times tokens of one product with dequantized rows: it keeps the whole card busy."""
+
+LEAST_CHUNK, MOST_CHUNK_WEIGHTS = 1024, 2**26
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How csrc/products.cu is cut: warps that share the columns, tiles of 8 tokens, tiles of 16
+    rows that a warp takes at once, and tiles that it reads ahead.
+    """
+
+    warps: int
+    token_tiles: int
+    row_tiles: int
+    depth: int
+
+
+def choose_tiling(num_tokens: int, row_bytes: int) -> Tiling:
+    """A tiling for so many tokens; `warps`, which alone decides how sums are rounded, does not
+    depend on them.
+    """
+    token_tiles = next(n for n in (1, 2, 4, 8) if n * TOKENS >= num_tokens)
+    if token_tiles >= 4:
+        return Tiling(8, token_tiles, 1, 2)
+    return Tiling(8, token_tiles, 1, 4)
+
+
+def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
+    """What the product of a format (None: bfloat16) with so many tokens takes."""
+    if format is None or _kind(format) == 2:
+        return Rounding.NONE
+    return Rounding.INTEGERS if num_tokens <= MOST_FEW else Rounding.VALUES
+
+
+def multiply(x: Tensor, weight: CudaTensor) -> Tensor:
+    """x [num_tokens, columns] times weight [rows, columns] transposed: [num_tokens, rows].
+
+    Computed from bfloat16, in the type of `x`.
+    """
+    if x.dtype != torch.bfloat16:
+        return multiply(x.bfloat16(), weight).to(x.dtype)
+    columns = num_blocks(weight.shape[1]) * BLOCK
+    if columns != x.shape[1]:
+        x = functional.pad(x, (0, columns - x.shape[1]))
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+    return multiply_activations(quantize_tokens(x, rounding_of(weight.format, len(x))), weight)
+
+
+def multiply_activations(x: Activations, weight: CudaTensor | Tensor) -> Tensor:
+    """The same of activations rounded as `rounding_of` says; `weight` may be plain bfloat16."""
+    if isinstance(weight, Tensor):
+        few = x.num_tokens <= MOST_FEW_DENSE and not (weight.shape[0] % ROWS or x.columns % BLOCK)
+        return multiply_few(x, weight) if few else functional.linear(x.plain, weight)
+    if x.num_tokens <= MOST_FEW:
+        return multiply_few(x, weight)
+    return multiply_many(x.plain, weight)
+
+
+MOST_FEW_DENSE = 16
+"""Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
+
+
+def multiply_few(
+    x: Activations, weight: CudaTensor | Tensor, tiling: Tiling | None = None
+) -> Tensor:
+    """Multiply at most MOST_FEW tokens by the weight as it lies in memory."""
+    rows, columns = weight.shape
+    blocks = num_blocks(columns)
+    dense = isinstance(weight, Tensor)
+    row_bytes = columns * 2 if dense else weight.planes["codes"].shape[1]
+    tiling = tiling or choose_tiling(x.num_tokens, row_bytes)
+    reference = weight if dense else weight.planes["codes"]
+    out = torch.empty(x.num_tokens, rows, dtype=torch.bfloat16, device=reference.device)
+    planes = {"codes": weight} if dense else weight.planes
+    unit, words = (1.0, Words()) if dense else _table(weight.format)
+    row_tiles = -(-rows // ROWS)
+    kernel = _kernel("multiply_few", None if dense else weight.format, tiling, reference)
+    kernel(
+        (-(-row_tiles // tiling.row_tiles), 1),
+        tiling.warps * LANES,
+        (
+            *(planes.get(name) for name in ("codes", "high", "scales", "mins")),
+            *(x.plain if x.codes is None else x.codes, x.scales, x.sums),
+            *(out, Long(blocks), rows, x.num_tokens, unit, words),
+        ),
+    )
+    return out
+
+
+def multiply_many(x: Tensor, weight: CudaTensor, chunk_rows: int | None = None) -> Tensor:
+    """Multiply any number of tokens, x [num_tokens, columns], a part of the rows at a time."""
+    num_tokens, columns = x.shape
+    rows = weight.shape[0]
+    wanted = max(LEAST_CHUNK, CHUNK_PRODUCTS // num_tokens)
+    step = chunk_rows or min(wanted, max(ROWS, MOST_CHUNK_WEIGHTS // columns)) // ROWS * ROWS
+    out = torch.empty(num_tokens, rows, dtype=x.dtype, device=x.device)
+    workspace = torch.empty(min(step, weight.padded_rows), columns, dtype=x.dtype, device=x.device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        dequantize_rows(weight, start, stop, workspace)
+        part = workspace[: stop - start]
+        torch.mm(x, part.t(), out=out[:, start:stop])
+    return out
+
+
+def dequantize_rows(weight: CudaTensor, start: int, stop: int, to: Tensor) -> None:
+    """Rows `start` to `stop` as bfloat16 into `to`; `start` is a multiple of 16."""
+    blocks = num_blocks(weight.shape[1])
+    codes = weight.planes["codes"]
+    tiling = Tiling(8, 1, 1, 1)
+    levels = _float_levels(weight.format, codes.device)
+    _kernel("dequantize_tiles", weight.format, tiling, codes)(
+        (-(-(stop - start) // ROWS), -(-blocks // tiling.warps)),
+        tiling.warps * LANES,
+        (
+            *(weight.planes.get(name) for name in ("codes", "high", "scales", "mins")),
+            *(to, Long(blocks), start // ROWS, levels),
+        ),
+        overlaps=False,
+    )
+
+
+def _kind(format: Format) -> int:
+    """KIND of csrc/products.cu."""
+    if format.kind in ("symmetric", "asymmetric"):
+        return 0
+    return 1 if format.code_bits <= 4 else 2
+
+
+def make_defines(format: Format | None, tiling: Tiling) -> tuple[tuple[str, str], ...]:
+    """What csrc/products.cu is told of a format (None: bfloat16) and a tiling."""
+    defines = {
+        "WARPS": tiling.warps,
+        "TOKEN_TILES": tiling.token_tiles,
+        "ROW_TILES": tiling.row_tiles,
+        "DEPTH": tiling.depth,
+        "LOW_BITS": 16,
+        "HIGH_BITS": 0,
+        "KIND": 3,
+        "SCALE_BYTES": 0,
+        "MINS": "false",
+        "MANTISSA_BITS": 0,
+    }
+    if format is not None:
+        defines["LOW_BITS"], defines["HIGH_BITS"] = split_code_bits(format.code_bits)
+        defines["KIND"] = _kind(format)
+        defines["SCALE_BYTES"] = {"float16": 2, "float32": 4, None: 0}[format.scale_dtype]
+        defines["MINS"] = "true" if format.kind == "asymmetric" else "false"
+        defines["MANTISSA_BITS"] = format.mantissa_bits
+    return tuple((name, str(value)) for name, value in defines.items())
+
+
+def _kernel(name: str, format: Format | None, tiling: Tiling, tensor: Tensor) -> Kernel:
+    return load_kernel(SOURCE, name, make_defines(format, tiling), tensor.device.index)
+
+
+@functools.cache
+def _table(format: Format) -> tuple[float, Words]:
+    """What a step of a format's codes is worth, and its table of 16 signed bytes, if it has one."""
+    words = Words()
+    if _kind(format) != 1:
+        return 1.0, words
+    table, unit, offset = find_levels(format)
+    signed = [int(level) - offset & 0xFF for level in table.tolist()]
+    signed += [0] * (16 - len(signed))
+    for index in range(4):
+        words.words[index] = int.from_bytes(bytes(signed[4 * index : 4 * index + 4]), "little")
+    return unit, words
+
+
+@functools.cache
+def _float_levels(format: Format, device: torch.device) -> Tensor | None:
+    """What each code stands for, float32, in formats that look it up."""
+    if _kind(format) == 0:
+        return None
+    codes = torch.arange(2**format.code_bits, dtype=torch.uint8)[:, None]
+    return decode(codes, None, None, format).flatten().to(device)
