@@ -29,10 +29,8 @@ LANES = 32
 MOST_FEW = 64
 """Tokens up to which a weight is multiplied as it is."""
 
-CHUNK_PRODUCTS = 2**22
-"""Rows times tokens of one product with dequantized rows: it keeps the whole card busy."""
-
-LEAST_CHUNK, MOST_CHUNK_WEIGHTS = 1024, 2**26
+CHUNK_WEIGHTS, CHUNK_ROWS = 2**24, 1024
+"""Weights dequantized at once, about; rows in multiples of what keeps the whole card busy."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,17 @@ class Tiling:
     depth: int
 
 
-def choose_tiling(num_tokens: int, row_bytes: int) -> Tiling:
-    """A tiling for so many tokens; `warps`, which alone decides how sums are rounded, does not
-    depend on them.
+def choose_tiling(num_tokens: int, is_dense: bool) -> Tiling:
+    """The fastest for so many tokens, by benchmarks/gpu_products.py on an H100.
+
+    `warps` alone decides how sums are rounded; it is the same up to 16 tokens.
     """
     token_tiles = next(n for n in (1, 2, 4, 8) if n * TOKENS >= num_tokens)
-    if token_tiles >= 4:
-        return Tiling(8, token_tiles, 1, 2)
-    return Tiling(8, token_tiles, 1, 4)
+    if token_tiles == 1:
+        return Tiling(16, 1, 1, 2 if is_dense else 4)
+    if token_tiles == 2:
+        return Tiling(16, 2, 2, 2)
+    return Tiling(8, 4, 2, 2) if token_tiles == 4 else Tiling(4, 8, 2, 1)
 
 
 def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
@@ -100,8 +101,7 @@ def multiply_few(
     rows, columns = weight.shape
     blocks = num_blocks(columns)
     dense = isinstance(weight, Tensor)
-    row_bytes = columns * 2 if dense else weight.planes["codes"].shape[1]
-    tiling = tiling or choose_tiling(x.num_tokens, row_bytes)
+    tiling = tiling or choose_tiling(x.num_tokens, dense)
     reference = weight if dense else weight.planes["codes"]
     out = torch.empty(x.num_tokens, rows, dtype=torch.bfloat16, device=reference.device)
     planes = {"codes": weight} if dense else weight.planes
@@ -124,8 +124,7 @@ def multiply_many(x: Tensor, weight: CudaTensor, chunk_rows: int | None = None) 
     """Multiply any number of tokens, x [num_tokens, columns], a part of the rows at a time."""
     num_tokens, columns = x.shape
     rows = weight.shape[0]
-    wanted = max(LEAST_CHUNK, CHUNK_PRODUCTS // num_tokens)
-    step = chunk_rows or min(wanted, max(ROWS, MOST_CHUNK_WEIGHTS // columns)) // ROWS * ROWS
+    step = chunk_rows or -(-CHUNK_WEIGHTS // (columns * CHUNK_ROWS)) * CHUNK_ROWS
     out = torch.empty(num_tokens, rows, dtype=x.dtype, device=x.device)
     workspace = torch.empty(min(step, weight.padded_rows), columns, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):

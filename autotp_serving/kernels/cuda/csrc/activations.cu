@@ -18,12 +18,13 @@ struct Quantized {
 // A block with infinity or NaN gives NaN, one whose numbers are all below 2**-119 zeros.
 __device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t token, int64_t block,
                                                 int part, const Quantized& to, int8_t (&codes)[8]) {
+    const uint32_t group = 0xffu << (threadIdx.x % kLanes / 8 * 8);  // others may have left
     uint32_t largest = 0;  // as integers, magnitudes keep their order and NaN is the largest
 #pragma unroll
     for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) {
-        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        largest = max(largest, __shfl_xor_sync(group, largest, step));
     }
     const float peak = __uint_as_float(largest);
     const bool finite = largest < 0x7f800000u, tiny = peak < 0x1p-119f;
@@ -47,7 +48,7 @@ __device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t tok
                    static_cast<uint32_t>(codes[7] & 0xff) << 24;
         *reinterpret_cast<uint2*>(bytes) = packed;
 #pragma unroll
-        for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(group, sum, step);
         if (part == 0) {
             to.scales[index * kTokens + row] = scale;
             to.sums[index * kTokens + row] = scale * static_cast<float>(sum);
@@ -81,12 +82,10 @@ quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* cod
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
     let_next_begin();
     wait_for_inputs();
-    float v[8] = {};
-    const bool inside = chunk * 8 < columns;
-    if (inside) unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
-    if (__any_sync(0xffffffffu, inside) && chunk / 8 * kBlock < columns) {
-        write_numbers(v, token, chunk, columns, to, plain, true);
-    }
+    if (chunk * 8 >= columns) return;  // whole groups of 8 lanes
+    float v[8];
+    unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
+    write_numbers(v, token, chunk, columns, to, plain, true);
 }
 
 // hidden += added (where there is any); out = norm of hidden, times weight. One thread block a
@@ -148,7 +147,7 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
     let_next_begin();
     wait_for_inputs();
-    if (chunk / 8 * kBlock >= columns) return;  // whole groups of 8 lanes
+    if (chunk * 8 >= columns) return;  // whole groups of 8 lanes
     const uint4* gates = reinterpret_cast<const uint4*>(gate_up + token * 2 * columns);
     float gate[8], up[8];
     unpack_bfloat16(gates[chunk], gate);

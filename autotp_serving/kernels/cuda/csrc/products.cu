@@ -215,6 +215,7 @@ __device__ __forceinline__ void load_fragments(const Activations& x, int64_t blo
     }
 }
 
+// sums[token tile] += the tile times that tile's tokens, in one block of columns.
 __device__ __forceinline__ void multiply_tile(const Tile& tile, const Fragments (&x)[kTokenTiles],
                                               const Table& table, float unit,
                                               float (&sums)[kTokenTiles][4]) {
@@ -225,6 +226,7 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const Fragments 
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[h][i] = take_bytes(tile, i & 1, h * 2 + (i >> 1), table);
         }
+        const float row_scale[2] = {tile.scale[0] * unit, tile.scale[1] * unit};
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
             // As float32 these bits are 1.5 * 2**23, and adding an integer to them adds it to
@@ -234,12 +236,12 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, const Fragments 
             const uint4 w = x[n].words[0];
             multiply_bytes<kUnsignedCodes>(total, a[0], w.x, w.y);
             multiply_bytes<kUnsignedCodes>(total, a[1], w.z, w.w);
-            const float scale[2] = {x[n].scale.x * unit, x[n].scale.y * unit};
+            const float scale[2] = {x[n].scale.x, x[n].scale.y};
             const float sum[2] = {x[n].sum.x, x[n].sum.y};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float value = __int_as_float(total[i]) - 12582912.0f;
-                const float factor = tile.scale[i >> 1] * scale[i & 1];
+                const float factor = row_scale[i >> 1] * scale[i & 1];
                 sums[n][i] = fmaf(value, factor, sums[n][i]);
                 if constexpr (kMins) sums[n][i] = fmaf(tile.min[i >> 1], sum[i & 1], sums[n][i]);
             }
@@ -317,28 +319,34 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         }
     }
     if (waits) wait_for_inputs();
-    // [warp][token][row]: a thread then adds up one row of one token.
+    // [warp][token][row], 8 tokens at a time: a thread then adds up one row of one token.
     constexpr int kWidth = kRowTiles * kRows;
-    __shared__ float parts[kWarps][kTokenTiles * kTokens][kWidth + 1];
+    __shared__ float parts[kWarps][kTokens][kWidth + 1];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int n = 0; n < kTokenTiles; ++n) {
+        if (n * kTokens >= tokens) break;
+        if (n) __syncthreads();
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
+        for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int token = n * kTokens + lane % 4 * 2 + (i & 1);
-                parts[warp][token][r * kRows + lane / 4 + (i >> 1) * 8] = sums[r][n][i];
+                const int column = r * kRows + lane / 4 + (i >> 1) * 8;
+                parts[warp][lane % 4 * 2 + (i & 1)][column] = sums[r][n][i];
             }
         }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < tokens * kWidth; i += kWarps * kLanes) {
-        const int token = i / kWidth, column = i % kWidth;
-        const int64_t row = first * kRows + column;
-        float sum = 0;
+        __syncthreads();
+        const int left = min(kTokens, tokens - n * kTokens);
+        for (int i = threadIdx.x; i < left * kWidth; i += kWarps * kLanes) {
+            const int token = i / kWidth, column = i % kWidth;
+            const int64_t row = first * kRows + column;
+            float sum = 0;
 #pragma unroll
-        for (int k = 0; k < kWarps; ++k) sum += parts[k][token][column];
-        if (row < rows) out[static_cast<int64_t>(token) * rows + row] = float_to_bfloat16(sum);
+            for (int k = 0; k < kWarps; ++k) sum += parts[k][token][column];
+            if (row < rows) {
+                out[static_cast<int64_t>(n * kTokens + token) * rows + row] =
+                    float_to_bfloat16(sum);
+            }
+        }
     }
 }
 
