@@ -215,62 +215,70 @@ __device__ __forceinline__ void load_fragments(const Activations& x, int64_t blo
     }
 }
 
-// sums[token tile] += the tile times that tile's tokens, in one block of columns.
-__device__ __forceinline__ void multiply_tile(const Tile& tile, const Fragments (&x)[kTokenTiles],
-                                              const Table& table, float unit,
-                                              float (&sums)[kTokenTiles][4]) {
+// A tile as the tensor cores take it: [h] of integers, or [group] of floats, and the rows' scales.
+struct Operand {
+    uint32_t words[kIntegers ? 2 : 4][4];
+    float scale[2];
+    float min[2];
+};
+
+__device__ __forceinline__ void prepare(const Tile& tile, const Table& table, float unit,
+                                        Operand& to) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        to.scale[half] = tile.scale[half] * unit;
+        if constexpr (kMins) to.min[half] = tile.min[half];
+    }
     if constexpr (kIntegers) {
-        uint32_t a[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[h][i] = take_bytes(tile, i & 1, h * 2 + (i >> 1), table);
-        }
-        const float row_scale[2] = {tile.scale[0] * unit, tile.scale[1] * unit};
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-            // As float32 these bits are 1.5 * 2**23, and adding an integer to them adds it to
-            // that: a subtraction then is the conversion.
-            constexpr int32_t kRounder = 0x4b400000;
-            int32_t total[4] = {kRounder, kRounder, kRounder, kRounder};
-            const uint4 w = x[n].words[0];
-            multiply_bytes<kUnsignedCodes>(total, a[0], w.x, w.y);
-            multiply_bytes<kUnsignedCodes>(total, a[1], w.z, w.w);
-            const float scale[2] = {x[n].scale.x, x[n].scale.y};
-            const float sum[2] = {x[n].sum.x, x[n].sum.y};
-#pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float value = __int_as_float(total[i]) - 12582912.0f;
-                const float factor = row_scale[i >> 1] * scale[i & 1];
-                sums[n][i] = fmaf(value, factor, sums[n][i]);
-                if constexpr (kMins) sums[n][i] = fmaf(tile.min[i >> 1], sum[i & 1], sums[n][i]);
+                to.words[h][i] = take_bytes(tile, i & 1, h * 2 + (i >> 1), table);
             }
         }
     } else {
-        uint32_t a[4][4];
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
             uint32_t upper[2], lower[2];
             take_floats(tile, 0, group, upper);
             take_floats(tile, 1, group, lower);
-            a[group][0] = upper[0], a[group][1] = lower[0];
-            a[group][2] = upper[1], a[group][3] = lower[1];
+            to.words[group][0] = upper[0], to.words[group][1] = lower[0];
+            to.words[group][2] = upper[1], to.words[group][3] = lower[1];
         }
+    }
+}
+
+// sums += a tile of weights times a tile of tokens, in one block of columns.
+__device__ __forceinline__ void multiply_tiles(const Operand& a, const Fragments& x,
+                                               float (&sums)[4]) {
+    if constexpr (kIntegers) {
+        // As float32 these bits are 1.5 * 2**23, and adding an integer to them adds it to that: a
+        // subtraction then is the conversion.
+        constexpr int32_t kRounder = 0x4b400000;
+        int32_t total[4] = {kRounder, kRounder, kRounder, kRounder};
+        const uint4 w = x.words[0];
+        multiply_bytes<kUnsignedCodes>(total, a.words[0], w.x, w.y);
+        multiply_bytes<kUnsignedCodes>(total, a.words[1], w.z, w.w);
+        const float scale[2] = {x.scale.x, x.scale.y};
+        const float sum[2] = {x.sum.x, x.sum.y};
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-            float total[4] = {0, 0, 0, 0};
-            float (&to)[4] = kScaleBytes ? total : sums[n];
-            const uint4 low = x[n].words[0], high = x[n].words[1];
-            multiply_pairs(to, a[0], low.x, low.y);
-            multiply_pairs(to, a[1], low.z, low.w);
-            multiply_pairs(to, a[2], high.x, high.y);
-            multiply_pairs(to, a[3], high.z, high.w);
-            if constexpr (kScaleBytes != 0) {
+        for (int i = 0; i < 4; ++i) {
+            const float value = __int_as_float(total[i]) - 12582912.0f;
+            sums[i] = fmaf(value, a.scale[i >> 1] * scale[i & 1], sums[i]);
+            if constexpr (kMins) sums[i] = fmaf(a.min[i >> 1], sum[i & 1], sums[i]);
+        }
+    } else {
+        float total[4] = {0, 0, 0, 0};
+        float(&to)[4] = kScaleBytes ? total : sums;
+        const uint4 low = x.words[0], high = x.words[1];
+        multiply_pairs(to, a.words[0], low.x, low.y);
+        multiply_pairs(to, a.words[1], low.z, low.w);
+        multiply_pairs(to, a.words[2], high.x, high.y);
+        multiply_pairs(to, a.words[3], high.z, high.w);
+        if constexpr (kScaleBytes != 0) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    sums[n][i] = fmaf(total[i], tile.scale[i >> 1], sums[n][i]);
-                }
-            }
+            for (int i = 0; i < 4; ++i) sums[i] = fmaf(total[i], a.scale[i >> 1], sums[i]);
         }
     }
 }
@@ -306,14 +314,19 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         for (int d = 0; d < kDepth; ++d) {
             const int64_t block = start + d * kWarps;
             if (block < blocks) {
-                Fragments fragments[kTokenTiles];
-#pragma unroll
-                for (int n = 0; n < kTokenTiles; ++n) {
-                    load_fragments(x, blocks, block, n, lane, fragments[n]);
-                }
+                Operand operands[kRowTiles];
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r) {
-                    multiply_tile(tiles[d][r], fragments, table, unit * kCodeUnit, sums[r]);
+                    prepare(tiles[d][r], table, unit * kCodeUnit, operands[r]);
+                }
+#pragma unroll
+                for (int n = 0; n < kTokenTiles; ++n) {
+                    Fragments fragments;
+                    load_fragments(x, blocks, block, n, lane, fragments);
+#pragma unroll
+                    for (int r = 0; r < kRowTiles; ++r) {
+                        multiply_tiles(operands[r], fragments, sums[r][n]);
+                    }
                 }
             }
         }
