@@ -1,1 +1,1 @@
-"""Ways to multiply and to attend, a folder per kind of device. Every rank on such a device."""
+"""Ways to compute what a model asks for, one folder for each kind of device. Every rank."""
