@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from autotp_serving.model.memory import count_blocks, probe_model
 from autotp_serving.model.runner import LeadRunner, ModelRunner
 from autotp_serving.model.start_check import StartCheck
 from autotp_serving.placement import find_place, read_topology, stay_on
+from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import Control
 from autotp_serving.step_times import StepTimes
 
@@ -74,6 +76,25 @@ def take_place(control: Control) -> None:
     logger.info("Rank %d %s, %d thread(s)", control.rank, place.describe(), threads)
 
 
+def choose_forward(
+    model: nn.Module,
+    cache: KVCache,
+    config: ServingConfig,
+    max_model_len: int,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    control: Control,
+) -> Callable[[StepPlan], torch.Tensor]:
+    """The quickest way through the model's layers that takes them; all ranks must call it."""
+    if cache.device.type == "cuda" and config.profile is None:
+        from autotp_serving.model.gpu_forward import open_gpu_forward
+
+        quick = open_gpu_forward(model, cache, config, max_model_len, all_reduce, control)
+        if quick is not None:
+            return quick
+    fused = fuse(model, cache, by_operation=config.profile is not None)
+    return fused or PlainForward(model, cache)
+
+
 def start_worker(config: ServingConfig, control: Control) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
 
@@ -101,8 +122,8 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
-    fused = fuse(model, cache, by_operation=config.profile is not None)
-    runner = ModelRunner(fused or PlainForward(model, cache), times)
+    forward = choose_forward(model, cache, config, max_model_len, all_reduce, control)
+    runner = ModelRunner(forward, times)
     channel = PlanChannel(control)
     lead = LeadRunner(runner, cache, channel, control.size) if control.rank == 0 else None
     if config.profile is not None:

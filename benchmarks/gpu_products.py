@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -372,22 +373,33 @@ def tune(rate: float) -> None:
 
 
 def time_few(rate: float) -> None:
-    """Every format as it is used, one token and eight."""
-    compile_ahead((name, choose_tiling(8, name is None)) for name in [*FORMATS, None])
+    """Every format as it is used, by number of tokens."""
+    counts = (1, 8, 16, 32, 64, 128)
+    compile_ahead(
+        (name, choose_tiling(min(tokens, 64), name is None))
+        for name in [*FORMATS, None]
+        for tokens in counts
+    )
     for name in [*FORMATS, None]:
-        line, sums = [], {}
+        line, sums, floors = [], Counter(), 0.0
         for shape, (rows, columns) in SHAPES.items():
             weights = make_weights(name, rows, columns)
-            for tokens in (1, 8):
+            floor = weight_bytes(weights[0]) / rate
+            floors += floor
+            for tokens in counts:
                 x = make_activations(name, tokens, columns)
-                seconds = time_calls([(lambda w=w: multiply_few(x, w)) for w in weights])
-                sums[tokens] = sums.get(tokens, 0.0) + seconds
-                floor = weight_bytes(weights[0]) / rate
-                line.append(f"{shape} {tokens}: {seconds * 1e6:.1f} ({floor / seconds:.0%})")
+                seconds = time_calls([(lambda w=w: multiply_few(x, w)) for w in weights], 5)
+                sums[tokens] += seconds
+                if tokens == 1:
+                    line.append(f"{shape}: {seconds * 1e6:.1f} ({floor / seconds:.0%})")
             del weights
             torch.cuda.empty_cache()
-        total = ", ".join(f"{tokens}: {s * 32e3:.2f} ms" for tokens, s in sums.items())
-        print(f"{name or 'bf16':9} 32 layers {total}; {'; '.join(line)}", flush=True)
+        total = ", ".join(f"{n}: {s * 1e6:.0f}" for n, s in sums.items())
+        print(
+            f"{name or 'bf16':9} us a layer by tokens: {total}, bound {floors * 1e6:.0f}; "
+            f"one token: {'; '.join(line)}",
+            flush=True,
+        )
 
 
 def time_many() -> None:
@@ -411,7 +423,7 @@ def time_many() -> None:
             for name in ("sym_int4", "fp8_e4m3"):
                 weights = make_weights(name, rows, columns)[:2]
                 shown = {}
-                for chunk in (None, 1024, 2048, 4096, 8192, 32768):
+                for chunk in (None, 2048, 4096, 8192):
                     calls = [(lambda w=w, c=chunk: multiply_many(x, w, c)) for w in weights]
                     shown[chunk] = time_calls(calls)
                 sums[name] = sums.get(name, 0.0) + shown[None]

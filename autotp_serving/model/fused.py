@@ -73,7 +73,7 @@ class Layer:
             index=attention.layer_idx,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
-            sliding_window=_find_window(attention),
+            sliding_window=find_window(attention),
             input_norm=Norm.of(layer.input_layernorm),
             qkv=join_linears(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=head_norms,
@@ -212,7 +212,7 @@ def _can_join(linears: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def _find_window(attention: Any) -> int | None:
+def find_window(attention: Any) -> int | None:
     """How many positions a layer sees: Mistral's and Phi-3's attention ask the whole config."""
     if attention.config.model_type in ("mistral", "phi3"):
         return getattr(attention.config, "sliding_window", None)

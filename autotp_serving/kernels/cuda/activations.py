@@ -49,6 +49,21 @@ class Activations:
     scales: Tensor | None = None
     sums: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return (self.codes if self.plain is None else self.plain).device
+
+    def slice(self, start: int, stop: int) -> Activations:
+        """Tokens `start` to `stop` as views; `start` is a multiple of 8."""
+        if start == 0 and stop == self.num_tokens:
+            return self
+        if self.plain is not None:
+            return Activations(stop - start, self.columns, self.plain[start:stop])
+        tiles = slice(start // TOKENS, -(-stop // TOKENS))
+        parts = (self.codes[tiles], self.scales[tiles], self.sums[tiles])
+        return Activations(stop - start, self.columns, None, *parts)
+
     @staticmethod
     def empty(
         num_tokens: int, columns: int, rounding: Rounding, device: torch.device

@@ -9,6 +9,7 @@ that the second-level cache holds, and forgotten.
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,26 @@ from torch.nn import functional
 from autotp_serving.low_bit.formats import BLOCK, Format, num_blocks, split_code_bits
 from autotp_serving.low_bit.kernels.cpu import find_levels
 from autotp_serving.low_bit.numerics import decode
+from autotp_serving.native_build import BuildError
 
 from .activations import Activations, Rounding, quantize_tokens
 from .nvrtc import Kernel, Long, Words, load_kernel
 from .tiles import ROWS, CudaTensor
 
+logger = logging.getLogger(__name__)
+
 SOURCE = "products.cu"
 TOKENS = 8
 LANES = 32
-MOST_FEW = 64
-"""Tokens up to which a weight is multiplied as it is."""
+MOST_AT_ONCE = 64
+MOST_FEW = 128
+"""Tokens up to which a weight is multiplied as it is, MOST_AT_ONCE at a time."""
+
+MOST_FEW_DENSE = 16
+"""Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first with bfloat16 on its tensor cores."""
 
 CHUNK_WEIGHTS, CHUNK_ROWS = 2**24, 1024
 """Weights dequantized at once, about; rows in multiples of what keeps the whole card busy."""
@@ -56,6 +67,21 @@ def choose_tiling(num_tokens: int, is_dense: bool) -> Tiling:
     if token_tiles == 2:
         return Tiling(16, 2, 2, 2)
     return Tiling(8, 4, 2, 2) if token_tiles == 4 else Tiling(4, 8, 2, 1)
+
+
+@functools.cache
+def can_multiply(device_index: int) -> bool:
+    """Whether a card can run these kernels; a line in the log where it cannot."""
+    if torch.version.cuda is None or (
+        torch.cuda.get_device_capability(device_index) < LEAST_CAPABILITY
+    ):
+        return False
+    try:
+        load_kernel("activations.cu", "quantize_tokens", (), device_index)
+    except (BuildError, OSError, RuntimeError) as error:
+        logger.warning("Low-bit weights are multiplied by portable torch, slowly: %s", error)
+        return False
+    return True
 
 
 def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
@@ -90,20 +116,29 @@ def multiply_activations(x: Activations, weight: CudaTensor | Tensor) -> Tensor:
     return multiply_many(x.plain, weight)
 
 
-MOST_FEW_DENSE = 16
-"""Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
-
-
 def multiply_few(
     x: Activations, weight: CudaTensor | Tensor, tiling: Tiling | None = None
 ) -> Tensor:
-    """Multiply at most MOST_FEW tokens by the weight as it lies in memory."""
+    """Multiply some tokens by the weight as it lies in memory."""
+    rows = weight.shape[0]
+    out = torch.empty(x.num_tokens, rows, dtype=torch.bfloat16, device=x.device)
+    num_parts = -(-x.num_tokens // MOST_AT_ONCE)
+    step = -(-x.num_tokens // (num_parts * TOKENS)) * TOKENS if num_parts else 1
+    for start in range(0, x.num_tokens, step):
+        stop = min(start + step, x.num_tokens)
+        _multiply_part(x.slice(start, stop), weight, out[start:stop], tiling)
+    return out
+
+
+def _multiply_part(
+    x: Activations, weight: CudaTensor | Tensor, out: Tensor, tiling: Tiling | None
+) -> None:
+    """Multiply at most MOST_AT_ONCE tokens into `out` [num_tokens, rows]."""
     rows, columns = weight.shape
     blocks = num_blocks(columns)
     dense = isinstance(weight, Tensor)
     tiling = tiling or choose_tiling(x.num_tokens, dense)
     reference = weight if dense else weight.planes["codes"]
-    out = torch.empty(x.num_tokens, rows, dtype=torch.bfloat16, device=reference.device)
     planes = {"codes": weight} if dense else weight.planes
     unit, words = (1.0, Words()) if dense else _table(weight.format)
     row_tiles = -(-rows // ROWS)
@@ -117,7 +152,6 @@ def multiply_few(
             *(out, Long(blocks), rows, x.num_tokens, unit, words),
         ),
     )
-    return out
 
 
 def multiply_many(x: Tensor, weight: CudaTensor, chunk_rows: int | None = None) -> Tensor:

@@ -1,0 +1,265 @@
+"""Whole steps of a model on one CUDA card, beside what its copy rate and matrix rate allow.
+
+    python -m benchmarks.gpu_step --low-bit bf16 sym_int4 fp8_e4m3
+    python -m benchmarks.gpu_step --tokens answers.json --model demo_model --low-bit bf16 sym_int4
+
+Weights are random numbers drawn on the card, in the shape of Llama-2-7B unless --model names a
+folder; only with --tokens are they the folder's own. Decode steps are timed at a context of 1,060
+tokens: as the card runs a graph again and again, and as the host sees a step with its greedy token
+read back. With --tokens, greedy answers on the card are compared with the CPU's, with graphs and
+without; the CPU's are kept in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autotp_serving import LLM, SamplingParams
+from autotp_serving.config import ServingConfig
+from autotp_serving.model import loader
+from autotp_serving.model.dummy import WEIGHT_STD, DummyCheckpoint
+from autotp_serving.plan import StepPlan
+from autotp_serving.ranks import join_control
+from autotp_serving.worker import Worker, start_worker
+from benchmarks.bound import Bounds, find_costs
+from benchmarks.hardware import measure_hardware
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONTEXT = 1060
+
+
+class DrawnCheckpoint(DummyCheckpoint):
+    """The same shapes; the numbers are drawn on the card, which takes no time."""
+
+    def read(self, name: str, ranges: Any) -> torch.Tensor:
+        """See DummyCheckpoint."""
+        sizes = [stop - start for start, stop in ranges]
+        if "norm" in name or len(sizes) < 2 or name.endswith("bias"):
+            return super().read(name, ranges)
+        return (torch.randn(sizes, device="cuda") * WEIGHT_STD).bfloat16()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder with a config.json")
+    parser.add_argument("--low-bit", nargs="+", default=["bf16", "sym_int4", "fp8_e4m3"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4], help="of 1,024 tokens")
+    parser.add_argument("--trace", action="store_true", help="show the time of each kernel")
+    parser.add_argument("--tokens", type=Path, help="file for the CPU's greedy answers")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or folder
+        if options.tokens is not None:
+            compare_tokens(model, options.tokens, options.low_bit)
+            return
+        if options.model is None:
+            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_2_7B))
+        loader.DummyCheckpoint = DrawnCheckpoint
+        print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+        for low_bit in options.low_bit:
+            config = ServingConfig(
+                model_path=model,
+                low_bit=low_bit,
+                load_format="dummy",
+                device="cuda",
+                max_num_seqs=max(options.batch_sizes),
+                max_model_len=2048,
+                max_num_batched_tokens=max(4096, 1024 * max(options.prompts)),
+            )
+            try:
+                measure(config, options)
+            except Exception:
+                traceback.print_exc()
+            torch.cuda.empty_cache()
+
+
+def measure(config: ServingConfig, options: argparse.Namespace) -> None:
+    """Load, then time decode steps and prompts of one format."""
+    started = time.perf_counter()
+    control = join_control({})
+    worker = start_worker(config, control)
+    torch.cuda.synchronize()
+    loaded = time.perf_counter() - started
+    hardware = measure_hardware(control, "cuda", torch.device("cuda"))
+    costs = find_costs(config)
+    print(
+        f"{config.low_bit}: started in {loaded:.1f} s; {hardware.describe()}; "
+        f"weights {(costs.body_bytes + costs.head_bytes) / 1e9:.2f} GB",
+        flush=True,
+    )
+    bounds = Bounds(costs, hardware, low_bit=False)
+    for batch_size in options.batch_sizes:
+        plan = write_decode(batch_size, config.block_size)
+        if max(max(table) for table in plan.block_tables) >= worker.cache.num_blocks:
+            print(f"{batch_size} contexts do not fit")
+            continue
+        bound = bounds.decode(batch_size, batch_size * CONTEXT).seconds
+        device, host = time_decode(worker, plan)
+        print(
+            f"{config.low_bit} {batch_size:3} streams: {device * 1e3:.3f} ms on the card "
+            f"({bound / device:.0%} of the bound {bound * 1e3:.3f}), {host * 1e3:.3f} ms for the "
+            f"host ({bound / host:.0%}), {batch_size / host:.0f} tokens/s",
+            flush=True,
+        )
+        if options.trace and batch_size in (1, 8, 64):
+            trace(worker, plan)
+    for num_prompts in options.prompts:
+        plan = write_prompts(num_prompts, 1024, config.block_size)
+        seconds = time_steps(worker, plan, 5)
+        bound = bounds.prefill([1024] * num_prompts).seconds
+        print(
+            f"{config.low_bit} prefill {num_prompts} x 1024: {seconds * 1e3:.2f} ms, "
+            f"{num_prompts * 1024 / seconds:.0f} tokens/s, {bound / seconds:.0%} of the bound",
+            flush=True,
+        )
+        if options.trace:
+            trace(worker, plan)
+
+
+def write_decode(num_seqs: int, block_size: int) -> StepPlan:
+    """One token for each of so many sequences, each in pages of its own."""
+    pages = -(-CONTEXT // block_size)
+    tables = [list(range(seq * pages, (seq + 1) * pages)) for seq in range(num_seqs)]
+    last = CONTEXT - 1
+    slots = [table[last // block_size] * block_size + last % block_size for table in tables]
+    ones = [1] * num_seqs
+    return StepPlan(
+        [100 + seq for seq in range(num_seqs)], [last] * num_seqs, slots, ones,
+        [CONTEXT] * num_seqs, tables, list(range(num_seqs)),
+    )  # fmt: skip
+
+
+def write_prompts(num_prompts: int, length: int, block_size: int) -> StepPlan:
+    """So many prompts in one step."""
+    pages = -(-length // block_size)
+    draw = random.Random(0)
+    tables = [list(range(seq * pages, (seq + 1) * pages)) for seq in range(num_prompts)]
+    return StepPlan(
+        [draw.randrange(300, 8000) for _ in range(num_prompts * length)],
+        list(range(length)) * num_prompts,
+        [table[i // block_size] * block_size + i % block_size
+         for table in tables for i in range(length)],
+        [length] * num_prompts, [length] * num_prompts, tables,
+        [length * (seq + 1) - 1 for seq in range(num_prompts)],
+    )  # fmt: skip
+
+
+def time_steps(worker: Worker, plan: StepPlan, count: int) -> float:
+    """Median seconds of a step with its greedy tokens read back."""
+    times = []
+    for _ in range(count + 2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        worker.runner.run(plan).argmax(-1).tolist()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def time_decode(worker: Worker, plan: StepPlan) -> tuple[float, float]:
+    """Seconds of a decode step: of the card alone, steps back to back; and as the host sees it."""
+    host = time_steps(worker, plan, 20)
+    forward = worker.runner._forward
+    graphs = getattr(forward, "_graphs", {})
+    size = next((size for size in graphs if size >= len(plan.query_lens)), None)
+    if size is None:
+        return host, host
+    graph = graphs[size].graph
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(5):
+        start.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e4)
+    return statistics.median(times), host
+
+
+def trace(worker: Worker, plan: StepPlan) -> None:
+    """Time of each kernel in one step, from torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        worker.runner.run(plan)
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in profiler.events():
+        name = event.name[:60]
+        times[name] += event.device_time_total if hasattr(event, "device_time_total") else 0
+        counts[name] += 1
+    for name, micros in times.most_common(14):
+        print(f"    {micros / 1e3:8.3f} ms {counts[name]:5} x {name}")
+
+
+def compare_tokens(model: str, file: Path, formats: list[str]) -> None:
+    """Greedy answers on the CPU, kept in the file, and on a card, compared with those."""
+    draw = random.Random(1)
+    params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    words = (Path(model) / "README.md").read_text().split()
+    prompts = [
+        " ".join(words[start : start + draw.randrange(4, 120)])
+        for start in (draw.randrange(len(words) - 130) for _ in range(48))
+    ]
+
+    def answer(low_bit: str, device: str, eager: bool) -> list[list[int]]:
+        settings = ServingConfig(
+            model_path=model, low_bit=low_bit, device=device, enforce_eager=eager,
+            max_num_seqs=16, max_model_len=1024,
+        )  # fmt: skip
+        with LLM(**vars(settings)) as llm:
+            done = llm.generate(prompts, params, show_progress=False)
+        return [completion.token_ids for completion in done]
+
+    expected = json.loads(file.read_text()) if file.exists() else {}
+    for low_bit in formats:
+        if low_bit not in expected:
+            expected[low_bit] = answer(low_bit, "cpu", False)
+            file.write_text(json.dumps(expected))
+        for eager in (False, True) if torch.cuda.is_available() else ():
+            pairs = list(zip(answer(low_bit, "cuda", eager), expected[low_bit], strict=True))
+            equal = sum(a == b for a, b in pairs)
+            agreed = sum(
+                next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+                for a, b in pairs
+            )
+            print(
+                f"{low_bit} graphs {not eager}: {equal} of {len(pairs)} answers equal the CPU's, "
+                f"{agreed} of {48 * len(pairs)} tokens before the first difference",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
