@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
 import tempfile
@@ -25,10 +26,11 @@ from typing import Any
 
 import torch
 
-from autotp_serving import LLM, SamplingParams
+from autotp_serving import LLM, SamplingParams, worker
 from autotp_serving.config import ServingConfig
 from autotp_serving.model import loader
 from autotp_serving.model.dummy import WEIGHT_STD, DummyCheckpoint
+from autotp_serving.model.forward import PlainForward
 from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import join_control
 from autotp_serving.worker import Worker, start_worker
@@ -107,7 +109,7 @@ def measure(config: ServingConfig, options: argparse.Namespace) -> None:
     """Load, then time decode steps and prompts of one format."""
     started = time.perf_counter()
     control = join_control({})
-    worker = start_worker(config, control)
+    running = start_worker(config, control)
     torch.cuda.synchronize()
     loaded = time.perf_counter() - started
     hardware = measure_hardware(control, "cuda", torch.device("cuda"))
@@ -120,11 +122,11 @@ def measure(config: ServingConfig, options: argparse.Namespace) -> None:
     bounds = Bounds(costs, hardware, low_bit=False)
     for batch_size in options.batch_sizes:
         plan = write_decode(batch_size, config.block_size)
-        if max(max(table) for table in plan.block_tables) >= worker.cache.num_blocks:
+        if max(max(table) for table in plan.block_tables) >= running.cache.num_blocks:
             print(f"{batch_size} contexts do not fit")
             continue
         bound = bounds.decode(batch_size, batch_size * CONTEXT).seconds
-        device, host = time_decode(worker, plan)
+        device, host = time_decode(running, plan)
         print(
             f"{config.low_bit} {batch_size:3} streams: {device * 1e3:.3f} ms on the card "
             f"({bound / device:.0%} of the bound {bound * 1e3:.3f}), {host * 1e3:.3f} ms for the "
@@ -132,10 +134,10 @@ def measure(config: ServingConfig, options: argparse.Namespace) -> None:
             flush=True,
         )
         if options.trace and batch_size in (1, 8, 64):
-            trace(worker, plan)
+            trace(running, plan)
     for num_prompts in options.prompts:
         plan = write_prompts(num_prompts, 1024, config.block_size)
-        seconds = time_steps(worker, plan, 5)
+        seconds = time_steps(running, plan, 5)
         bound = bounds.prefill([1024] * num_prompts).seconds
         print(
             f"{config.low_bit} prefill {num_prompts} x 1024: {seconds * 1e3:.2f} ms, "
@@ -143,7 +145,7 @@ def measure(config: ServingConfig, options: argparse.Namespace) -> None:
             flush=True,
         )
         if options.trace:
-            trace(worker, plan)
+            trace(running, plan)
 
 
 def write_decode(num_seqs: int, block_size: int) -> StepPlan:
@@ -225,40 +227,65 @@ def trace(worker: Worker, plan: StepPlan) -> None:
 
 def compare_tokens(model: str, file: Path, formats: list[str]) -> None:
     """Greedy answers on the CPU, kept in the file, and on a card, compared with those."""
+    expected = json.loads(file.read_text()) if file.exists() else {}
+    for low_bit in formats:
+        if low_bit not in expected:
+            expected[low_bit] = answer_apart(model, low_bit, "cpu", "quick")
+            file.write_text(json.dumps(expected))
+        for how in ("graphs", "eager", "plain") if torch.cuda.is_available() else ():
+            pairs = list(
+                zip(answer_apart(model, low_bit, "cuda", how), expected[low_bit], strict=True)
+            )
+            equal = sum(a["ids"] == b["ids"] for a, b in pairs)
+            agreed, gaps = 0, []
+            for ours, theirs in pairs:
+                both = enumerate(zip(ours["ids"], theirs["ids"], strict=True))
+                first = next((i for i, (x, y) in both if x != y), None)
+                agreed += len(ours["ids"]) if first is None else first
+                if first is not None:
+                    gaps.append(theirs["gaps"][first])
+            print(
+                f"{low_bit} {how}: {equal} of {len(pairs)} answers equal the CPU's, {agreed} of "
+                f"{48 * len(pairs)} tokens before the first difference, where the CPU's best two "
+                f"lie {statistics.median(gaps or [0]):.3f} apart, {max(gaps or [0]):.3f} at most",
+                flush=True,
+            )
+
+
+def answer_apart(model: str, low_bit: str, device: str, how: str) -> list[dict[str, Any]]:
+    """`answer` in a process of its own, which gives its memory back."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(answer, (model, low_bit, device, how))
+
+
+def answer(model: str, low_bit: str, device: str, how: str) -> list[dict[str, Any]]:
+    """Greedy answers to 48 prompts, and how far apart the best two log-probabilities lay.
+
+    Args:
+        how: graphs, eager, or plain for transformers' own layers.
+    """
     draw = random.Random(1)
-    params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True, logprobs=2)
     words = (Path(model) / "README.md").read_text().split()
     prompts = [
         " ".join(words[start : start + draw.randrange(4, 120)])
         for start in (draw.randrange(len(words) - 130) for _ in range(48))
     ]
-
-    def answer(low_bit: str, device: str, eager: bool) -> list[list[int]]:
-        settings = ServingConfig(
-            model_path=model, low_bit=low_bit, device=device, enforce_eager=eager,
-            max_num_seqs=16, max_model_len=1024,
-        )  # fmt: skip
-        with LLM(**vars(settings)) as llm:
-            done = llm.generate(prompts, params, show_progress=False)
-        return [completion.token_ids for completion in done]
-
-    expected = json.loads(file.read_text()) if file.exists() else {}
-    for low_bit in formats:
-        if low_bit not in expected:
-            expected[low_bit] = answer(low_bit, "cpu", False)
-            file.write_text(json.dumps(expected))
-        for eager in (False, True) if torch.cuda.is_available() else ():
-            pairs = list(zip(answer(low_bit, "cuda", eager), expected[low_bit], strict=True))
-            equal = sum(a == b for a, b in pairs)
-            agreed = sum(
-                next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-                for a, b in pairs
-            )
-            print(
-                f"{low_bit} graphs {not eager}: {equal} of {len(pairs)} answers equal the CPU's, "
-                f"{agreed} of {48 * len(pairs)} tokens before the first difference",
-                flush=True,
-            )
+    if how == "plain":
+        worker.choose_forward = lambda model, cache, *_: PlainForward(model, cache)
+    settings = ServingConfig(
+        model_path=model, low_bit=low_bit, device=device, enforce_eager=how == "eager",
+        max_num_seqs=16, max_model_len=1024,
+    )  # fmt: skip
+    with LLM(**vars(settings)) as llm:
+        done = llm.generate(prompts, params, show_progress=False)
+    return [
+        {
+            "ids": completion.token_ids,
+            "gaps": [abs(a.top[0][1] - a.top[1][1]) for a in completion.logprobs],
+        }
+        for completion in done
+    ]
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ def make_matmul(*weights: LowBitTensor) -> Matmul:
     if library is not None:
         return CpuMatmul(library, *weights)
     if device.type == "cuda" and len(weights) == 1:
-        from autotp_serving.kernels.cuda import products
+        from autotp_serving.kernels.cuda import ops, products
 
         if products.can_multiply(device.index):
-            return functools.partial(products.multiply, weight=weights[0])
+            return functools.partial(ops.low_bit_linear, weight=weights[0])
     if len(weights) == 1:
         return functools.partial(portable_matmul, weight=weights[0])
     return lambda x: torch.cat([portable_matmul(x, weight) for weight in weights], 1)

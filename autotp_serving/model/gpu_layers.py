@@ -184,7 +184,7 @@ class GpuLayer:
         return self._finish(hidden, attended)
 
     def _make_heads(self, hidden: Tensor, added: Tensor | None, inputs: StepInputs) -> Tensor:
-        """Queries, keys and values, rotated; the latter two are in the cache as well."""
+        """[num_tokens, all heads, head_dim]: queries, rotated; keys and values are in the cache."""
         rounding = self.qkv.rounding(len(hidden))
         x = add_rms_norm(hidden, added, self.input_norm.weight, self.input_norm.epsilon, rounding)
         qkv = self.qkv(x)
@@ -249,7 +249,7 @@ def check_sizes(model: Any, head_dim: int, longest_rotary: Tensor) -> None:
     """
     if longest_rotary.shape[-1] != head_dim:  # Phi-3 may rotate a part of a head only
         raise UnfitLayer("it rotates a part of each head")
-    if head_dim % 2 or head_dim > 256:
+    if head_dim % 4 or head_dim > 256:
         raise UnfitLayer(f"its heads have {head_dim} numbers")
     if model.config.hidden_size % BLOCK:
         raise UnfitLayer(f"its size {model.config.hidden_size} is no multiple of {BLOCK}")

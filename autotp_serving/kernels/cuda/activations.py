@@ -166,12 +166,12 @@ def rotate_and_store(
     slots: Tensor | None,
     pools: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Bias, norms and rotation in place, and keys and values to their slots of the cache.
+    """Bias, norms and rotation: queries in place, keys and values to their slots of the cache.
 
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] bfloat16.
         positions: [num_tokens] int64.
-        slots: [num_tokens] int64, -1 for nowhere; None with `pools` None: nothing is stored.
+        slots: [num_tokens] int64; None with `pools` None, and -1: they stay in place.
         pools: keys and values [num_slots, num_kv_heads, head_dim] bfloat16.
     """
     head_dim = rotation.cos.shape[1]

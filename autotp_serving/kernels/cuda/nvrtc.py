@@ -13,11 +13,12 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autotp_serving.native_build import BuildError, cache_folder
 
@@ -30,8 +31,6 @@ SHARED_MEMORY_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 PLAIN_SHARED_MEMORY = 48 * 2**10
 OVERLAP_CAPABILITY = (9, 0)
 
-Argument = Tensor | int | float | ctypes.Structure | None
-
 
 class Words(ctypes.Structure):
     """Four 32-bit words by value, CUDA's uint4."""
@@ -41,6 +40,9 @@ class Words(ctypes.Structure):
 
 class Long(int):
     """An integer that a kernel takes in 64 bits."""
+
+
+Argument = Tensor | int | float | Words | None
 
 
 class _Attribute(ctypes.Structure):
@@ -66,8 +68,9 @@ class _LaunchConfig(ctypes.Structure):
 class Kernel:
     """One compiled function on the card it was loaded on."""
 
-    def __init__(self, function: ctypes.c_void_p, overlaps: bool) -> None:
+    def __init__(self, function: ctypes.c_void_p, device_index: int, overlaps: bool) -> None:
         self._function = function
+        self._device_index = device_index
         self._launch = _driver().cuLaunchKernelEx
         self._overlap = (_Attribute * 1)(_Attribute(OVERLAP_ATTRIBUTE, b"", 1, b""))
         self._overlaps = overlaps
@@ -101,32 +104,29 @@ class Kernel:
                 )
             )
             self._shared_bytes = shared_bytes
-        values = [_as_c(argument) for argument in arguments]
+        values = [_C_TYPES[type(argument)](argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         overlaps = overlaps and self._overlaps
         config = _LaunchConfig(
             (grid[0], grid[1], 1),
             (block, 1, 1),
             shared_bytes,
-            torch.cuda.current_stream().cuda_stream,
+            torch._C._cuda_getCurrentRawStream(self._device_index),
             self._overlap,
             1 if overlaps else 0,
         )
         _check(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 
-def _as_c(argument: Argument) -> ctypes._SimpleCData | ctypes.Structure:
-    if argument is None:
-        return ctypes.c_void_p(0)
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, Long):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, int):
-        return ctypes.c_int32(argument)
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return argument
+_C_TYPES: dict[type, Callable[[Any], Any]] = {
+    type(None): ctypes.c_void_p,
+    Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
+    nn.Parameter: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
+    Long: ctypes.c_int64,
+    int: ctypes.c_int32,
+    float: ctypes.c_float,
+    Words: lambda words: words,
+}
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def load_kernel(
     function = ctypes.c_void_p()
     module = _load_module(source, defines, device_index)
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-    return Kernel(function, capability >= OVERLAP_CAPABILITY)
+    return Kernel(function, device_index, capability >= OVERLAP_CAPABILITY)
 
 
 @functools.cache

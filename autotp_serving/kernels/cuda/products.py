@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autotp_serving.low_bit.formats import BLOCK, Format, num_blocks, split_code_bits
+from autotp_serving.low_bit.formats import (
+    BLOCK,
+    FORMATS,
+    Format,
+    num_blocks,
+    split_code_bits,
+)
 from autotp_serving.low_bit.kernels.cpu import find_levels
 from autotp_serving.low_bit.numerics import decode
 from autotp_serving.native_build import BuildError
@@ -56,6 +62,10 @@ class Tiling:
     depth: int
 
 
+DEQUANTIZE = Tiling(8, 1, 1, 1)
+
+
+@functools.cache
 def choose_tiling(num_tokens: int, is_dense: bool) -> Tiling:
     """The fastest for so many tokens, by benchmarks/gpu_products.py on an H100.
 
@@ -63,10 +73,10 @@ def choose_tiling(num_tokens: int, is_dense: bool) -> Tiling:
     """
     token_tiles = next(n for n in (1, 2, 4, 8) if n * TOKENS >= num_tokens)
     if token_tiles == 1:
-        return Tiling(16, 1, 1, 2 if is_dense else 4)
+        return Tiling(16, 1, 1, 1 if is_dense else 2)
     if token_tiles == 2:
-        return Tiling(16, 2, 2, 2)
-    return Tiling(8, 4, 2, 2) if token_tiles == 4 else Tiling(4, 8, 2, 1)
+        return Tiling(16, 2, 2, 1)
+    return Tiling(8, 4, 2, 1) if token_tiles == 4 else Tiling(4, 8, 2, 1)
 
 
 @functools.cache
@@ -138,11 +148,11 @@ def _multiply_part(
     blocks = num_blocks(columns)
     dense = isinstance(weight, Tensor)
     tiling = tiling or choose_tiling(x.num_tokens, dense)
-    reference = weight if dense else weight.planes["codes"]
     planes = {"codes": weight} if dense else weight.planes
-    unit, words = (1.0, Words()) if dense else _table(weight.format)
+    format_name = None if dense else weight.format.name
+    unit, words = _table(format_name)
     row_tiles = -(-rows // ROWS)
-    kernel = _kernel("multiply_few", None if dense else weight.format, tiling, reference)
+    kernel = _kernel("multiply_few", format_name, tiling, out.device.index)
     kernel(
         (-(-row_tiles // tiling.row_tiles), 1),
         tiling.warps * LANES,
@@ -173,11 +183,10 @@ def dequantize_rows(weight: CudaTensor, start: int, stop: int, to: Tensor) -> No
     """Rows `start` to `stop` as bfloat16 into `to`; `start` is a multiple of 16."""
     blocks = num_blocks(weight.shape[1])
     codes = weight.planes["codes"]
-    tiling = Tiling(8, 1, 1, 1)
-    levels = _float_levels(weight.format, codes.device)
-    _kernel("dequantize_tiles", weight.format, tiling, codes)(
-        (-(-(stop - start) // ROWS), -(-blocks // tiling.warps)),
-        tiling.warps * LANES,
+    levels = _float_levels(weight.format.name, codes.device)
+    _kernel("dequantize_tiles", weight.format.name, DEQUANTIZE, codes.device.index)(
+        (-(-(stop - start) // ROWS), -(-blocks // DEQUANTIZE.warps)),
+        DEQUANTIZE.warps * LANES,
         (
             *(weight.planes.get(name) for name in ("codes", "high", "scales", "mins")),
             *(to, Long(blocks), start // ROWS, levels),
@@ -216,17 +225,20 @@ def make_defines(format: Format | None, tiling: Tiling) -> tuple[tuple[str, str]
     return tuple((name, str(value)) for name, value in defines.items())
 
 
-def _kernel(name: str, format: Format | None, tiling: Tiling, tensor: Tensor) -> Kernel:
-    return load_kernel(SOURCE, name, make_defines(format, tiling), tensor.device.index)
+@functools.cache
+def _kernel(name: str, format_name: str | None, tiling: Tiling, device_index: int) -> Kernel:
+    """`format_name` stands for the format, which takes long to hash; None: bfloat16."""
+    format = None if format_name is None else FORMATS[format_name]
+    return load_kernel(SOURCE, name, make_defines(format, tiling), device_index)
 
 
 @functools.cache
-def _table(format: Format) -> tuple[float, Words]:
+def _table(format_name: str | None) -> tuple[float, Words]:
     """What a step of a format's codes is worth, and its table of 16 signed bytes, if it has one."""
     words = Words()
-    if _kind(format) != 1:
+    if format_name is None or _kind(FORMATS[format_name]) != 1:
         return 1.0, words
-    table, unit, offset = find_levels(format)
+    table, unit, offset = find_levels(FORMATS[format_name])
     signed = [int(level) - offset & 0xFF for level in table.tolist()]
     signed += [0] * (16 - len(signed))
     for index in range(4):
@@ -235,8 +247,9 @@ def _table(format: Format) -> tuple[float, Words]:
 
 
 @functools.cache
-def _float_levels(format: Format, device: torch.device) -> Tensor | None:
+def _float_levels(format_name: str, device: torch.device) -> Tensor | None:
     """What each code stands for, float32, in formats that look it up."""
+    format = FORMATS[format_name]
     if _kind(format) == 0:
         return None
     codes = torch.arange(2**format.code_bits, dtype=torch.uint8)[:, None]

@@ -170,17 +170,33 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
     write_numbers(gate, token, chunk, columns, to, plain, rounds != 0);
 }
 
-// Queries, keys and values [tokens, (heads + 2 * kv_heads) * head_dim] in place: bias, norm of
-// heads (where there are any), rotation of queries and keys by row `positions[token]` of cos and
-// sin [longest, head_dim]; keys and values also go to their slots of the pools
-// [slots, kv_heads, head_dim] (null: they do not; slot -1: nowhere). A warp takes a head; grid y:
-// all heads / 8. head_dim is a multiple of 2 and at most 256.
+__device__ __forceinline__ void read_pair(const uint16_t* from, float (&v)[2]) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+    v[0] = __uint_as_float(pair << 16), v[1] = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ void add_pair(const uint16_t* from, float (&v)[2]) {
+    float more[2];
+    read_pair(from, more);
+    v[0] = round_to_bfloat16(v[0] + more[0]), v[1] = round_to_bfloat16(v[1] + more[1]);
+}
+__device__ __forceinline__ void scale_pair(const uint16_t* weight, float factor, float (&v)[2]) {
+    float w[2];
+    read_pair(weight, w);
+    v[0] = round_to_bfloat16(round_to_bfloat16(v[0] * factor) * w[0]);
+    v[1] = round_to_bfloat16(round_to_bfloat16(v[1] * factor) * w[1]);
+}
+
+// Queries, keys and values [tokens, (heads + 2 * kv_heads) * head_dim]: bias, norm of heads (where
+// there are any), rotation of queries and keys by row `positions[token]` of cos and sin
+// [longest, head_dim]. Queries stay in place; keys and values go to their slots of the pools
+// [slots, kv_heads, head_dim], or stay as well where those are null or the slot is -1. A warp takes
+// a head; grid y: all heads / 8. head_dim is a multiple of 4 and at most 256.
 extern "C" __global__ void __launch_bounds__(256)
 rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm,
                  const uint16_t* key_norm, float epsilon, const int64_t* positions,
                  const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* keys,
                  uint16_t* values, int heads, int kv_heads, int head_dim) {
-    constexpr int kMost = 4;  // pairs a lane
+    constexpr int kMost = 2;  // of two neighbouring pairs a lane
     const int64_t token = blockIdx.x;
     const int lane = threadIdx.x % kLanes;
     const int head = blockIdx.y * 8 + threadIdx.x / kLanes;
@@ -189,21 +205,22 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
     wait_for_inputs();
     if (head >= heads + 2 * kv_heads) return;
     uint16_t* row = qkv + (token * (heads + 2 * kv_heads) + head) * head_dim;
-    float low[kMost], high[kMost];
+    float low[kMost][2], high[kMost][2];
     float square = 0;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-        const int column = lane + i * kLanes;
-        low[i] = high[i] = 0;
+        const int column = (lane + i * kLanes) * 2;
         if (column >= half) continue;
-        low[i] = bfloat16_to_float(row[column]);
-        high[i] = bfloat16_to_float(row[column + half]);
+        read_pair(row + column, low[i]);
+        read_pair(row + column + half, high[i]);
         if (bias != nullptr) {
-            const uint16_t* b = bias + head * head_dim;
-            low[i] = round_to_bfloat16(low[i] + bfloat16_to_float(b[column]));
-            high[i] = round_to_bfloat16(high[i] + bfloat16_to_float(b[column + half]));
+            add_pair(bias + head * head_dim + column, low[i]);
+            add_pair(bias + head * head_dim + column + half, high[i]);
         }
-        square = fmaf(low[i], low[i], fmaf(high[i], high[i], square));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            square = fmaf(low[i][j], low[i][j], fmaf(high[i][j], high[i][j], square));
+        }
     }
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     const uint16_t* norm = is_value ? nullptr : is_query ? query_norm : key_norm;
@@ -216,12 +233,10 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
         const float factor = __frsqrt_rn(mean + epsilon);
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
-            const int column = lane + i * kLanes;
+            const int column = (lane + i * kLanes) * 2;
             if (column >= half) continue;
-            low[i] = round_to_bfloat16(round_to_bfloat16(low[i] * factor) *
-                                       bfloat16_to_float(norm[column]));
-            high[i] = round_to_bfloat16(round_to_bfloat16(high[i] * factor) *
-                                        bfloat16_to_float(norm[column + half]));
+            scale_pair(norm + column, factor, low[i]);
+            scale_pair(norm + column + half, factor, high[i]);
         }
     }
     const int64_t slot = slots == nullptr ? -1 : slots[token];
@@ -233,19 +248,29 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
     const int64_t angle = positions[token] * head_dim;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-        const int column = lane + i * kLanes;
+        const int column = (lane + i * kLanes) * 2;
         if (column >= half) continue;
-        float first = low[i], second = high[i];
         if (!is_value) {
-            const float c0 = bfloat16_to_float(cos[angle + column]);
-            const float s0 = bfloat16_to_float(sin[angle + column]);
-            const float c1 = bfloat16_to_float(cos[angle + column + half]);
-            const float s1 = bfloat16_to_float(sin[angle + column + half]);
-            first = round_to_bfloat16(low[i] * c0) + round_to_bfloat16(-high[i] * s0);
-            second = round_to_bfloat16(high[i] * c1) + round_to_bfloat16(low[i] * s1);
+            float c0[2], s0[2], c1[2], s1[2];
+            read_pair(cos + angle + column, c0);
+            read_pair(sin + angle + column, s0);
+            read_pair(cos + angle + column + half, c1);
+            read_pair(sin + angle + column + half, s1);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float a = low[i][j], b = high[i][j];
+                low[i][j] = round_to_bfloat16(a * c0[j]) + round_to_bfloat16(-b * s0[j]);
+                high[i][j] = round_to_bfloat16(b * c1[j]) + round_to_bfloat16(a * s1[j]);
+            }
         }
-        const uint16_t a = float_to_bfloat16(first), b = float_to_bfloat16(second);
-        row[column] = a, row[column + half] = b;
-        if (pool != nullptr) pool[column] = a, pool[column + half] = b;
+        const uint32_t first = pair_bfloat16(low[i][0], low[i][1]);
+        const uint32_t second = pair_bfloat16(high[i][0], high[i][1]);
+        if (pool == nullptr) {
+            *reinterpret_cast<uint32_t*>(row + column) = first;
+            *reinterpret_cast<uint32_t*>(row + column + half) = second;
+        } else {
+            *reinterpret_cast<uint32_t*>(pool + column) = first;
+            *reinterpret_cast<uint32_t*>(pool + column + half) = second;
+        }
     }
 }

@@ -7,7 +7,7 @@
 //
 // Of the format, the compiler is told: LOW_BITS, HIGH_BITS, KIND (0 integers, 1 table, 2 small
 // floats, 3 none: the weight is bfloat16 in plain rows), SCALE_BYTES (0, 2, 4), MINS, and for small
-// floats MANTISSA_BITS. Of the shape: WARPS, TOKEN_TILES, ROW_TILES, DEPTH (tiles read ahead).
+// floats MANTISSA_BITS. Of the shape: WARPS, TOKEN_TILES, ROW_TILES, DEPTH (tiles of a step).
 #include "common.cuh"
 
 constexpr int kLowBits = LOW_BITS;
@@ -21,6 +21,8 @@ constexpr int kTokenTiles = TOKEN_TILES;
 constexpr int kRowTiles = ROW_TILES;
 constexpr int kDepth = DEPTH;
 constexpr bool kIntegers = kKind <= 1;
+// Thread blocks of a multiprocessor at a time: two of 512 threads have 64 registers each.
+constexpr int kThreadBlocks = kWarps == 16 && kTokenTiles * kRowTiles == 1 && kKind != 3 ? 2 : 1;
 
 // Without a high part and table, nibbles are multiplied where they stand in their byte, sixteen
 // times too large; symmetric ones with their sign.
@@ -98,6 +100,21 @@ __device__ __forceinline__ void load_tile(const Weight& w, int64_t row_tile, int
     if constexpr (kMins) {
         const uint32_t v = load_once4(w.mins + (index * 8 + pair) * 4);
         tile.min[0] = half_to_float(v & 0xffff), tile.min[1] = half_to_float(v >> 16);
+    }
+}
+
+// The tiles of a warp's next step: DEPTH blocks of columns, WARPS apart.
+__device__ __forceinline__ void load_tiles(const Weight& w, int64_t first_row_tile,
+                                           int64_t last_row_tile, int64_t block, int lane,
+                                           Tile (&tiles)[kDepth][kRowTiles]) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+            // A repeated read at the end costs less than a branch in the middle.
+            load_tile(w, min(first_row_tile + r, last_row_tile),
+                      min(block + d * kWarps, w.blocks - 1), lane, tiles[d][r]);
+        }
     }
 }
 
@@ -200,9 +217,12 @@ __device__ __forceinline__ void load_fragments(const Activations& x, int64_t blo
             to.words[0] =
                 *reinterpret_cast<const uint4*>(x.values + index * (kTokens * kBlock) + lane * 16);
         }
-        to.scale = *reinterpret_cast<const float2*>(x.scales + index * kTokens + lane % 4 * 2);
-        if constexpr (kMins) {
-            to.sum = *reinterpret_cast<const float2*>(x.sums + index * kTokens + lane % 4 * 2);
+        to.scale = to.sum = make_float2(0, 0);
+        if (token_tile * kTokens < x.tokens) {
+            to.scale = *reinterpret_cast<const float2*>(x.scales + index * kTokens + lane % 4 * 2);
+            if constexpr (kMins) {
+                to.sum = *reinterpret_cast<const float2*>(x.sums + index * kTokens + lane % 4 * 2);
+            }
         }
     } else {
         to.words[0] = to.words[1] = make_uint4(0, 0, 0, 0);
@@ -285,7 +305,7 @@ __device__ __forceinline__ void multiply_tiles(const Operand& a, const Fragments
 
 // Grid: row tiles / ROW_TILES, rounded up. `out` is bfloat16 [tokens, rows]; rows in a last tile
 // beyond `rows` are not written. `unit` is what a step of a table stands for.
-extern "C" __global__ void __launch_bounds__(kWarps * kLanes)
+extern "C" __global__ void __launch_bounds__(kWarps * kLanes, kThreadBlocks)
 multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
              const uint8_t* mins, const uint8_t* values, const float* x_scales, const float* x_sums,
              uint16_t* out, int64_t blocks, int rows, int tokens, float unit, uint4 table_words) {
@@ -297,19 +317,14 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowTiles;
     float sums[kRowTiles][kTokenTiles][4] = {};
     let_next_begin();
-    bool waits = true;
-    for (int64_t start = warp; start < blocks; start += kWarps * kDepth) {
-        Tile tiles[kDepth][kRowTiles];
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-            // A repeated read at the end costs less than a branch in the middle.
-            const int64_t block = min(start + d * kWarps, blocks - 1);
-#pragma unroll
-            for (int r = 0; r < kRowTiles; ++r) {
-                load_tile(w, min(first + r, last_tile), block, lane, tiles[d][r]);
-            }
-        }
-        if (waits) wait_for_inputs(), waits = false;
+    // Two steps of reading are under way while one is multiplied; the first two begin before the
+    // activations are there.
+    constexpr int64_t kStep = kWarps * kDepth;
+    Tile now[kDepth][kRowTiles], next[kDepth][kRowTiles];
+    load_tiles(w, first, last_tile, warp, lane, now);
+    if (warp + kStep < blocks) load_tiles(w, first, last_tile, warp + kStep, lane, next);
+    wait_for_inputs();
+    for (int64_t start = warp; start < blocks; start += kStep) {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
             const int64_t block = start + d * kWarps;
@@ -317,7 +332,8 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
                 Operand operands[kRowTiles];
 #pragma unroll
                 for (int r = 0; r < kRowTiles; ++r) {
-                    prepare(tiles[d][r], table, unit * kCodeUnit, operands[r]);
+                    prepare(now[d][r], table, unit * kCodeUnit, operands[r]);
+                    now[d][r] = next[d][r];
                 }
 #pragma unroll
                 for (int n = 0; n < kTokenTiles; ++n) {
@@ -330,8 +346,9 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
                 }
             }
         }
+        const int64_t ahead = start + 2 * kStep;
+        if (ahead < blocks) load_tiles(w, first, last_tile, ahead, lane, next);
     }
-    if (waits) wait_for_inputs();
     // [warp][token][row], 8 tokens at a time: a thread then adds up one row of one token.
     constexpr int kWidth = kRowTiles * kRows;
     __shared__ float parts[kWarps][kTokens][kWidth + 1];
