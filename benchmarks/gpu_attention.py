@@ -166,15 +166,15 @@ def list_decode_tiles(shape: Shape, is_tuning: bool) -> list[DecodeTiles]:
     found = [own]
     if is_tuning:
         splits = ((64, 16), (64, 32), (128, 16), (4096, 1))
-        sizes = ((16, 1), (32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4))
-        for (tile, warps), stages in itertools.product(sizes, (1, 2, 3)):
+        sizes = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))
+        paths = (True, False) if group == 1 or shape.is_int8 else (True,)
+        for (tile, warps), stages, use_dot in itertools.product(sizes, (1, 2, 3), paths):
+            if stages == 3 and (shape.is_int8 or not use_dot):
+                continue
             found += [
-                DecodeTiles(tile, warps, stages, max(least, tile), most, True, True)
+                DecodeTiles(tile, warps, stages, max(least, tile), most, use_dot, group == 1)
                 for least, most in splits
             ]
-        if group == 1:
-            found += [replace(tiles, use_dot=False) for tiles in found if tiles.stages == 1]
-        found += [replace(tiles, merges=False) for tiles in found[:: len(found) // 8]]
     return list(dict.fromkeys(found))
 
 
@@ -183,7 +183,7 @@ def list_prefill_tiles(shape: Shape, is_tuning: bool) -> list[PrefillTiles]:
     found = [choose_prefill(HOPPER, shape.head_dim, shape.is_int8)]
     if is_tuning:
         sizes = ((64, 4), (128, 8))
-        for (queries, warps), keys, stages in itertools.product(sizes, (32, 64, 128), (2, 3)):
+        for (queries, warps), keys, stages in itertools.product(sizes, (32, 64), (1, 2)):
             found.append(PrefillTiles(queries, keys, warps, stages))
     return list(dict.fromkeys(found))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autotp_serving.kernels.triton.cards import DecodeTiles
 from autotp_serving.kernels.triton.inputs import Inputs, Pools
-from autotp_serving.kernels.triton.parts import add_sink, cap_products, find_slots
+from autotp_serving.kernels.triton.parts import add_sink, cap_products, find_slots, widen
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _attend_by_sum(
         mask = is_seen[:, None]
         if DIMS != HEAD_DIM:
             mask = mask & (dims < HEAD_DIM)[None, :]
-        key = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
+        key = widen(tl.load(keys + where, mask=mask, other=0))
+        value = widen(tl.load(values + where, mask=mask, other=0))
         products = tl.sum(key * row[None, :], axis=1)
         if is_int8:
             products *= tl.load(key_scales + slots * scale_stride, mask=is_seen, other=0.0)
