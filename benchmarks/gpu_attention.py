@@ -38,6 +38,8 @@ from benchmarks.gpu_timing import compile_in_parallel, measure_copy_rate, time_g
 TOLERANCE = 0.02
 """Of the largest difference from float32, as a share of the largest number, in bf16."""
 TARGET = ("cuda", 90, 32)
+POOL_BYTES = 3 * 2**30
+"""Of keys and values that steps take turns in, so that they do not stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,16 @@ def list_decode_tiles(shape: Shape, is_tuning: bool) -> list[DecodeTiles]:
     own = choose_decode(HOPPER, group, shape.head_dim, shape.is_int8)
     found = [own]
     if is_tuning:
-        splits = ((64, 16), (128, 16), (64, 32), (32, 64), (4096, 1))
-        sizes = ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8))
-        paths = (False, True) if group == 1 else (True,)
-        for use_dot, (tile, warps), stages in itertools.product(paths, sizes, (1, 2, 3)):
-            if tile == 128 and stages == 3 or not use_dot and stages == 3:
+        splits = ((64, 16), (64, 32), (128, 16), (4096, 1))
+        sizes = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))
+        paths = (True, False) if group == 1 or shape.is_int8 else (True,)
+        for (tile, warps), stages, use_dot in itertools.product(sizes, (1, 2, 3), paths):
+            if stages == 3 and (shape.is_int8 or not use_dot):
                 continue
             found += [
-                DecodeTiles(tile, warps, stages, max(least, tile), most, use_dot, True)
+                DecodeTiles(tile, warps, stages, max(least, tile), most, use_dot, group == 1)
                 for least, most in splits
             ]
-        found += [replace(tiles, merges=False) for tiles in found[:: len(found) // 12]]
     return list(dict.fromkeys(found))
 
 
@@ -181,8 +182,8 @@ def list_prefill_tiles(shape: Shape, is_tuning: bool) -> list[PrefillTiles]:
     """The card's own first, then what else is tried."""
     found = [choose_prefill(HOPPER, shape.head_dim, shape.is_int8)]
     if is_tuning:
-        sizes = ((64, 4), (128, 4), (128, 8))
-        for (queries, warps), keys, stages in itertools.product(sizes, (32, 64, 128), (1, 2, 3)):
+        sizes = ((64, 4), (128, 8))
+        for (queries, warps), keys, stages in itertools.product(sizes, (32, 64), (1, 2)):
             found.append(PrefillTiles(queries, keys, warps, stages))
     return list(dict.fromkeys(found))
 
@@ -218,8 +219,9 @@ def measure_decode(
 ) -> None:
     """Print each variant's microseconds and share of the copy rate for each number of rows."""
     print(f"\ndecode, {shape}, context {context_len}: us (share of the copy rate) at {rows} rows")
-    contexts = make_contexts(shape, max(128, *rows), context_len, "cuda")
-    max_rows, num_bytes = len(contexts.block_tables), shape.token_bytes * context_len
+    num_bytes = shape.token_bytes * context_len
+    max_rows = max(*rows, -(-POOL_BYTES // num_bytes))
+    contexts = make_contexts(shape, max_rows, context_len, "cuda")
     results = {}
     for tiles in variants:
         times = []
@@ -230,12 +232,12 @@ def measure_decode(
                 contexts.inputs(first, num_rows, 1)
                 for first in range(0, max_rows - num_rows + 1, num_rows)
             ][:32]
-            steps *= -(-8 // len(steps))
+            steps *= -(-4 // len(steps))
             query, out = make_query(shape, num_rows, "cuda")
 
-            def run(steps: list = steps, query: Tensor = query, out: Tensor = out) -> None:
+            def run(arguments: tuple = (query, out, tiles, workspace), steps: list = steps) -> None:
                 for step in steps:
-                    run_decode(contexts, step, query, out, tiles, workspace)
+                    run_decode(contexts, step, *arguments)
 
             try:
                 run()
@@ -265,18 +267,14 @@ def measure_decode(
     for column, count in enumerate(rows):
         best = sorted(shares, key=lambda tiles: -shares[tiles][column])[:4]
         print(f"best at {count}:", *(f"{shares[t][column]:.1%} {describe(t)};" for t in best))
-    best = sorted(
-        shares,
-        key=lambda tiles: (
-            -min(
-                a / b
-                for a, b in zip(
-                    shares[tiles], [max(s[i] for s in shares.values()) for i in range(len(rows))]
-                )
-            )
-        ),
-    )[:6]
-    print("best over all:", *(f"{[f'{s:.0%}' for s in shares[t]]} {describe(t)};" for t in best))
+    top = [max(found[column] for found in shares.values()) for column in range(len(rows))]
+
+    def worst_share(tiles: DecodeTiles) -> float:
+        return min(share / best for share, best in zip(shares[tiles], top, strict=True))
+
+    for tiles in sorted(shares, key=worst_share, reverse=True)[:5]:
+        of_best = [f"{share / best:.0%}" for share, best in zip(shares[tiles], top, strict=True)]
+        print("of the best:", *of_best, describe(tiles))
 
 
 def measure_prefill(
@@ -289,15 +287,14 @@ def measure_prefill(
         inputs = contexts.inputs(0, count, length)
         query, out = make_query(shape, count * length, "cuda")
         seen = length * prefix + length * (length + 1) / 2
+        batch = (contexts, inputs, query, out)
         operations = 4 * count * seen * shape.num_heads * shape.head_dim
         print(f"\nprefill, {shape}, {count} x {length} after {prefix}")
         exact = attend_exactly(query[-length:][-256:], *contexts.read(count - 1))
         for tiles in variants:
             out.fill_(float("nan"))
             try:
-                seconds = time_graph(
-                    lambda tiles=tiles: run_prefill(contexts, inputs, query, out, tiles)
-                )
+                seconds = time_graph(lambda job=(*batch, tiles): run_prefill(*job))
             except Exception as error:
                 print("FAILED", describe(tiles), str(error)[:200])
                 continue
@@ -327,7 +324,7 @@ def measure_torch(shape: Shape, query: Tensor, count: int, length: int, operatio
         group = shape.num_heads // shape.num_kv_heads
         flat = [part.repeat_interleave(group, 1) for part in flat]
         runs["varlen_attn"] = lambda: varlen_attn(
-            query, *flat, starts, starts, length, length, is_causal=True
+            query, *flat, starts, starts, length, length, window_size=(-1, 0)
         )
     except ImportError:
         print("no varlen_attn in this torch")

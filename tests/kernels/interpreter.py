@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 
 
 def choose_device() -> torch.device:
-    """A card if there is one; else the CPU, with the interpreter switched on.
-
-    To be called before a module with kernels is imported: Triton reads the switch there.
-    """
+    """A card if there is one; else the CPU and the interpreter, which `tests` switches on."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    os.environ["TRITON_INTERPRET"] = "1"
     mend_interpreter()
     return torch.device("cpu")
 
 
 def mend_interpreter() -> None:
-    """Make up for two gaps of Triton 3.6's interpreter.
+    """Make up for three gaps of Triton 3.6's interpreter.
 
-    It makes an index of an array of one number, which numpy refuses since 2.4, and it multiplies
-    the bits of bf16 numbers as whole numbers.
+    It makes an index of an array of one number, which numpy refuses since 2.4, it multiplies the
+    bits of bf16 numbers as whole numbers, and it makes those bits from whole numbers as they are.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, multiply = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    patch, multiply, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
     def patch_and_mend(tensor: type, scope: object) -> None:
         patch(tensor, scope)
@@ -44,5 +39,13 @@ def mend_interpreter() -> None:
     def multiply_widened(self: object, a: object, b: object, *rest: object) -> object:
         return multiply(self, widen(a), widen(b), *rest)
 
+    def cast_by_float(self: object, source: object, target: object) -> object:
+        is_whole = source.dtype.scalar.is_int() and target.scalar == tl.bfloat16
+        if not is_whole:
+            return cast(self, source, target)
+        wide = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
+        return cast(self, wide, target)
+
     interpreter._patch_lang_tensor = patch_and_mend
-    interpreter.InterpreterBuilder.create_dot = multiply_widened
+    builder.create_dot = multiply_widened
+    builder.cast_impl = cast_by_float

@@ -62,7 +62,7 @@ def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> Decode
     """Tiles for `group` heads that share a kv head of `head_dim`."""
     if card in (HOPPER, CUDA):
         return DecodeTiles(
-            tile=64, warps=4, stages=2, min_split=64, max_splits=16, use_dot=group > 1, merges=True
+            tile=16, warps=1, stages=3, min_split=64, max_splits=32, use_dot=True, merges=True
         )
     return DecodeTiles(
         tile=16, warps=4, stages=1, min_split=64, max_splits=16, use_dot=False, merges=False
@@ -72,5 +72,5 @@ def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> Decode
 def choose_prefill(card: str, head_dim: int, is_int8: bool) -> PrefillTiles:
     """Tiles for prompts."""
     if card in (HOPPER, CUDA):
-        return PrefillTiles(queries=128, keys=64, warps=8, stages=2)
+        return PrefillTiles(queries=64, keys=64, warps=4, stages=2)
     return PrefillTiles(queries=16, keys=32, warps=4, stages=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autotp_serving.kernels.triton.cards import DecodeTiles
 from autotp_serving.kernels.triton.inputs import Inputs, Pools
-from autotp_serving.kernels.triton.parts import LOG2_E, add_sink, find_slots, scale_logits
+from autotp_serving.kernels.triton.parts import add_sink, cap_products, find_slots, widen
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,15 @@ def _attend_by_sum(
         mask = is_seen[:, None]
         if DIMS != HEAD_DIM:
             mask = mask & (dims < HEAD_DIM)[None, :]
-        key = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
+        key = widen(tl.load(keys + where, mask=mask, other=0))
+        value = widen(tl.load(values + where, mask=mask, other=0))
         products = tl.sum(key * row[None, :], axis=1)
         if is_int8:
             products *= tl.load(key_scales + slots * scale_stride, mask=is_seen, other=0.0)
-        logits = scale_logits(products, scaling, softcap, HAS_SOFTCAP)
-        logits = tl.where(is_seen, logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, axis=0))
-        weights = tl.exp2(logits - new_largest)
+        products, factor = cap_products(products, scaling, softcap, HAS_SOFTCAP)
+        products = tl.where(is_seen, products, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(products, axis=0) * factor)
+        weights = tl.exp2(products * factor - new_largest)
         kept = tl.exp2(largest - new_largest)
         total = total * kept + tl.sum(weights, axis=0)
         if is_int8:
@@ -176,10 +176,10 @@ def _attend_by_dot(
         if is_int8:
             scales = tl.load(key_scales + slots * scale_stride, mask=is_seen, other=0.0)
             products *= scales[None, :]
-        logits = scale_logits(products, scaling, softcap, HAS_SOFTCAP)
-        logits = tl.where(is_seen[None, :], logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, axis=1))
-        weights = tl.exp2(logits - new_largest[:, None])
+        products, factor = cap_products(products, scaling, softcap, HAS_SOFTCAP)
+        products = tl.where(is_seen[None, :], products, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(products, axis=1) * factor)
+        weights = tl.exp2(products * factor - new_largest[:, None])
         kept = tl.exp2(largest - new_largest)
         total = total * kept + tl.sum(weights, axis=1)
         if is_int8:

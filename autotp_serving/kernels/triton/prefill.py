@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autotp_serving.kernels.triton.cards import PrefillTiles
 from autotp_serving.kernels.triton.inputs import Inputs, Pools
-from autotp_serving.kernels.triton.parts import add_sink, find_slots, scale_logits
+from autotp_serving.kernels.triton.parts import add_sink, cap_products, find_slots
 
 
 @triton.jit
@@ -86,18 +86,18 @@ def _attend_keys(
         if is_int8:
             scales = tl.load(key_scales + slots * scale_stride, mask=is_owned, other=0.0)
             products *= scales[None, :]
-        logits = scale_logits(products, scaling, softcap, HAS_SOFTCAP)
+        products, factor = cap_products(products, scaling, softcap, HAS_SOFTCAP)
         if IS_MASKED:
             is_seen = positions[None, :] <= query_positions[:, None]
             if HAS_WINDOW:
                 is_seen = is_seen & (positions[None, :] > query_positions[:, None] - window)
-            logits = tl.where(is_seen, logits, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logits, axis=1))
+            products = tl.where(is_seen, products, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(products, axis=1) * factor)
         base = new_largest
         if HAS_WINDOW:
             # Nothing may be seen yet: then weights are exp2(-inf - 0).
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(logits - base[:, None])
+        weights = tl.exp2(products * factor - base[:, None])
         kept = tl.exp2(largest - base)
         total = total * kept + tl.sum(weights, axis=1)
         if is_int8:
