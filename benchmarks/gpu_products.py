@@ -36,6 +36,7 @@ from autotp_serving.kernels.cuda.activations import (
     silu_multiply,
 )
 from autotp_serving.kernels.cuda.nvrtc import compile_source
+from autotp_serving.kernels.cuda.ops import low_bit_linear
 from autotp_serving.kernels.cuda.products import (
     Tiling,
     choose_tiling,
@@ -60,8 +61,10 @@ CACHE_BYTES = 2**28
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64], help="to tune")
     parser.add_argument("--only", default="", help="sections, separated by commas; all: nothing")
-    wanted = [name for name in parser.parse_args().only.split(",") if name]
+    options = parser.parse_args()
+    wanted = [name for name in options.only.split(",") if name]
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     rate = copy_rate()
@@ -69,7 +72,8 @@ def main() -> None:
     sections = {
         "check": check_formats,
         "activations": check_activations,
-        "tune": lambda: tune(rate),
+        "operator": check_operator,
+        "tune": lambda: tune(rate, options.tokens),
         "few": lambda: time_few(rate),
         "many": time_many,
         "layers": lambda: time_layers(rate),
@@ -157,7 +161,7 @@ def compile_ahead(variants: Iterable[tuple[str | None, Tiling]]) -> None:
 def check_formats() -> None:
     """Every format, at several numbers of tokens, and one token alone as among others."""
     compile_ahead(
-        (name, choose_tiling(tokens, name is None))
+        (name, choose_tiling(tokens, 1056, name))
         for name in [*FORMATS, None]
         for tokens in (1, 16, 32, 64)
     )
@@ -201,6 +205,14 @@ def check_formats() -> None:
             f"alone as among others: {invariant}",
             flush=True,
         )
+
+
+def check_operator() -> None:
+    """The operator that torch.compile sees: the same numbers, and no graph break."""
+    weight = tile(random_weight("sym_int4", 512, 256))
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(lambda x: low_bit_linear(x * 2, weight) + 1, fullgraph=True)
+    print("compiled as launched:", torch.equal(compiled(x), multiply(x * 2, weight) + 1))
 
 
 def check_activations() -> None:
@@ -320,10 +332,10 @@ def weight_bytes(weight: CudaTensor | Tensor) -> int:
     return weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
 
 
-def tune(rate: float) -> None:
+def tune(rate: float, token_counts: list[int]) -> None:
     """Which tiling is the fastest, by format, shape and number of tokens."""
     space = {
-        1: [Tiling(w, 1, r, d) for w in (8, 16) for r in (1, 2) for d in (1, 2, 4)],
+        1: [Tiling(w, 1, r, d) for w in (4, 8, 16) for r in (1, 2, 4) for d in (1, 2)],
         2: [Tiling(w, 2, r, d) for w in (8, 16) for r in (1, 2) for d in (1, 2)],
         4: [Tiling(w, 4, r, d) for w in (4, 8, 16) for r in (1, 2, 4) for d in (1, 2)],
         8: [Tiling(w, 8, r, d) for w in (4, 8, 16) for r in (1, 2) for d in (1, 2)],
@@ -335,7 +347,6 @@ def tune(rate: float) -> None:
     )
     table = {}
     for name in names:
-        token_counts = (1, 8, 16, 32, 64)
         for shape, (rows, columns) in SHAPES.items():
             weights = make_weights(name, rows, columns)
             for tokens in token_counts:
@@ -376,9 +387,10 @@ def time_few(rate: float) -> None:
     """Every format as it is used, by number of tokens."""
     counts = (1, 8, 16, 32, 64, 128)
     compile_ahead(
-        (name, choose_tiling(min(tokens, 64), name is None))
+        (name, choose_tiling(min(tokens, 64), rows, name))
         for name in [*FORMATS, None]
         for tokens in counts
+        for rows, _ in SHAPES.values()
     )
     for name in [*FORMATS, None]:
         line, sums, floors = [], Counter(), 0.0

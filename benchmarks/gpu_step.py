@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import statistics
 import tempfile
@@ -26,11 +25,10 @@ from typing import Any
 
 import torch
 
-from autotp_serving import LLM, SamplingParams, worker
+from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import ServingConfig
 from autotp_serving.model import loader
 from autotp_serving.model.dummy import WEIGHT_STD, DummyCheckpoint
-from autotp_serving.model.forward import PlainForward
 from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import join_control
 from autotp_serving.worker import Worker, start_worker
@@ -230,52 +228,46 @@ def compare_tokens(model: str, file: Path, formats: list[str]) -> None:
     expected = json.loads(file.read_text()) if file.exists() else {}
     for low_bit in formats:
         if low_bit not in expected:
-            expected[low_bit] = answer_apart(model, low_bit, "cpu", "quick")
+            expected[low_bit] = answer(model, low_bit, "cpu", "quick")
             file.write_text(json.dumps(expected))
-        for how in ("graphs", "eager", "plain") if torch.cuda.is_available() else ():
-            pairs = list(
-                zip(answer_apart(model, low_bit, "cuda", how), expected[low_bit], strict=True)
-            )
+        for how in ("graphs", "eager") if torch.cuda.is_available() else ():
+            pairs = list(zip(answer(model, low_bit, "cuda", how), expected[low_bit], strict=True))
             equal = sum(a["ids"] == b["ids"] for a, b in pairs)
-            agreed, gaps = 0, []
-            for ours, theirs in pairs:
-                both = enumerate(zip(ours["ids"], theirs["ids"], strict=True))
-                first = next((i for i, (x, y) in both if x != y), None)
-                agreed += len(ours["ids"]) if first is None else first
-                if first is not None:
-                    gaps.append(theirs["gaps"][first])
+            gaps = [
+                theirs["gaps"][i]
+                for ours, theirs in pairs
+                for i in [first_difference(ours["ids"], theirs["ids"])]
+                if i is not None and i < len(theirs["gaps"])
+            ]
             print(
-                f"{low_bit} {how}: {equal} of {len(pairs)} answers equal the CPU's, {agreed} of "
-                f"{48 * len(pairs)} tokens before the first difference, where the CPU's best two "
-                f"lie {statistics.median(gaps or [0]):.3f} apart, {max(gaps or [0]):.3f} at most",
+                f"{low_bit} {how}: {equal} of {len(pairs)} answers equal the CPU's; where others "
+                f"part, the CPU's best two lie {[round(gap, 3) for gap in sorted(gaps)]} apart",
                 flush=True,
             )
 
 
-def answer_apart(model: str, low_bit: str, device: str, how: str) -> list[dict[str, Any]]:
-    """`answer` in a process of its own, which gives its memory back."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(answer, (model, low_bit, device, how))
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """Where two answers part."""
+    if a == b:
+        return None
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def answer(model: str, low_bit: str, device: str, how: str) -> list[dict[str, Any]]:
-    """Greedy answers to 48 prompts, and how far apart the best two log-probabilities lay.
+    """Greedy answers to questions of recall_sample.json, and how far apart the log-probabilities
+    of each token's best two lay.
 
     Args:
-        how: graphs, eager, or plain for transformers' own layers.
+        how: "eager": without graphs.
     """
-    draw = random.Random(1)
-    params = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True, logprobs=2)
-    words = (Path(model) / "README.md").read_text().split()
-    prompts = [
-        " ".join(words[start : start + draw.randrange(4, 120)])
-        for start in (draw.randrange(len(words) - 130) for _ in range(48))
-    ]
-    if how == "plain":
-        worker.choose_forward = lambda model, cache, *_: PlainForward(model, cache)
+    params = SamplingParams(max_tokens=32, temperature=0.0, logprobs=2)
+    sample = json.loads((Path(model) / "recall_sample.json").read_text())
+    prompts = [entry["head"] for entries in sample.values() for entry in entries[:100]]
     settings = ServingConfig(
         model_path=model, low_bit=low_bit, device=device, enforce_eager=how == "eager",
-        max_num_seqs=16, max_model_len=1024,
+        max_num_seqs=32, max_model_len=512, kv_cache_memory=2**28, max_num_batched_tokens=512,
     )  # fmt: skip
     with LLM(**vars(settings)) as llm:
         done = llm.generate(prompts, params, show_progress=False)

@@ -22,6 +22,7 @@ SOURCE = "activations.cu"
 TOKENS = 8
 CHUNK = 8
 THREADS = 256
+HEADS = 32
 
 
 class Rounding(Enum):
@@ -178,7 +179,7 @@ def rotate_and_store(
     all_heads = num_heads + 2 * num_kv_heads
     keys, values = pools or (None, None)
     _kernel("rotate_and_store", qkv)(
-        (qkv.shape[0], -(-all_heads // 8)),
+        (qkv.shape[0], -(-all_heads // HEADS)),
         THREADS,
         (
             *(qkv, rotation.bias, rotation.query_norm, rotation.key_norm, float(rotation.epsilon)),

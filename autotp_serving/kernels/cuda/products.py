@@ -40,8 +40,11 @@ MOST_AT_ONCE = 64
 MOST_FEW = 128
 """Tokens up to which a weight is multiplied as it is, MOST_AT_ONCE at a time."""
 
-MOST_FEW_DENSE = 16
+MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
+
+WIDE_ROWS = 8192
+"""Rows from which a weight alone keeps the card busy, though few warps share its columns."""
 
 LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 on its tensor cores."""
@@ -66,17 +69,26 @@ DEQUANTIZE = Tiling(8, 1, 1, 1)
 
 
 @functools.cache
-def choose_tiling(num_tokens: int, is_dense: bool) -> Tiling:
-    """The fastest for so many tokens, by benchmarks/gpu_products.py on an H100.
+def choose_tiling(num_tokens: int, rows: int, format_name: str | None) -> Tiling:
+    """The fastest by benchmarks/gpu_products.py on an H200 and an H100; None: bfloat16.
 
     `warps` alone decides how sums are rounded; it is the same up to 16 tokens.
     """
     token_tiles = next(n for n in (1, 2, 4, 8) if n * TOKENS >= num_tokens)
+    if format_name is None:
+        return Tiling(16, token_tiles, 2 if token_tiles <= 4 else 1, 1)
+    format = FORMATS[format_name]
+    is_wide, is_small = rows >= WIDE_ROWS, format.code_bits < 8
+    packs_nibbles = format.code_bits == 4 and _kind(format) == 0
     if token_tiles == 1:
-        return Tiling(16, 1, 1, 1 if is_dense else 2)
+        if is_wide:
+            return Tiling(8, 1, 2, 1) if packs_nibbles else Tiling(8, 1, 1, 2)
+        return Tiling(16, 1, 1, 2 if is_small else 1)
     if token_tiles == 2:
-        return Tiling(16, 2, 2, 1)
-    return Tiling(8, 4, 2, 1) if token_tiles == 4 else Tiling(4, 8, 2, 1)
+        return Tiling(8, 2, 1, 2) if is_wide else Tiling(16, 2, 2, 1)
+    if token_tiles == 4:
+        return Tiling(4, 4, 2, 2 if is_small else 1) if is_wide else Tiling(16, 4, 2, 1)
+    return Tiling(4 if is_wide else 8, 8, 2, 2 if is_small else 1)
 
 
 @functools.cache
@@ -147,9 +159,9 @@ def _multiply_part(
     rows, columns = weight.shape
     blocks = num_blocks(columns)
     dense = isinstance(weight, Tensor)
-    tiling = tiling or choose_tiling(x.num_tokens, dense)
-    planes = {"codes": weight} if dense else weight.planes
     format_name = None if dense else weight.format.name
+    tiling = tiling or choose_tiling(x.num_tokens, rows, format_name)
+    planes = {"codes": weight} if dense else weight.planes
     unit, words = _table(format_name)
     row_tiles = -(-rows // ROWS)
     kernel = _kernel("multiply_few", format_name, tiling, out.device.index)

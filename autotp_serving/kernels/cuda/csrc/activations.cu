@@ -190,87 +190,89 @@ __device__ __forceinline__ void scale_pair(const uint16_t* weight, float factor,
 // there are any), rotation of queries and keys by row `positions[token]` of cos and sin
 // [longest, head_dim]. Queries stay in place; keys and values go to their slots of the pools
 // [slots, kv_heads, head_dim], or stay as well where those are null or the slot is -1. A warp takes
-// a head; grid y: all heads / 8. head_dim is a multiple of 4 and at most 256.
+// 4 heads; grid y: all heads / 32. head_dim is a multiple of 4 and at most 256.
 extern "C" __global__ void __launch_bounds__(256)
 rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm,
                  const uint16_t* key_norm, float epsilon, const int64_t* positions,
                  const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* keys,
                  uint16_t* values, int heads, int kv_heads, int head_dim) {
     constexpr int kMost = 2;  // of two neighbouring pairs a lane
+    constexpr int kHeads = 4;  // a warp, one after another: they share cos and sin
     const int64_t token = blockIdx.x;
     const int lane = threadIdx.x % kLanes;
-    const int head = blockIdx.y * 8 + threadIdx.x / kLanes;
-    const int half = head_dim / 2;
+    const int half = head_dim / 2, all_heads = heads + 2 * kv_heads;
     let_next_begin();
+    float c[kMost][2][2], s[kMost][2][2];
     wait_for_inputs();
-    if (head >= heads + 2 * kv_heads) return;
-    uint16_t* row = qkv + (token * (heads + 2 * kv_heads) + head) * head_dim;
-    float low[kMost][2], high[kMost][2];
-    float square = 0;
+    const int64_t angle = positions[token] * head_dim;
+    const int64_t slot = slots == nullptr ? -1 : slots[token];
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
         const int column = (lane + i * kLanes) * 2;
         if (column >= half) continue;
-        read_pair(row + column, low[i]);
-        read_pair(row + column + half, high[i]);
-        if (bias != nullptr) {
-            add_pair(bias + head * head_dim + column, low[i]);
-            add_pair(bias + head * head_dim + column + half, high[i]);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            square = fmaf(low[i][j], low[i][j], fmaf(high[i][j], high[i][j], square));
-        }
+        read_pair(cos + angle + column, c[i][0]);
+        read_pair(sin + angle + column, s[i][0]);
+        read_pair(cos + angle + column + half, c[i][1]);
+        read_pair(sin + angle + column + half, s[i][1]);
     }
-    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
-    const uint16_t* norm = is_value ? nullptr : is_query ? query_norm : key_norm;
-    if (norm != nullptr) {
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            square += __shfl_xor_sync(0xffffffffu, square, step);
-        }
-        const float mean = __fdiv_rn(square, static_cast<float>(head_dim));
-        const float factor = __frsqrt_rn(mean + epsilon);
+    for (int turn = 0; turn < kHeads; ++turn) {
+        const int head = (blockIdx.y * kHeads + turn) * 8 + threadIdx.x / kLanes;
+        if (head >= all_heads) return;
+        uint16_t* row = qkv + (token * all_heads + head) * head_dim;
+        float low[kMost][2], high[kMost][2];
+        float square = 0;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
             const int column = (lane + i * kLanes) * 2;
             if (column >= half) continue;
-            scale_pair(norm + column, factor, low[i]);
-            scale_pair(norm + column + half, factor, high[i]);
-        }
-    }
-    const int64_t slot = slots == nullptr ? -1 : slots[token];
-    uint16_t* pool = is_query || slot < 0 ? nullptr : is_value ? values : keys;
-    if (pool != nullptr) {
-        const int kv_head = head - heads - (is_value ? kv_heads : 0);
-        pool += (slot * kv_heads + kv_head) * head_dim;
-    }
-    const int64_t angle = positions[token] * head_dim;
+            read_pair(row + column, low[i]);
+            read_pair(row + column + half, high[i]);
+            if (bias != nullptr) {
+                add_pair(bias + head * head_dim + column, low[i]);
+                add_pair(bias + head * head_dim + column + half, high[i]);
+            }
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-        const int column = (lane + i * kLanes) * 2;
-        if (column >= half) continue;
-        if (!is_value) {
-            float c0[2], s0[2], c1[2], s1[2];
-            read_pair(cos + angle + column, c0);
-            read_pair(sin + angle + column, s0);
-            read_pair(cos + angle + column + half, c1);
-            read_pair(sin + angle + column + half, s1);
+            for (int j = 0; j < 2; ++j) {
+                square = fmaf(low[i][j], low[i][j], fmaf(high[i][j], high[i][j], square));
+            }
+        }
+        const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+        const uint16_t* norm = is_value ? nullptr : is_query ? query_norm : key_norm;
+        if (norm != nullptr) {
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2) {
+                square += __shfl_xor_sync(0xffffffffu, square, step);
+            }
+            const float mean = __fdiv_rn(square, static_cast<float>(head_dim));
+            const float factor = __frsqrt_rn(mean + epsilon);
+#pragma unroll
+            for (int i = 0; i < kMost; ++i) {
+                const int column = (lane + i * kLanes) * 2;
+                if (column >= half) continue;
+                scale_pair(norm + column, factor, low[i]);
+                scale_pair(norm + column + half, factor, high[i]);
+            }
+        }
+        uint16_t* to = row;
+        if (!is_query && slot >= 0) {
+            const int kv_head = head - heads - (is_value ? kv_heads : 0);
+            to = (is_value ? values : keys) + (slot * kv_heads + kv_head) * head_dim;
+        }
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+            const int column = (lane + i * kLanes) * 2;
+            if (column >= half) continue;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const float a = low[i][j], b = high[i][j];
-                low[i][j] = round_to_bfloat16(a * c0[j]) + round_to_bfloat16(-b * s0[j]);
-                high[i][j] = round_to_bfloat16(b * c1[j]) + round_to_bfloat16(a * s1[j]);
+                if (is_value) continue;
+                low[i][j] = round_to_bfloat16(a * c[i][0][j]) + round_to_bfloat16(-b * s[i][0][j]);
+                high[i][j] = round_to_bfloat16(b * c[i][1][j]) + round_to_bfloat16(a * s[i][1][j]);
             }
-        }
-        const uint32_t first = pair_bfloat16(low[i][0], low[i][1]);
-        const uint32_t second = pair_bfloat16(high[i][0], high[i][1]);
-        if (pool == nullptr) {
-            *reinterpret_cast<uint32_t*>(row + column) = first;
-            *reinterpret_cast<uint32_t*>(row + column + half) = second;
-        } else {
-            *reinterpret_cast<uint32_t*>(pool + column) = first;
-            *reinterpret_cast<uint32_t*>(pool + column + half) = second;
+            *reinterpret_cast<uint32_t*>(to + column) = pair_bfloat16(low[i][0], low[i][1]);
+            *reinterpret_cast<uint32_t*>(to + column + half) =
+                pair_bfloat16(high[i][0], high[i][1]);
         }
     }
 }
