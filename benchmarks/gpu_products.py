@@ -36,7 +36,7 @@ from autotp_serving.kernels.cuda.activations import (
     silu_multiply,
 )
 from autotp_serving.kernels.cuda.nvrtc import compile_source
-from autotp_serving.kernels.cuda.ops import low_bit_linear
+from autotp_serving.kernels.cuda.ops import low_bit_linear, register_ops
 from autotp_serving.kernels.cuda.products import (
     Tiling,
     choose_tiling,
@@ -211,6 +211,7 @@ def check_operator() -> None:
     """The operator that torch.compile sees: the same numbers, and no graph break."""
     weight = tile(random_weight("sym_int4", 512, 256))
     x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    register_ops()
     compiled = torch.compile(lambda x: low_bit_linear(x * 2, weight) + 1, fullgraph=True)
     print("compiled as launched:", torch.equal(compiled(x), multiply(x * 2, weight) + 1))
 

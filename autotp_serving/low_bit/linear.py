@@ -108,6 +108,7 @@ def make_matmul(*weights: LowBitTensor) -> Matmul:
         from autotp_serving.kernels.cuda import ops, products
 
         if products.can_multiply(device.index):
+            ops.register_ops()
             return functools.partial(ops.low_bit_linear, weight=weights[0])
     if len(weights) == 1:
         return functools.partial(portable_matmul, weight=weights[0])

@@ -33,8 +33,7 @@ def register_ops() -> torch.library.Library:
 
 
 def low_bit_linear(x: Tensor, weight: CudaTensor) -> Tensor:
-    """`multiply` by way of the operator."""
-    register_ops()
+    """`multiply` by way of the operator, which must have been registered."""
     planes = weight.planes
     return torch.ops.autotp.low_bit_linear(
         x,

@@ -43,14 +43,17 @@ MOST_FEW = 128
 MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
 
+MANY_TOKENS = 2048
+"""Tokens from which on it pays to keep dequantized rows in the second-level cache."""
+
 WIDE_ROWS = 8192
 """Rows from which a weight alone keeps the card busy, though few warps share its columns."""
 
 LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 on its tensor cores."""
 
-CHUNK_WEIGHTS, CHUNK_ROWS = 2**24, 1024
-"""Weights dequantized at once, about; rows in multiples of what keeps the whole card busy."""
+CHUNK_ROWS = 1024
+"""Rows dequantized at once, in multiples of what keeps the whole card busy."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,9 @@ def choose_tiling(num_tokens: int, rows: int, format_name: str | None) -> Tiling
         return Tiling(16, token_tiles, 2 if token_tiles <= 4 else 1, 1)
     format = FORMATS[format_name]
     is_wide, is_small = rows >= WIDE_ROWS, format.code_bits < 8
-    packs_nibbles = format.code_bits == 4 and _kind(format) == 0
     if token_tiles == 1:
         if is_wide:
-            return Tiling(8, 1, 2, 1) if packs_nibbles else Tiling(8, 1, 1, 2)
+            return Tiling(8, 1, 2, 1) if format_name == "sym_int4" else Tiling(8, 1, 1, 2)
         return Tiling(16, 1, 1, 2 if is_small else 1)
     if token_tiles == 2:
         return Tiling(8, 2, 1, 2) if is_wide else Tiling(16, 2, 2, 1)
@@ -180,7 +182,9 @@ def multiply_many(x: Tensor, weight: CudaTensor, chunk_rows: int | None = None) 
     """Multiply any number of tokens, x [num_tokens, columns], a part of the rows at a time."""
     num_tokens, columns = x.shape
     rows = weight.shape[0]
-    step = chunk_rows or -(-CHUNK_WEIGHTS // (columns * CHUNK_ROWS)) * CHUNK_ROWS
+    # Few tokens are over before the host has launched many parts.
+    chunk_weights = 2**24 if num_tokens > MANY_TOKENS else 2**25
+    step = chunk_rows or -(-chunk_weights // (columns * CHUNK_ROWS)) * CHUNK_ROWS
     out = torch.empty(num_tokens, rows, dtype=x.dtype, device=x.device)
     workspace = torch.empty(min(step, weight.padded_rows), columns, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
