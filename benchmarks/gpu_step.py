@@ -76,11 +76,16 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4], help="of 1,024 tokens")
     parser.add_argument("--trace", action="store_true", help="show the time of each kernel")
     parser.add_argument("--tokens", type=Path, help="file for the CPU's greedy answers")
+    parser.add_argument("--logits", action="store_true", help="compare the CPU's with the card's")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or folder
         if options.tokens is not None:
             compare_tokens(model, options.tokens, options.low_bit)
+            return
+        if options.logits:
+            with torch.inference_mode():
+                compare_logits(model, options.low_bit)
             return
         if options.model is None:
             (Path(folder) / "config.json").write_text(json.dumps(LLAMA_2_7B))
@@ -244,6 +249,50 @@ def compare_tokens(model: str, file: Path, formats: list[str]) -> None:
                 f"part, the CPU's best two lie {[round(gap, 3) for gap in sorted(gaps)]} apart",
                 flush=True,
             )
+
+
+def compare_logits(model: str, formats: list[str]) -> None:
+    """The same steps on the CPU and on the card: how far apart all logits lie, relatively.
+
+    A prompt of 300 tokens runs through products of many tokens, one of 60 and single tokens
+    through those of few.
+    """
+    for low_bit in formats:
+        logits = {}
+        for device in ("cpu", "cuda"):
+            config = ServingConfig(
+                model_path=model, low_bit=low_bit, device=device, max_model_len=512,
+                kv_cache_memory=2**28, max_num_batched_tokens=512, enforce_eager=True,
+            )  # fmt: skip
+            started = start_worker(config, join_control({}))
+            vocab_size = started.model.config.vocab_size
+            logits[device] = [
+                started.runner.run(write_logits_step(*step, vocab_size)).float().cpu()
+                for step in ((0, 300), (0, 60), (60, 1), (61, 1))
+            ]
+        errors = [
+            float((a - b).norm() / a.norm())
+            for a, b in zip(logits["cpu"], logits["cuda"], strict=True)
+        ]
+        best = [
+            (a.argmax(-1) == b.argmax(-1)).float().mean().item()
+            for a, b in zip(logits["cpu"], logits["cuda"], strict=True)
+        ]
+        print(
+            f"{low_bit}: logits of 300 tokens, 60, 1, 1: relative differences "
+            f"{[round(e, 4) for e in errors]}, equal choices {[round(b, 3) for b in best]}",
+            flush=True,
+        )
+
+
+def write_logits_step(start: int, length: int, vocab_size: int) -> StepPlan:
+    """Tokens of one sequence in the first pages, all of whose logits are asked for."""
+    positions = list(range(start, start + length))
+    return StepPlan(
+        [(position * 7919 + 37) % vocab_size for position in positions], positions, positions,
+        [length], [start + length], [list(range(-(-(start + length) // 16)))],
+        list(range(length)),
+    )  # fmt: skip
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
