@@ -160,10 +160,10 @@ def launch_once(shape: Shape, tiles: DecodeTiles | PrefillTiles) -> None:
 
 
 def list_decode_tiles(shape: Shape, is_tuning: bool) -> list[DecodeTiles]:
-    """The card's own first, then what else is tried."""
+    """The card's own, the same without splits (right for many rows), and what else is tried."""
     group = shape.num_heads // shape.num_kv_heads
     own = choose_decode(HOPPER, group, shape.head_dim, shape.is_int8)
-    found = [own]
+    found = [own, replace(own, min_split=4096, max_splits=1)]
     if is_tuning:
         splits = ((64, 16), (64, 32), (128, 16), (4096, 1))
         sizes = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))

@@ -55,15 +55,19 @@ def _find_split(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """How a context is split: the first position seen, where splits begin, their length, number."""
+    """How a context is split, without a division by a number that is not constant (which Intel's
+    compiler does in fp64 where there is any).
+
+    Returns:
+        The first position seen; where the first split begins; how long a split is, and all of them.
+    """
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(context_len - window, 0)
     begin = first // TILE * TILE
     length = context_len - begin
     split_len = (length + MAX_SPLITS * TILE - 1) // (MAX_SPLITS * TILE) * TILE
-    split_len = tl.maximum(split_len, MIN_SPLIT)
-    return first, begin, split_len, (length + split_len - 1) // split_len
+    return first, begin, tl.maximum(split_len, MIN_SPLIT), length
 
 
 @triton.jit
@@ -198,7 +202,8 @@ def _merge_head(
     out,
     base,
     head,
-    num_splits,
+    split_len,
+    length,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -212,7 +217,7 @@ def _merge_head(
     """
     splits = tl.arange(0, MAX_SPLITS)
     dims = tl.arange(0, DIMS)
-    is_split = splits < num_splits
+    is_split = splits * split_len < length
     places = base + splits
     largest = tl.load(stats + places * 2, mask=is_split, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(stats + places * 2 + 1, mask=is_split, other=0.0, cache_modifier=".cg")
@@ -222,7 +227,7 @@ def _merge_head(
         other=0.0,
         cache_modifier=".cg",
     )
-    is_any = num_splits > 0
+    is_any = length > 0
     overall = tl.where(is_any, tl.max(largest, axis=0), 0.0)
     shares = tl.where(is_split, tl.exp2(largest - overall), 0.0)
     total = tl.where(is_any, tl.sum(shares * totals, axis=0), 1.0)
@@ -291,10 +296,11 @@ def decode_kernel(
             return
     context_len = tl.load(context_lens + seq)
     table = block_tables + tl.load(rows + seq).to(tl.int64) * table_stride
-    first, begin, split_len, num_splits = _find_split(
+    first, begin, split_len, length = _find_split(
         context_len, window, HAS_WINDOW, TILE, MIN_SPLIT, MAX_SPLITS
     )
-    if split >= tl.maximum(num_splits, 1):
+    # Of a context of nothing, the first split says so.
+    if split * split_len >= tl.maximum(length, 1):
         return
     begin += split * split_len
     end = tl.minimum(begin + split_len, context_len)
@@ -373,6 +379,8 @@ def decode_kernel(
     if MERGES:
         # Every thread's stores come before the arrival, which releases them to the last program.
         tl.debug_barrier()
+        splits = tl.arange(0, MAX_SPLITS)
+        num_splits = tl.sum((splits * split_len < length).to(tl.int32), axis=0)
         arrival = arrivals + seq * num_heads + head
         if tl.atomic_add(arrival, 1, sem="acq_rel") >= num_splits - 1:
             tl.store(arrival, 0)
@@ -384,7 +392,8 @@ def decode_kernel(
                     out + index * out_head_stride,
                     base + index * MAX_SPLITS,
                     head + index,
-                    num_splits,
+                    split_len,
+                    length,
                     HEAD_DIM,
                     DIMS,
                     MAX_SPLITS,
@@ -420,7 +429,7 @@ def merge_kernel(
         token = tl.load(query_starts + seq)
         if tl.load(query_starts + seq + 1) != token + 1:
             return
-    _, _, _, num_splits = _find_split(
+    _, _, split_len, length = _find_split(
         tl.load(context_lens + seq), window, HAS_WINDOW, TILE, MIN_SPLIT, MAX_SPLITS
     )
     _merge_head(
@@ -430,7 +439,8 @@ def merge_kernel(
         out + token.to(tl.int64) * out_stride + head * out_head_stride,
         (seq.to(tl.int64) * tl.num_programs(0) + head) * MAX_SPLITS,
         head,
-        num_splits,
+        split_len,
+        length,
         HEAD_DIM,
         DIMS,
         MAX_SPLITS,
@@ -484,4 +494,5 @@ def decode(
         merge_kernel[(num_heads, num_seqs)](
             sinks, inputs.query_starts, inputs.context_lens, out, workspace.sums, workspace.stats,
             out.stride(0), out.stride(1), window, num_warps=tiles.merge_warps, **shape,
+            **dict(tiles.options),
         )  # fmt: skip

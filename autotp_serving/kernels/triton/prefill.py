@@ -154,9 +154,8 @@ def prefill_kernel(
     first = (tile - start // QUERIES - seq) * QUERIES
     if first >= query_len:
         return
-    if SKIPS_SINGLE:
-        if query_len == 1:
-            return
+    if SKIPS_SINGLE and query_len == 1:
+        return
     context_len = tl.load(context_lens + seq)
     table = block_tables + tl.load(rows + seq).to(tl.int64) * table_stride
     slot_stride = num_kv_heads * HEAD_DIM

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotp_serving.kernels.triton.cards import choose_store_options
 from autotp_serving.kernels.triton.inputs import Pools
 
 LARGEST_CODE = tl.constexpr(127.0)
@@ -149,4 +150,5 @@ def store(key: Tensor, value: Tensor, slots: Tensor, pools: Pools) -> None:
         num_warps=4,
         # A product joined with the sum after it would round once where torch rounds twice.
         enable_fp_fusion=False,
+        **choose_store_options(key.device),
     )
