@@ -272,6 +272,9 @@ class ServingConfig:
     )
     block_size: int = setting(16, "tokens in one page of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
+    enforce_eager: bool = setting(
+        False, "on a CUDA card, launch decode steps kernel by kernel instead of replaying graphs"
+    )
     profile: str | None = setting(
         None,
         "folder for a breakdown and a torch profiler trace of a few decode steps, taken once after "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from autotp_serving.model.fused import fuse
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
-from autotp_serving.model.runner import LeadRunner, ModelRunner
+from autotp_serving.model.runner import Forward, LeadRunner, ModelRunner
 from autotp_serving.model.start_check import StartCheck
 from autotp_serving.placement import find_place, read_topology, stay_on
 from autotp_serving.ranks import Control
@@ -77,6 +78,26 @@ def take_place(control: Control) -> None:
     logger.info("Rank %d %s, %d thread(s)", control.rank, place.describe(), threads)
 
 
+def choose_forward(
+    model: nn.Module,
+    cache: KVCache,
+    state: BatchState,
+    config: ServingConfig,
+    max_model_len: int,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    control: Control,
+) -> Forward:
+    """The quickest way through the model's layers that takes them; all ranks must call it."""
+    if cache.device.type == "cuda" and config.profile is None:
+        from autotp_serving.model.gpu_forward import open_gpu_forward
+
+        quick = open_gpu_forward(model, cache, state, config, max_model_len, all_reduce, control)
+        if quick is not None:
+            return quick
+    fused = fuse(model, cache, by_operation=config.profile is not None)
+    return fused or PlainForward(model, cache)
+
+
 def start_worker(config: ServingConfig, control: Control) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
 
@@ -104,17 +125,17 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
     cache = KVCache(shape, num_blocks, device.torch_device)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
-    fused = fuse(model, cache, by_operation=config.profile is not None)
     state = BatchState(
         config.max_num_seqs,
         -(-max_model_len // config.block_size),
         config.block_size,
         device.torch_device,
     )
+    forward = choose_forward(model, cache, state, config, max_model_len, all_reduce, control)
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if control.size > 1 else lambda tokens: None
-    runner = ModelRunner(fused or PlainForward(model, cache), state, times, broadcast)
+    runner = ModelRunner(forward, state, times, broadcast)
     channel = PlanChannel(control)
     close_doors(control, device.kind)
     lead = None

@@ -27,7 +27,6 @@ from benchmarks.hardware import Hardware, measure_hardware
 OTHER_NAMES = {"--load-in-low-bit": "--low-bit", "-tp": "--tensor-parallel-size"}
 # Flags of those guides that ask for what is the case anyway.
 ALWAYS_SO = {
-    "--enforce-eager": "steps are not captured in graphs on CPU",
     "--enable-chunked-prefill": "long prompts always run in chunks",
 }
 REFUSED = {

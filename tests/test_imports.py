@@ -34,13 +34,14 @@ ALLOWED = {
     "base": {"base"},
     "ranks": {"ranks", "base"},
     "devices": {"devices", "base"},
-    "low_bit": {"low_bit", "devices", "base"},
-    "model": {"model", "low_bit", "devices", "ranks", "base"},
+    "low_bit": {"low_bit", "kernels", "devices", "base"},
+    "kernels": {"kernels", "low_bit", "devices", "base"},
+    "model": {"model", "kernels", "low_bit", "devices", "ranks", "base"},
     "engine": {"engine", "base"},
     "api": {"api", "engine", "base"},
     "wiring": {"wiring", "model", "low_bit", "devices", "ranks", "engine", "base"},
 }
-FOLDERS = {"api", "engine", "model", "low_bit", "devices"}
+FOLDERS = {"api", "engine", "model", "kernels", "low_bit", "devices"}
 WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed"}
 LAZY_EXCEPTIONS = {

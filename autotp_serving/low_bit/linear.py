@@ -63,6 +63,13 @@ class LowBitLinear(nn.Module):
             out = self.reduce(out)
         return out if self.bias is None else out.add_(self.bias)
 
+    def set_weight(self, weight: LowBitTensor) -> None:
+        """Let an equal weight, arranged for its kernel, take this one's place: a view, say."""
+        self.weight = weight
+        self.matmul = make_matmul(weight)
+        for name, plane in weight.planes.items():
+            setattr(self, name, plane)
+
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return (
@@ -93,9 +100,16 @@ class LowBitLinear(nn.Module):
 
 def make_matmul(*weights: LowBitTensor) -> Matmul:
     """The fastest way to multiply by weights of one format and as many columns, where they are."""
-    library = load_library(weights[0].format) if weights[0].device.type == "cpu" else None
+    device = weights[0].device
+    library = load_library(weights[0].format) if device.type == "cpu" else None
     if library is not None:
         return CpuMatmul(library, *weights)
+    if device.type == "cuda" and len(weights) == 1:
+        from autotp_serving.kernels.cuda import ops, products
+
+        if products.can_multiply(device.index):
+            ops.register_ops()
+            return functools.partial(ops.low_bit_linear, weight=weights[0])
     if len(weights) == 1:
         return functools.partial(portable_matmul, weight=weights[0])
     return lambda x: torch.cat([portable_matmul(x, weight) for weight in weights], 1)
@@ -103,6 +117,10 @@ def make_matmul(*weights: LowBitTensor) -> Matmul:
 
 def arrange(weight: LowBitTensor) -> LowBitTensor:
     """A weight with its bytes in the order that `make_matmul`'s choice reads; a copy if any."""
+    if weight.device.type == "cuda":
+        from autotp_serving.kernels.cuda import products, tiles
+
+        return tiles.tile(weight) if products.can_multiply(weight.device.index) else weight
     tiled = weight.device.type == "cpu" and load_library(weight.format) is not None
     return tile_weight(weight) if tiled else weight
 

@@ -40,7 +40,11 @@ class StepInputs:
         block_tables: [max_rows + 1, max_blocks_per_row] int32, of all rows; what lies behind a
             context means nothing.
         logit_rows: [num_logit_rows] int64, indices of the tokens whose logits rank 0 needs: those
-            of the sequences that get a token, in order, then those that score prompts.
+            of the sequences that get a token, in order, then those that score prompts. In a padded
+            step all tokens, so that its tensors have the same places whatever is sampled.
+        is_padded: whether a decode step was made ready for a graph, even if nothing was added.
+        chosen_rows: in a padded step, which of `logit_rows` these are; None: the first, as many as
+            there are sequences without padding.
         host_query_lens, host_context_lens: [num_seqs], the same on the host, without padding.
         num_seqs, num_tokens: with padding.
     """
@@ -57,6 +61,8 @@ class StepInputs:
     host_context_lens: list[int]
     num_seqs: int
     num_tokens: int
+    chosen_rows: list[int] | None = None
+    is_padded: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -66,12 +72,12 @@ class StepInputs:
     @property
     def max_query_len(self) -> int:
         """Most tokens that a sequence runs."""
-        return max(self.host_query_lens)
+        return max(self.host_query_lens, default=1)
 
     @property
     def max_context_len(self) -> int:
         """Longest context."""
-        return max(self.host_context_lens)
+        return max(self.host_context_lens, default=0)
 
     @staticmethod
     def of_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> StepInputs:
@@ -161,7 +167,10 @@ class BatchState:
         if len(token_ids) < sum(batch.query_lens):
             token_ids, unknown = _fill_gaps(batch)
         arrays, contexts = self._lay_out(batch, token_ids)
-        if num_padded_seqs > batch.num_seqs:
+        chosen_rows = None
+        if num_padded_seqs:
+            if batch.score_rows or len(batch.sampled) < batch.num_seqs:
+                chosen_rows = [*batch.sampled, *batch.score_rows]
             arrays = self._pad(arrays, num_padded_seqs - batch.num_seqs)
         if self._is_host:
             tensors = [torch.from_numpy(array) for array in arrays]
@@ -187,6 +196,8 @@ class BatchState:
             contexts,
             len(rows),
             len(tokens),
+            chosen_rows,
+            num_padded_seqs > 0,
         )
 
     def _lay_out(self, batch: Batch, token_ids: list[int]) -> tuple[list[np.ndarray], list[int]]:
@@ -197,7 +208,7 @@ class BatchState:
         block_size = self._block_size
         num_seqs, num_tokens = len(batch.rows), len(token_ids)
         rows = np.array(batch.rows, np.int32)
-        starts = np.array(batch.starts)
+        starts = np.array(batch.starts, np.int64)
         if num_tokens == num_seqs:
             contexts = [start + 1 for start in batch.starts]
             positions, owners = starts, rows
@@ -226,7 +237,7 @@ class BatchState:
 
     def _pad(self, arrays: list[np.ndarray], count: int) -> list[np.ndarray]:
         """Add so many sequences that do nothing to a decode step's arrays."""
-        tokens, positions, slots, logit_rows, rows, query_starts, context_lens = arrays
+        tokens, positions, slots, _, rows, query_starts, context_lens = arrays
         num_seqs = len(rows)
         assert len(tokens) == num_seqs, "only decode steps are padded"
         last = np.arange(num_seqs, num_seqs + count)
@@ -238,7 +249,7 @@ class BatchState:
             extend(tokens, 0),
             extend(positions, 0),
             extend(slots, NOT_WRITTEN),
-            extend(logit_rows, last),
+            self._counts[: num_seqs + count],
             extend(rows, self._max_rows),
             extend(query_starts, last + 1),
             extend(context_lens, 0),

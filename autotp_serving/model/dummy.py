@@ -7,7 +7,9 @@ tensor only, so all numbers of ranks serve the same model.
 
 from __future__ import annotations
 
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,15 @@ class DummyCheckpoint:
         tensor = torch.empty(sizes, dtype=torch.bfloat16)
         row_shape = self._shapes[name][1:]
         num_rows = self._shapes[name][0]
-        for group in range(start // ROW_GROUP, -(-stop // ROW_GROUP)):
+
+        def draw(group: int) -> None:
             first, last = group * ROW_GROUP, min((group + 1) * ROW_GROUP, num_rows)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{group}".encode()))
             rows = torch.randn((last - first, *row_shape), generator=generator) * WEIGHT_STD
             low, high = max(first, start), min(last, stop)
             own = rows[(slice(low - first, high - first), *inner)]
             tensor[low - start : high - start] = own
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(draw, range(start // ROW_GROUP, -(-stop // ROW_GROUP))))
         return tensor

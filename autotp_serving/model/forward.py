@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from autotp_serving.batch import Batch
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
@@ -16,6 +17,10 @@ class PlainForward:
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
         self._model = model
         self._cache = cache
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """See Forward."""
+        return 0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Run the step's tokens.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autotp_serving.batch import Batch
 from autotp_serving.low_bit.kernels.cpu import CpuMatmul
 from autotp_serving.low_bit.linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
@@ -73,7 +74,7 @@ class Layer:
             index=attention.layer_idx,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
-            sliding_window=_find_window(attention),
+            sliding_window=find_window(attention),
             input_norm=Norm.of(layer.input_layernorm),
             qkv=join_linears(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=head_norms,
@@ -119,6 +120,10 @@ class FusedForward:
         self._head = model.get_output_embeddings()
         halves = [] if by_operation else [layer.halve(cache) for layer in self._layers]
         self._halves = HalvedLayers(ops, halves) if halves and all(halves) else None
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """See Forward."""
+        return 0
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """See PlainForward."""
@@ -212,7 +217,7 @@ def _can_join(linears: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def _find_window(attention: Any) -> int | None:
+def find_window(attention: Any) -> int | None:
     """How many positions a layer sees: Mistral's and Phi-3's attention ask the whole config."""
     if attention.config.model_type in ("mistral", "phi3"):
         return getattr(attention.config, "sliding_window", None)

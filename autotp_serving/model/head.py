@@ -66,6 +66,10 @@ class VocabParallelHead(nn.Module):
             logits = self.low_bit(hidden)
             if self.bias is not None:
                 logits = logits + self.bias
+        return self.gather(logits)
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of the logits, [..., its rows], to all of them on every rank."""
         if self.num_ranks == 1:
             return logits
         # A sum with zeros elsewhere is a gather that works for uneven slices on every backend.

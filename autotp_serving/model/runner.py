@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,11 +20,23 @@ from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 STOP_MESSAGE = b""
 
 
+class Forward(Protocol):
+    """A way through the model's layers."""
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type."""
+        ...
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """How many sequences the batch's inputs are to be padded to; 0 for none."""
+        ...
+
+
 class ModelRunner:
     """This rank's part of a step; what its steps cost is in `times`.
 
     Args:
-        forward: maps a step's inputs to logits [num_logit_rows, vocab_size].
+        forward: the way through the model's layers.
         state: what this rank keeps of the running sequences.
         broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
             the host knows every token before it is needed, as with one step in flight.
@@ -31,7 +44,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        forward: Callable[[StepInputs], torch.Tensor],
+        forward: Forward,
         state: BatchState,
         times: StepTimes,
         broadcast: Callable[[torch.Tensor], None] | None = None,
@@ -49,7 +62,7 @@ class ModelRunner:
             Logits [num_logit_rows, vocab_size], in the model's type.
         """
         started = time.perf_counter()
-        logits = self._forward(self._state.apply(batch))
+        logits = self._forward(self._state.apply(batch, self._forward.find_padded_size(batch)))
         self.times.add_step(time.perf_counter() - started)
         return logits
 

@@ -102,7 +102,7 @@ def _describe(weight: LowBitTensor) -> tuple[_Weight, object]:
     tiled = weight if isinstance(weight, TiledTensor) else tile(weight)
     planes = {name: plane.contiguous() for name, plane in tiled.planes.items()}
     last = last_group(tiled)
-    table, unit, offset = _levels(weight.format)
+    table, unit, offset = find_levels(weight.format)
     addresses = {name: plane.data_ptr() for name, plane in planes.items()}
     addresses |= {f"last_{name}": plane.data_ptr() for name, plane in last.items()}
     rows, cols = weight.shape
@@ -147,7 +147,7 @@ def _template_arguments(format: Format) -> str:
 
 
 @functools.cache
-def _levels(format: Format) -> tuple[Tensor, float, int]:
+def find_levels(format: Format) -> tuple[Tensor, float, int]:
     """A format's table, what one step of the codes is worth, and the code that stands for 0."""
     if format.kind == "symmetric":
         return torch.zeros(0, dtype=torch.uint8), 1.0, 2 ** (format.code_bits - 1)

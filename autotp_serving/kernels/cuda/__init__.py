@@ -1,0 +1,1 @@
+"""CUDA C++ of our own, compiled by NVRTC at first use. Every rank on a CUDA card."""

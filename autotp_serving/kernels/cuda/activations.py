@@ -1,0 +1,193 @@
+"""What lies between a layer's products, by csrc/activations.cu. Ranks on CUDA.
+
+Everything is bfloat16 and rounded where transformers' own code rounds. Products of few tokens with
+an integer format take 8-bit integers with a scale per 64, by the rule of the CPU's kernels; they
+are written here, where the numbers are made, in the order that the products read. Products of
+many tokens take bfloat16 of what those integers stand for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from autotp_serving.low_bit.formats import BLOCK
+
+from .nvrtc import Kernel, Long, load_kernel
+
+SOURCE = "activations.cu"
+TOKENS = 8
+CHUNK = 8
+THREADS = 256
+HEADS = 32
+
+
+class Rounding(Enum):
+    """What a product takes: numbers as they are, 8-bit integers, or what those stand for."""
+
+    NONE = 0
+    INTEGERS = 1
+    VALUES = 2
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations [num_tokens, columns] as a product takes them.
+
+    Attributes:
+        plain: bfloat16 [num_tokens, columns], or None where `codes` are there.
+        codes: uint8 [token tiles, blocks, 8, 64], tiles of 8 tokens; see csrc/activations.cu.
+        scales, sums: float32 [token tiles, blocks, 8]: what a code is worth, and the block's sum.
+    """
+
+    num_tokens: int
+    columns: int
+    plain: Tensor | None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return (self.codes if self.plain is None else self.plain).device
+
+    def slice(self, start: int, stop: int) -> Activations:
+        """Tokens `start` to `stop` as views; `start` is a multiple of 8."""
+        if start == 0 and stop == self.num_tokens:
+            return self
+        if self.plain is not None:
+            return Activations(stop - start, self.columns, self.plain[start:stop])
+        tiles = slice(start // TOKENS, -(-stop // TOKENS))
+        parts = (self.codes[tiles], self.scales[tiles], self.sums[tiles])
+        return Activations(stop - start, self.columns, None, *parts)
+
+    @staticmethod
+    def empty(
+        num_tokens: int, columns: int, rounding: Rounding, device: torch.device
+    ) -> Activations:
+        """Memory for them; nothing is written yet. Integers take columns in whole blocks."""
+        if rounding is not Rounding.INTEGERS:
+            plain = torch.empty(num_tokens, columns, dtype=torch.bfloat16, device=device)
+            return Activations(num_tokens, columns, plain)
+        tiles, blocks = -(-num_tokens // TOKENS), columns // BLOCK
+        sizes = (tiles, blocks, TOKENS)
+        return Activations(
+            num_tokens,
+            columns,
+            None,
+            torch.empty(*sizes, BLOCK, dtype=torch.uint8, device=device),
+            torch.empty(sizes, dtype=torch.float32, device=device),
+            torch.empty(sizes, dtype=torch.float32, device=device),
+        )
+
+
+def quantize_tokens(x: Tensor, rounding: Rounding) -> Activations:
+    """Round x [num_tokens, columns] bfloat16, whose last dimension is contiguous."""
+    num_tokens, columns = x.shape
+    if rounding is Rounding.NONE:
+        return Activations(num_tokens, columns, x)
+    to = Activations.empty(num_tokens, columns, rounding, x.device)
+    _kernel("quantize_tokens", x)(
+        (num_tokens, -(-columns // (CHUNK * THREADS))),
+        THREADS,
+        (x, Long(columns), Long(x.stride(0)), to.codes, to.scales, to.sums, to.plain),
+    )
+    return to
+
+
+def add_rms_norm(
+    hidden: Tensor, added: Tensor | None, weight: Tensor, epsilon: float, rounding: Rounding
+) -> Activations:
+    """`hidden += added` in place, then its RMS norm times `weight`.
+
+    Args:
+        hidden: [num_tokens, size] bfloat16.
+        added: of the same shape, or None.
+        weight: [size] bfloat16.
+    """
+    num_tokens, columns = hidden.shape
+    to = Activations.empty(num_tokens, columns, rounding, hidden.device)
+    # A whole number of warps: a block of 64 then never spans two passes of the loop.
+    threads = min(1024, -(-columns // CHUNK // 32) * 32)
+    _kernel("add_rms_norm", hidden)(
+        (num_tokens, 1),
+        threads,
+        (
+            *(hidden, added, weight, float(epsilon), Long(columns)),
+            *(to.codes, to.scales, to.sums, to.plain, int(rounding is Rounding.VALUES)),
+        ),
+        shared_bytes=columns * 2,
+    )
+    return to
+
+
+def silu_multiply(gate_up: Tensor, bias: Tensor | None, rounding: Rounding) -> Activations:
+    """silu(gate) * up of [num_tokens, 2 * size] bfloat16, plus `bias` [2 * size] before."""
+    num_tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    to = Activations.empty(num_tokens, columns, rounding, gate_up.device)
+    _kernel("silu_multiply", gate_up)(
+        (num_tokens, -(-columns // (CHUNK * THREADS))),
+        THREADS,
+        (
+            *(gate_up, bias, Long(columns)),
+            *(to.codes, to.scales, to.sums, to.plain, int(rounding is Rounding.VALUES)),
+        ),
+    )
+    return to
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a layer's heads are rotated.
+
+    Attributes:
+        cos, sin: [longest, head_dim] bfloat16, a row per position.
+        query_norm, key_norm: [head_dim] bfloat16 weights of heads' RMS norms, or None.
+        bias: of queries, keys and values together, or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    epsilon: float
+    bias: Tensor | None
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    rotation: Rotation,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    slots: Tensor | None,
+    pools: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Bias, norms and rotation: queries in place, keys and values to their slots of the cache.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] bfloat16.
+        positions: [num_tokens] int64.
+        slots: [num_tokens] int64; None with `pools` None, and -1: they stay in place.
+        pools: keys and values [num_slots, num_kv_heads, head_dim] bfloat16.
+    """
+    head_dim = rotation.cos.shape[1]
+    all_heads = num_heads + 2 * num_kv_heads
+    keys, values = pools or (None, None)
+    _kernel("rotate_and_store", qkv)(
+        (qkv.shape[0], -(-all_heads // HEADS)),
+        THREADS,
+        (
+            *(qkv, rotation.bias, rotation.query_norm, rotation.key_norm, float(rotation.epsilon)),
+            *(positions, rotation.cos, rotation.sin, slots, keys, values),
+            *(num_heads, num_kv_heads, head_dim),
+        ),
+    )
+
+
+def _kernel(name: str, tensor: Tensor) -> Kernel:
+    return load_kernel(SOURCE, name, (), tensor.device.index)

@@ -1,0 +1,241 @@
+"""CUDA C++ to kernels that can be launched: NVRTC, a cache on disk, the driver. Ranks on CUDA.
+
+NVRTC comes with torch; neither a compiler nor CUDA's headers are needed. A kernel is launched so
+that it may begin while the one before it ends, which only kernels that call `wait_for_inputs`
+(csrc/common.cuh) can bear.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp_serving.native_build import BuildError, cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+
+OVERLAP_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+SHARED_MEMORY_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+PLAIN_SHARED_MEMORY = 48 * 2**10
+OVERLAP_CAPABILITY = (9, 0)
+
+
+class Words(ctypes.Structure):
+    """Four 32-bit words by value, CUDA's uint4."""
+
+    _fields_ = (("words", ctypes.c_uint32 * 4),)
+
+
+class Long(int):
+    """An integer that a kernel takes in 64 bits."""
+
+
+Argument = Tensor | int | float | Words | None
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class Kernel:
+    """One compiled function on the card it was loaded on."""
+
+    def __init__(self, function: ctypes.c_void_p, device_index: int, overlaps: bool) -> None:
+        self._function = function
+        self._device_index = device_index
+        self._launch = _driver().cuLaunchKernelEx
+        self._overlap = (_Attribute * 1)(_Attribute(OVERLAP_ATTRIBUTE, b"", 1, b""))
+        self._overlaps = overlaps
+        self._shared_bytes = PLAIN_SHARED_MEMORY
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        block: int,
+        arguments: Sequence[Argument],
+        *,
+        shared_bytes: int = 0,
+        overlaps: bool = True,
+    ) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            grid: thread blocks in x and y.
+            block: threads in each.
+            arguments: as the kernel declares them; integers are 32-bit unless `Long`, None is a
+                null pointer.
+            overlaps: the kernel waits for its inputs by itself.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        if shared_bytes > self._shared_bytes:
+            _check(
+                _driver().cuFuncSetAttribute(
+                    self._function, SHARED_MEMORY_ATTRIBUTE, ctypes.c_int(shared_bytes)
+                )
+            )
+            self._shared_bytes = shared_bytes
+        values = [_C_TYPES[type(argument)](argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        overlaps = overlaps and self._overlaps
+        config = _LaunchConfig(
+            (grid[0], grid[1], 1),
+            (block, 1, 1),
+            shared_bytes,
+            torch._C._cuda_getCurrentRawStream(self._device_index),
+            self._overlap,
+            1 if overlaps else 0,
+        )
+        _check(self._launch(ctypes.byref(config), self._function, pointers, None))
+
+
+_C_TYPES: dict[type, Callable[[Any], Any]] = {
+    type(None): ctypes.c_void_p,
+    Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
+    nn.Parameter: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
+    Long: ctypes.c_int64,
+    int: ctypes.c_int32,
+    float: ctypes.c_float,
+    Words: lambda words: words,
+}
+
+
+@functools.cache
+def load_kernel(
+    source: str, name: str, defines: tuple[tuple[str, str], ...], device_index: int
+) -> Kernel:
+    """A kernel of csrc/, compiled for the card or found compiled.
+
+    Args:
+        source: the file in csrc/.
+        name: of the function.
+        defines: what its macros stand for.
+        device_index: the card, which must be the current one.
+
+    Raises:
+        BuildError: NVRTC is missing, or refuses the source.
+    """
+    capability = torch.cuda.get_device_capability(device_index)
+    function = ctypes.c_void_p()
+    module = _load_module(source, defines, device_index)
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    return Kernel(function, device_index, capability >= OVERLAP_CAPABILITY)
+
+
+@functools.cache
+def _load_module(
+    source: str, defines: tuple[tuple[str, str], ...], device_index: int
+) -> ctypes.c_void_p:
+    torch.cuda.current_stream().cuda_stream  # noqa: B018 (makes the card's context)
+    major, minor = torch.cuda.get_device_capability(device_index)
+    binary = compile_source(source, dict(defines), f"sm_{major}{minor}")
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
+    return module
+
+
+def compile_source(source: str, defines: Mapping[str, str], architecture: str) -> bytes:
+    """Machine code of a source in csrc/, from the cache where it has been compiled before.
+
+    Raises:
+        BuildError: with the compiler's first error.
+    """
+    text = (SOURCES / source).read_text()
+    for header in sorted(SOURCES.glob("*.cuh")):
+        text = text.replace(
+            f'#include "{header.name}"', header.read_text().replace("#pragma once", "")
+        )
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    digest = hashlib.sha256("\0".join([torch.version.cuda or "", *options, text]).encode())
+    cached = cache_folder() / "cuda" / f"{Path(source).stem}-{digest.hexdigest()[:24]}.cubin"
+    try:
+        return cached.read_bytes()
+    except OSError:
+        pass  # not compiled yet
+    binary = _run_nvrtc(source, text, options)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(binary)
+        os.replace(file.name, cached)
+    except OSError as error:
+        logger.warning("Compiled kernels cannot be kept in %s: %s", cached.parent, error)
+    return binary
+
+
+def _run_nvrtc(name: str, text: str, options: list[str]) -> bytes:
+    library = _nvrtc()
+    program = ctypes.c_void_p()
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+    try:
+        if library.nvrtcCompileProgram(program, len(options), array):
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            lines = [line for line in log.value.decode().splitlines() if "error" in line]
+            raise BuildError(f"NVRTC refuses {name}: {(lines or ['no reason given'])[0]}")
+        size = ctypes.c_size_t()
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        binary = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, binary)
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+    return binary.raw
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "0").partition(".")[0]
+    names = [f"libnvrtc.so.{major}"]
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    names += [str(path) for path in sorted(packages.glob(f"*/lib/libnvrtc.so.{major}"))]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise BuildError(f"there is no NVRTC ({names[0]}), which comes with torch's CUDA build")
+
+
+def _check(code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {text.value.decode() if text.value else code}")
