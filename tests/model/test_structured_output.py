@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotp_serving.engine.grammar import GrammarCompiler
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.model.sampler import Sampler
 from autotp_serving.plan import SampleInput
 from autotp_serving.request import SamplingParams
