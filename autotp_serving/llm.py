@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine
-from autotp_serving.engine.grammar import GrammarCompiler
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.ranks import find_num_ranks, join_control, leave_group
 from autotp_serving.request import (
     FinishReason,

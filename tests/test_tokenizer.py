@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from autotp_serving.chat_template import ChatTemplate, ChatTemplateError
 from autotp_serving.config import ConfigError
+from autotp_serving.request import RequestError
 from autotp_serving.tokenizer import HuggingFaceTokenizer
 
 DEMO = Path(__file__).parents[1] / "demo_model"
@@ -76,3 +78,36 @@ def test_a_file_that_the_library_cannot_read(changes: dict[str, object], folder:
     with pytest.raises(ConfigError, match="no tokenizer can be loaded") as failure:
         HuggingFaceTokenizer(folder)
     assert str(folder) in str(failure.value) and "\n" not in str(failure.value)
+
+
+def test_a_conversation_is_written_out_as_transformers_would() -> None:
+    tokenizer = HuggingFaceTokenizer(DEMO)
+    messages = [{"role": "user", "content": "hi", "name": None}]
+    options = {"add_generation_prompt": True, "continue_final_message": False}
+    outer = AutoTokenizer.from_pretrained(DEMO)
+    expected = outer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.render_chat(messages, options) == expected
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert tokenizer.render_chat(messages, goes_on) == outer.apply_chat_template(
+        messages, tokenize=False, continue_final_message=True
+    )
+    with pytest.raises(ChatTemplateError, match="Roles are system, user and assistant"):
+        tokenizer.render_chat([{"role": "tool", "content": "a"}], options)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "conversations", "documents"])
+def test_an_option_cannot_change_how_a_conversation_is_written_out(name: str) -> None:
+    tokenizer = HuggingFaceTokenizer(DEMO)
+    with pytest.raises(RequestError, match=name):
+        tokenizer.check_chat({name: "a"})
+    tokenizer.check_chat({"enable_thinking": True, "add_generation_prompt": True, "tools": []})
+
+
+def test_templates_are_chosen_by_name() -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "tools"}, {})
+    options = {"add_generation_prompt": True}
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(messages, options) == "plain"
+    assert template.render(messages, options | {"tools": [{"type": "function"}]}) == "tools"
+    with pytest.raises(ChatTemplateError, match="none of them"):
+        ChatTemplate({"other": "a"}, {}).render(messages, options)

@@ -11,7 +11,8 @@ from autotp_serving.api.guard import RequestRecord
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.config import ServingConfig
-from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.engine.grammar import CompiledGrammar, GrammarError
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
 from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
 from autotp_serving.structure import Structure

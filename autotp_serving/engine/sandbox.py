@@ -113,8 +113,8 @@ class Sandbox:
         Returns:
             A future that has the answer, or raises RefusalError, SandboxError or SandboxBusyError.
         """
-        deadline = time.monotonic() + MAX_WAIT_SECONDS
-        return self._queues[kind].submit(size, partial(self._run, kind, data, seconds, deadline))
+        submitted = time.monotonic()
+        return self._queues[kind].submit(size, partial(self._run, kind, data, seconds, submitted))
 
     def close(self) -> None:
         """End the helper and its workers."""
@@ -123,13 +123,13 @@ class Sandbox:
             if self._helper is not None:
                 self._helper.close()
 
-    def _run(self, kind: str, data: Any, seconds: float, deadline: float) -> Any:
-        if time.monotonic() > deadline:
-            raise SandboxBusyError
+    def _run(self, kind: str, data: Any, seconds: float, submitted: float) -> Any:
         request = marshal.dumps((kind, seconds, data))
         for _ in range(2):
             helper = self._find_helper()
             helper.wait_ready()
+            if time.monotonic() > max(submitted, helper.ready_time) + MAX_WAIT_SECONDS:
+                raise SandboxBusyError
             with contextlib.suppress(_HelperGoneError):
                 return helper.run(request, seconds)
         raise SandboxBusyError
@@ -178,6 +178,7 @@ class _Helper:
             )
         self._setup: bytes | None = marshal.dumps(setup)
         self._ready_lock = threading.Lock()
+        self.ready_time = 0.0
 
     @property
     def is_alive(self) -> bool:
@@ -200,6 +201,7 @@ class _Helper:
                 logger.error("the helper process for clients' texts does not start: %s", error)
                 raise SandboxBusyError from error
             self._setup = None
+            self.ready_time = time.monotonic()
 
     def run(self, request: bytes, seconds: float) -> Any:
         """Have a worker do a job. Raises like `Sandbox.submit`, and _HelperGoneError."""

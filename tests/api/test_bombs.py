@@ -332,9 +332,12 @@ def test_a_structure_that_became_too_complex_is_the_clients_fault(
 
 
 def test_where_no_process_is_free_the_answer_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autotp_serving.engine import sandbox
+    from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
 
-    monkeypatch.setattr(sandbox, "MAX_WAIT_SECONDS", -1.0)
+    def run(*_: Any) -> None:
+        raise SandboxBusyError
+
+    monkeypatch.setattr(Sandbox, "_run", run)
     reply = post({"prompt": "a", "guided_regex": "a"}, "/v1/completions")
     assert reply.status_code == 503 and reply.headers["Retry-After"]
     assert reply.json()["error"]["code"] == "busy"

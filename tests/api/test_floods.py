@@ -15,7 +15,8 @@ from autotp_serving.api.chat_schemas import ChatRequest
 from autotp_serving.api.http_protocol import MAX_HEAD_BYTES
 from autotp_serving.api.openai_schemas import CompletionRequest
 from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
-from autotp_serving.engine.grammar import MAX_SOURCE_LEN, GrammarCompiler, GrammarError
+from autotp_serving.engine.grammar import GrammarError
+from autotp_serving.engine.grammar_compiler import MAX_SOURCE_LEN, GrammarCompiler
 from autotp_serving.structure import CallableTool, Structure, ToolCalls
 from tests.api import service
 from tests.api.conftest import LiveServer

@@ -19,7 +19,8 @@ import pytest
 from autotp_serving.batch import INVALID_TOKEN, SampleInput
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine import Engine, QueueFullError
-from autotp_serving.engine.grammar import GrammarCompiler, GrammarError
+from autotp_serving.engine.grammar import GrammarError
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.request import Request, RequestError, RequestOutput, SamplingParams
 from autotp_serving.structure import Structure
 from tests.fakes import ByteTokenizer, FakeRunner, letters

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from autotp_serving.engine import grammar
-from autotp_serving.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarError
+from autotp_serving.engine import grammar, grammar_compiler
+from autotp_serving.engine.grammar import CompiledGrammar, GrammarError
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.sandbox import SLACK, SandboxBusyError
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.request import Request, RequestError, SamplingParams
@@ -82,7 +83,7 @@ def test_what_may_be_written(compiler, kind, source, text, expected) -> None:
         ("regex", "(?=a)b", "look-around"),
         ("grammar", "start: a", "unknown name"),
         ("grammar", "root ::= a", "Rule 'a' not found"),
-        ("regex", "a" * (grammar.MAX_SOURCE_LEN + 1), "longer than"),
+        ("regex", "a" * (grammar_compiler.MAX_SOURCE_LEN + 1), "longer than"),
     ],
 )
 def test_what_is_refused_in_one_line(compiler, kind, source, words) -> None:
@@ -96,7 +97,7 @@ def nasty() -> dict[str, tuple[str, str]]:
     deep: dict = {"type": "string"}
     for _ in range(200):
         deep = {"type": "object", "properties": {"a": deep, "b": deep}}
-        if len(json.dumps(deep)) > grammar.MAX_SOURCE_LEN // 2:
+        if len(json.dumps(deep)) > grammar_compiler.MAX_SOURCE_LEN // 2:
             break
     options = [{"properties": {f"k{number}": {"type": "integer"}}} for number in range(5)]
     node = {"properties": {name: {"$ref": "#/$defs/n"} for name in "abcdefgh"}}
@@ -142,7 +143,7 @@ def test_a_nasty_structure_holds_nobody_up(name: str) -> None:
 
 
 def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_CACHED", 3)
+    monkeypatch.setattr(grammar_compiler, "MAX_CACHED", 3)
     compiler = GrammarCompiler(ByteTokenizer())
     regex = [Structure("regex", f"a{{{number}}}") for number in range(5)]
     first = compiler.submit(regex[0])
@@ -373,14 +374,14 @@ def test_refusals_push_out_no_grammar_and_heavy_grammars_each_other(monkeypatch)
     compiler = GrammarCompiler(ByteTokenizer())
     kept = Structure("regex", "a{3}")
     compiler.submit(kept).result(60)
-    for number in range(grammar.MAX_CACHED + 5):
+    for number in range(grammar_compiler.MAX_CACHED + 5):
         compiler.submit(Structure("choice", f"[{number}"))  # no JSON
     assert kept in compiler._cache
-    monkeypatch.setattr(grammar, "MAX_CACHED_BYTES", 2 * grammar.MIN_GRAMMAR_BYTES)
+    monkeypatch.setattr(grammar_compiler, "MAX_CACHED_BYTES", 2 * grammar.MIN_GRAMMAR_BYTES)
     for number in range(4):
         compiler.submit(Structure("choice", f'["{number}"]')).result(60)
     assert len(compiler._cache) <= 3 and kept not in compiler._cache
-    monkeypatch.setattr(grammar, "MAX_HELD_BYTES", grammar.MIN_GRAMMAR_BYTES)
+    monkeypatch.setattr(grammar_compiler, "MAX_HELD_BYTES", grammar.MIN_GRAMMAR_BYTES)
     held = compiler.submit(Structure("choice", '["held"]')).result(60)
     with pytest.raises(SandboxBusyError):
         compiler.submit(Structure("choice", '["more"]')).result(60)

@@ -11,7 +11,7 @@ import torch
 
 from autotp_serving.batch import SampleInput
 from autotp_serving.devices.cpu import CpuDevice
-from autotp_serving.engine.grammar import GrammarCompiler
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.model.sampler import Sampler
 from autotp_serving.request import SamplingParams
 from autotp_serving.structure import Structure
