@@ -9,15 +9,29 @@
 #                                                 # transformers 4.53, from an environment of its own
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
 #                                                 # the cpu image (root, ten minutes, 3 GB)
+#     bash run_tests.sh --xpu-compile             # every Triton kernel compiled for Intel cards that
+#                                                 # need not be here, from an environment of its own
 #
 # Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), IPEX_LLM_VENV (.venv-ipex-llm),
-# DEPLOY_VENV (.venv-deploy),
+# DEPLOY_VENV (.venv-deploy), XPU_COMPILE_VENV (.venv-xpu-compile),
 # PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 source "$ROOT/scripts/common.sh"
 cd -- "$ROOT"
+
+# Intel's Triton beside torch for the CPU, Intel's compiler from Debian; no driver, no card.
+if [[ ${1:-} == --xpu-compile ]]; then
+    shift
+    ensure_apt ocloc intel-opencl-icd
+    if [[ ! -e /usr/include/level_zero/ze_api.h ]]; then ensure_apt ze_api.h libze-dev; fi
+    command -v ocloc >/dev/null || die "ocloc is missing: apt-get install intel-opencl-icd"
+    VENV=${XPU_COMPILE_VENV:-$ROOT/.venv-xpu-compile}
+    setup_venv requirements-xpu-compile.txt
+    # Triton builds a small C++ helper and links it as C unless told otherwise.
+    CC=g++ CXX=g++ exec python scripts/xpu_compile.py "$@"
+fi
 
 job="tests"
 if [[ ${1:-} == --ipex-llm ]]; then
