@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve Llama-2-7b-chat-hf, sharded over two Intel Arc A770, on http://0.0.0.0:8000 .
 #
-# Before the first run: pip install -r requirements-xpu.txt, then put the path of the model into the
+# Before the first run: pip install -r requirements/xpu.txt, then put the path of the model into the
 # last line, or give it as the first argument:
 #
 #     bash run_llama2_7b_chat_hf_arc_2_card.sh /path/to/Llama-2-7b-chat-hf
@@ -25,7 +25,7 @@ if (($# > 0)) && [[ $1 != -* ]]; then
     MODEL=$1
     shift
 fi
-use_environment requirements-xpu.txt
+use_environment requirements/xpu.txt
 prepare_intel_gpus "$NUM_GPUS"
 share_cores "$NUM_GPUS"
 cd -- "$ROOT"

@@ -28,7 +28,7 @@ if [[ ${1:-} == --xpu-compile ]]; then
     if [[ ! -e /usr/include/level_zero/ze_api.h ]]; then ensure_apt ze_api.h libze-dev; fi
     command -v ocloc >/dev/null || die "ocloc is missing: apt-get install intel-opencl-icd"
     VENV=${XPU_COMPILE_VENV:-$ROOT/.venv-xpu-compile}
-    setup_venv requirements-xpu-compile.txt
+    setup_venv requirements/xpu-compile.txt
     # Triton builds a small C++ helper and links it as C unless told otherwise.
     CC=g++ CXX=g++ exec python scripts/xpu_compile.py "$@"
 fi
@@ -38,7 +38,7 @@ if [[ ${1:-} == --ipex-llm ]]; then
     shift
     job="tests with ipex-llm"
     VENV=${IPEX_LLM_VENV:-$ROOT/.venv-ipex-llm}
-    setup_venv requirements-ipex-llm.txt requirements-dev.txt
+    setup_venv requirements/ipex-llm.txt requirements/dev.txt
     # What depends on transformers or on the provider: formats, layers, checkpoints, sharding. Paths
     # among the arguments take the place of these.
     core=(tests/low_bit tests/model tests/engine tests/api/test_native.py tests/api/test_openai.py
@@ -48,7 +48,7 @@ if [[ ${1:-} == --ipex-llm ]]; then
     done
     set -- "${core[@]}" "$@"
 else
-    setup_venv requirements.txt requirements-dev.txt
+    setup_venv requirements.txt requirements/dev.txt
     for tool in wrk jq curl openssl chromium; do ensure_apt "$tool" "$tool"; done
     ensure_apt chromedriver chromium-driver
     # The test of two hosts needs an ssh server; where systemd runs, installing one would start it.
@@ -63,7 +63,7 @@ if [[ ${1:-} == --clients ]]; then
     job="tests of clients"
     export SERVER_PYTHON=$VENV/bin/python
     VENV=${CLIENTS_VENV:-$ROOT/.venv-clients}
-    setup_venv requirements-clients.txt
+    setup_venv requirements/clients.txt
     set -- tests/clients "$@"
 elif [[ ${1:-} == --deploy ]]; then
     shift

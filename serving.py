@@ -1,6 +1,6 @@
 """Start the server: `mpirun -np N python serving.py --repo-id-or-model-path FOLDER`. Every rank.
 
-Rank 0 schedules, samples and serves HTTP; the others run the step plans it sends.
+Rank 0 schedules, samples and serves HTTP; the others run the batches it sends.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 
 from autotp_serving.command_line import parse_args
 from autotp_serving.config import ConfigError, ServingConfig
-from autotp_serving.logs import configure_logging
-from autotp_serving.ranks import (
-    Control,
+from autotp_serving.distributed.launch import (
     Failure,
     GroupFailure,
     LaunchError,
+    RankGroup,
     check_open_files,
     find_launched_rank,
     find_num_ranks,
     is_first_rank,
-    join_control,
+    join_group,
     leave_group,
 )
-from autotp_serving.stand_in import StandIn, part_from_launcher
+from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
+from autotp_serving.logs import configure_logging
 
 EXIT_CANNOT_START = 2
 
@@ -44,21 +44,21 @@ def main(argv: list[str] | None = None) -> int:
     stand_in = StandIn(None) if rank is None else part_from_launcher(rank)
     try:
         check_open_files(os.environ)
-        control = join_control(os.environ)
+        group = join_group(os.environ)
     except LaunchError as error:
         return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START
     try:
-        return run_rank(control, argv, stand_in)
+        return run_rank(group, argv, stand_in)
     except GroupFailure as error:
-        return report(str(error)) if control.rank == 0 else EXIT_CANNOT_START
+        return report(str(error)) if group.rank == 0 else EXIT_CANNOT_START
     except LaunchError as error:  # the others cannot hear this rank, so it speaks for itself
         report(str(error))
-        control.abort(EXIT_CANNOT_START)
+        group.abort(EXIT_CANNOT_START)
         return EXIT_CANNOT_START
     except Exception:
         # The other ranks may be waiting for this one inside a collective: none may stay behind.
-        logging.getLogger("autotp_serving").exception("rank %d failed", control.rank)
-        control.abort()
+        logging.getLogger("autotp_serving").exception("rank %d failed", group.rank)
+        group.abort()
         return 1
 
 
@@ -68,7 +68,7 @@ def report(message: str) -> int:
     return EXIT_CANNOT_START
 
 
-def run_rank(control: Control, argv: list[str] | None, stand_in: StandIn) -> int:
+def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int:
     """Parse, load and serve or follow.
 
     Raises:
@@ -76,38 +76,38 @@ def run_rank(control: Control, argv: list[str] | None, stand_in: StandIn) -> int
     """
     try:
         # --help is for one reader, not for one reader per rank.
-        silence = contextlib.redirect_stdout(io.StringIO()) if control.rank else None
+        silence = contextlib.redirect_stdout(io.StringIO()) if group.rank else None
         with silence or contextlib.nullcontext():
             config = parse_args(argv)
-        configure_logging(config.log_level, config.log_format, control.rank)
-        num_ranks = find_num_ranks(config, control)
+        configure_logging(config.log_level, config.log_format, group.rank)
+        num_ranks = find_num_ranks(config, group)
         if config.plan:
-            return plan(config, control, num_ranks)
+            return plan(config, group, num_ranks)
         if config.save_low_bit is not None:
-            return save(config, control)
-        if control.rank == 0:
-            return lead(config, control, stand_in)
-        return follow(config, control)
+            return save(config, group)
+        if group.rank == 0:
+            return lead(config, group, stand_in)
+        return follow(config, group)
     except (ConfigError, LaunchError) as error:
-        control.all_gather(Failure(" ".join(str(error).split())))
+        group.all_gather(Failure(" ".join(str(error).split())))
         raise
 
 
-def lead(config: ServingConfig, control: Control, stand_in: StandIn) -> int:
+def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     """Rank 0: load, then answer requests until told to stop."""
+    from autotp_serving.api.api_keys import load_api_keys
     from autotp_serving.api.app import build_app
-    from autotp_serving.api.keys import load_api_keys
+    from autotp_serving.api.engine_client import EngineClient
     from autotp_serving.api.server import check_tls, reserve_port, serve
-    from autotp_serving.api.streams import AsyncEngine
     from autotp_serving.engine import Engine
     from autotp_serving.engine.sandbox import Sandbox
-    from autotp_serving.tokenizer import HuggingFaceTokenizer
-    from autotp_serving.worker import start_worker
+    from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+    from autotp_serving.worker.worker import start_worker
 
     api_keys = load_api_keys(config, os.environ)
     check_tls(config)
     sock = reserve_port(config.host, config.port)
-    worker = start_worker(config, control)
+    worker = start_worker(config, group)
     tokenizer = HuggingFaceTokenizer(
         Path(config.model_path),
         trust_remote_code=config.trust_remote_code,
@@ -115,7 +115,7 @@ def lead(config: ServingConfig, control: Control, stand_in: StandIn) -> int:
     )
     sandbox = Sandbox(tokenizer)
     sandbox.start()
-    engine = AsyncEngine(
+    engine = EngineClient(
         lambda deliver: Engine(
             worker.lead,
             tokenizer,
@@ -127,49 +127,49 @@ def lead(config: ServingConfig, control: Control, stand_in: StandIn) -> int:
         config.request_timeout,
     )
     spare_collector()
-    control.all_gather("ready")
-    worker.channel.watch(engine.engine.fail, config.step_timeout)
+    group.all_gather("ready")
+    worker.channel.monitor(engine.engine.fail, config.step_timeout)
     stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
     engine.engine.start()
     app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys, sandbox)
     exit_code = serve(app, engine, config, sock)
     ignore_signals()  # uvicorn has let go of them, and the end is near
     if exit_code or not engine.engine.shutdown():
-        control.abort()
+        group.abort()
     worker.lead.stop()
     return exit_code
 
 
-def plan(config: ServingConfig, control: Control, num_ranks: int) -> int:
+def plan(config: ServingConfig, group: RankGroup, num_ranks: int) -> int:
     """Rank 0: print what the model will take on each rank. The others have nothing to do."""
-    if control.rank == 0:
-        from autotp_serving.model.planner import print_plan
+    if group.rank == 0:
+        from autotp_serving.memory.planner import print_plan
 
         # Without a launcher to say otherwise, all ranks are on one host.
-        local_size = control.local_size if control.size > 1 else num_ranks
+        local_size = group.local_size if group.size > 1 else num_ranks
         print_plan(config, num_ranks, local_size)
-    control.all_gather("planned")
+    group.all_gather("planned")
     return 0
 
 
-def save(config: ServingConfig, control: Control) -> int:
+def save(config: ServingConfig, group: RankGroup) -> int:
     """All ranks: convert the checkpoint into a folder that loads quickly, and leave."""
     from autotp_serving.model.loader import read_model_config
     from autotp_serving.model.save import save_low_bit
 
-    save_low_bit(config, read_model_config(config), control)
+    save_low_bit(config, read_model_config(config), group)
     return 0
 
 
-def follow(config: ServingConfig, control: Control) -> int:
+def follow(config: ServingConfig, group: RankGroup) -> int:
     """Other ranks: load, then obey rank 0, which alone decides when to stop."""
-    from autotp_serving.worker import start_worker
+    from autotp_serving.worker.worker import start_worker
 
-    worker = start_worker(config, control)
+    worker = start_worker(config, group)
     ignore_signals()
     spare_collector()
-    control.all_gather("ready")
-    worker.channel.watch(partial(leave_group, control.rank), config.step_timeout)
+    group.all_gather("ready")
+    worker.channel.monitor(partial(leave_group, group.rank), config.step_timeout)
     worker.runner.follow(worker.channel)
     return 0
 

@@ -32,7 +32,7 @@ require_count tensor_parallel_size "$tensor_parallel_size"
 cd -- "$ROOT"
 NUMA_PREFIX=()
 if [[ -n $(intel_gpus) ]]; then
-    use_environment requirements-xpu.txt
+    use_environment requirements/xpu.txt
     prepare_intel_gpus "$tensor_parallel_size"
 else
     use_environment requirements.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "Structure"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutput"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> Any:
         from autotp_serving.request import SamplingParams
 
         return SamplingParams
-    if name == "Structure":
-        from autotp_serving.request import Structure
+    if name == "StructuredOutput":
+        from autotp_serving.request import StructuredOutput
 
-        return Structure
+        return StructuredOutput
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -149,7 +149,7 @@ class SampleInput:
 
     @property
     def is_plain(self) -> bool:
-        """True when the row's largest logit is the answer."""
+        """True when the row's largest logit is its token."""
         return self.params.is_plain and self.allowed is None
 
 

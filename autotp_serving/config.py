@@ -81,7 +81,7 @@ class ServingConfig:
     low_bit_provider: str = setting(
         "auto",
         "who converts and multiplies low-bit weights; auto: native; ipex-llm: see "
-        "requirements-ipex-llm.txt",
+        "requirements/ipex-llm.txt",
         choices=("auto", "native", "ipex-llm"),
     )
     lm_head_low_bit: str = setting(
@@ -155,7 +155,7 @@ class ServingConfig:
     )
     max_model_len: int | None = setting(
         None,
-        "most tokens of prompt and answer together; default: the model's own limit",
+        "most tokens of prompt and completion together; default: the model's own limit",
         parse=int,
         unit="TOKENS",
     )
@@ -164,14 +164,14 @@ class ServingConfig:
     )
     request_timeout: float | None = setting(
         None,
-        "seconds after which a request ends with an error, its answer complete or not (504); "
+        "seconds after which a request ends with an error, whatever has come of it (504); "
         "default: none",
         parse=float,
         unit="SECONDS",
     )
     compile_timeout: float = setting(
         2.0,
-        "seconds of processor time that compiling the form of an answer may take; more is answered "
+        "seconds of processor time that compiling the form of a completion may take; more is answered "
         "400",
         unit="SECONDS",
     )
@@ -238,18 +238,18 @@ class ServingConfig:
     )
     tool_call_parser: str = setting(
         "auto",
-        "how the model writes calls of tools; auto: as its chat template has it",
+        "how the model writes tool calls; auto: as its chat template has it",
         choices=("auto", "none", "hermes", "llama3"),
     )
     reasoning_parser: str = setting(
         "auto",
-        "how the model marks its thoughts, which chats answer as reasoning_content; auto: <think> "
+        "how the model marks its reasoning, which chats answer as reasoning_content; auto: <think> "
         "if its chat template has it",
         choices=("auto", "none", "think"),
     )
     log_level: str = setting(
         "info",
-        "least important lines to log; none holds the text of a prompt or an answer",
+        "least important lines to log; none holds the text of a prompt or a completion",
         choices=("debug", "info", "warning", "error"),
     )
     log_format: str = setting(
@@ -270,7 +270,7 @@ class ServingConfig:
         "scale for each token and key/value head, about half the memory",
         unit="TYPE",
     )
-    block_size: int = setting(16, "tokens in one page of the KV cache", unit="TOKENS")
+    block_size: int = setting(16, "tokens in one block of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
     enforce_eager: bool = setting(
         False, "on a CUDA card, launch decode steps kernel by kernel instead of replaying graphs"
@@ -283,7 +283,7 @@ class ServingConfig:
         unit="FOLDER",
     )
     seed: int = setting(
-        0, "seeds the draws of requests that name no seed of their own", unit="NUMBER"
+        0, "seeds the sampling of requests that name no seed of their own", unit="NUMBER"
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 

@@ -23,9 +23,9 @@ from typing import Any
 from tqdm import tqdm
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import find_num_ranks, join_group, leave_group
 from autotp_serving.engine import Engine
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
-from autotp_serving.ranks import find_num_ranks, join_control, leave_group
 from autotp_serving.request import (
     FinishReason,
     Request,
@@ -38,7 +38,7 @@ from autotp_serving.request import (
 
 @dataclass
 class Completion:
-    """The answer to one prompt.
+    """The completion to one prompt.
 
     Attributes:
         logprobs: one for each of `token_ids`, if asked for.
@@ -65,15 +65,15 @@ class LLM:
     """
 
     def __init__(self, model_path: str, **settings: Any) -> None:
-        from autotp_serving.tokenizer import HuggingFaceTokenizer
-        from autotp_serving.worker import start_worker
+        from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+        from autotp_serving.worker.worker import start_worker
 
         config = ServingConfig(model_path=model_path, **settings)
-        control = join_control(os.environ)
-        find_num_ranks(config, control)
-        worker = start_worker(config, control)
-        leave = partial(leave_group, control.rank)
-        worker.channel.watch(leave, config.step_timeout)
+        group = join_group(os.environ)
+        find_num_ranks(config, group)
+        worker = start_worker(config, group)
+        leave = partial(leave_group, group.rank)
+        worker.channel.monitor(leave, config.step_timeout)
         if worker.lead is None:
             worker.runner.follow(worker.channel)
             sys.exit(0)
@@ -114,7 +114,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or params that cannot be served; then none is.
-            GrammarError: a structure that cannot be compiled.
+            GrammarError: a structured output that cannot be compiled.
         """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
@@ -143,7 +143,7 @@ class LLM:
         return completions
 
     def _make_request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """Tokenize one prompt and compile its structure. Raises as `generate` does."""
+        """Tokenize one prompt and compile its structured output. Raises as `generate` does."""
         if isinstance(prompt, str):
             try:
                 token_ids = self.tokenizer.encode(prompt)
@@ -156,8 +156,8 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise RequestError("params", "must be SamplingParams")
         grammar = None
-        if params.structure is not None:
-            grammar = self._compiler.submit(params.structure).result()
+        if params.structured_output is not None:
+            grammar = self._compiler.submit(params.structured_output).result()
         return Request(
             f"request {next(self._numbers)}",
             tuple(token_ids),

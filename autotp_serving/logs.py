@@ -1,6 +1,6 @@
 """One line per event, for readers or for machines. Every rank.
 
-No line at any level holds the text of a prompt or of an answer.
+No line at any level holds the text of a prompt or of a completion.
 """
 
 from __future__ import annotations

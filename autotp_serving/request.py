@@ -9,7 +9,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from autotp_serving.structure import Grammar, Structure
+from autotp_serving.structured_output import Grammar, StructuredOutput
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -48,30 +48,30 @@ def check_tokens(field_name: str, token_ids: Iterable[int], vocab_size: int) -> 
 class SamplingParams:
     """How to choose tokens and when to stop. Values are checked at birth, never again later.
 
-    Logits are changed in vLLM's order (structure, min_tokens, logit_bias, penalties), then comes
-    transformers' (temperature, top_k, top_p, min_p). Logprobs are those of the model itself, before
-    any of this.
+    Logits are changed in vLLM's order (structured output, min_tokens, logit_bias, penalties), then
+    comes transformers' (temperature, top_k, top_p, min_p). Logprobs are those of the model itself,
+    before any of this.
 
     Attributes:
         max_tokens: most tokens to generate, at least 1; 0 only with `prompt_logprobs`.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k likeliest tokens; 0 keeps all.
-        seed: same seed and prompt, same text, whatever else runs; None draws a fresh one.
+        seed: same seed and prompt, same text, whatever else runs; None takes a fresh one.
         stop: strings that end the text; the match itself is not returned.
         stop_token_ids: token ids that end the text, beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens, up to `max_tokens`.
         min_p: keep tokens at least this times as likely as the likeliest, from 0 (all) to 1.
         frequency_penalty: taken off a token's logit for each time it was generated, -2 to 2.
         presence_penalty: taken off the logit of each token that was generated, -2 to 2.
-        repetition_penalty: divides the logits of tokens in prompt and answer (multiplies negative
-            ones); above 0, 1 is off.
+        repetition_penalty: divides the logits of tokens in prompt and completion (multiplies
+            negative ones); above 0, 1 is off.
         logit_bias: added to the logits of these tokens, -100 to 100 each.
         min_tokens: tokens to generate before an end token or a stop string may end the text.
         logprobs: likeliest tokens to list beside each token's logprob; None gives no logprobs.
         prompt_logprobs: the same for the prompt's tokens; runs the whole prompt.
         skip_special_tokens: leave special tokens out of the text.
-        structure: the form that the answer must have.
+        structured_output: what the completion must keep to; None if it is free.
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -94,7 +94,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    structure: Structure | None = None
+    structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -130,8 +130,10 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
                 raise RequestError(name, f"must be from 0 to {MAX_LOGPROBS}, not {value}")
-        if self.structure is not None and self.min_tokens:
-            raise RequestError("min_tokens", "cannot be held where a structure ends the text")
+        if self.structured_output is not None and self.min_tokens:
+            raise RequestError(
+                "min_tokens", "cannot be held where a structured output ends the text"
+            )
 
     def _check_types(self) -> None:
         """Refuse what only looks like a number or a text, and keep copies that nobody changes."""
@@ -159,8 +161,10 @@ class SamplingParams:
             _check_type("logit_bias", token, Integral)
             _check_type("logit_bias", bias, Real)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        if self.structure is not None and not isinstance(self.structure, Structure):
-            raise RequestError("structure", "must be a Structure")
+        if self.structured_output is not None and not isinstance(
+            self.structured_output, StructuredOutput
+        ):
+            raise RequestError("structured_output", "must be a Structure")
 
     @property
     def is_greedy(self) -> bool:
@@ -175,7 +179,7 @@ class SamplingParams:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True when the likeliest token is all that is asked of the sampler, `structure` apart."""
+        """True when, structured output apart, the likeliest token is all that is asked for."""
         return (
             self.is_greedy
             and self.logprobs is None
@@ -188,12 +192,12 @@ class Request:
     """One prompt on its way through the engine, already tokenized and known to fit.
 
     Attributes:
-        request_id: unique among requests alive in this process.
+        request_id: unique among requests active in this process.
         prompt_token_ids: at least one token.
         params: how to sample.
         arrival_time: `time.monotonic()` seconds at which the server received it.
         tenant: whose request it is; those who share a server get turns. "" where all are one.
-        grammar: `params.structure`, compiled.
+        grammar: `params.structured_output`, compiled.
     """
 
     request_id: str
@@ -215,8 +219,8 @@ class Request:
         _check_type("arrival_time", self.arrival_time, Real)
         if not isinstance(self.params, SamplingParams):
             raise RequestError("params", "must be SamplingParams")
-        if (self.grammar is None) != (self.params.structure is None):
-            raise RequestError("structure", "must be compiled before the request is made")
+        if (self.grammar is None) != (self.params.structured_output is None):
+            raise RequestError("structured_output", "must be compiled before the request is made")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ class RankTimes(NamedTuple):
     Attributes:
         num_steps: forward passes run.
         step_seconds: time they took. On CUDA and XPU, where work is queued: the time to queue it.
-        num_collectives: sums over all ranks inside them.
-        collective_bytes: what this rank gave into these sums.
+        num_collectives: all-reduces over all ranks inside them.
+        collective_bytes: what this rank gave into these all-reduces.
         collective_seconds: time they took, the wait for slower ranks included; with the same
             restriction.
     """
@@ -56,7 +56,7 @@ class StepTimes:
         self._step_seconds += seconds
 
     def add_collective(self, num_bytes: int, seconds: float) -> None:
-        """Count a sum over all ranks."""
+        """Count an all-reduce over all ranks."""
         self._num_collectives += 1
         self._collective_bytes += num_bytes
         self._collective_seconds += seconds

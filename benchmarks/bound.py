@@ -115,9 +115,9 @@ class Bounds:
 
 def find_costs(config: ServingConfig) -> ModelCosts:
     """From config.json and the formats that the weights will have; reads no weight."""
+    from autotp_serving.memory.meta_planner import find_footprints
     from autotp_serving.model.families import find_max_model_len
     from autotp_serving.model.loader import read_model_config
-    from autotp_serving.model.meta_planner import find_footprints
 
     model_config = read_model_config(config)
     max_model_len = find_max_model_len(config, model_config)

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from autotp_serving.devices import huge_pages
+from autotp_serving.devices.build import build_library
+from autotp_serving.kernels.cpu.linear import CpuMatmul
+from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.low_bit.formats import FORMATS, Format
-from autotp_serving.low_bit.kernels import huge_pages
-from autotp_serving.low_bit.kernels.cpu import CpuMatmul
-from autotp_serving.low_bit.linear import LowBitLinear
 from autotp_serving.low_bit.tensor import quantize
-from autotp_serving.native_build import build_library
 
 # TinyLlama-1.1B's products, [rows, cols]: output projection, QKV, gate or up, down, head.
 SHAPES = ((2048, 2048), (2560, 2048), (5632, 2048), (2048, 5632), (32000, 2048))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.triton import decode as decode_kernels
 from autotp_serving.kernels.triton import prefill as prefill_kernels
 from autotp_serving.kernels.triton.cards import (
@@ -32,7 +33,6 @@ from autotp_serving.kernels.triton.cards import (
     choose_prefill,
 )
 from autotp_serving.kernels.triton.store import store
-from autotp_serving.model.kv_pools import Pools
 from benchmarks.gpu_timing import compile_in_parallel, measure_copy_rate, time_graph
 
 TOLERANCE = 0.02

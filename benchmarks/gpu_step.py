@@ -29,10 +29,10 @@ import torch
 from autotp_serving import LLM, SamplingParams
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import join_group
 from autotp_serving.model import loader
 from autotp_serving.model.dummy import WEIGHT_STD, DummyCheckpoint
-from autotp_serving.ranks import join_control
-from autotp_serving.worker import Worker, start_worker
+from autotp_serving.worker.worker import Worker, start_worker
 from benchmarks.bound import Bounds, find_costs
 from benchmarks.hardware import measure_hardware
 
@@ -112,11 +112,11 @@ def main() -> None:
 def measure(config: ServingConfig, options: argparse.Namespace) -> None:
     """Load, then time decode steps and prompts of one format."""
     started = time.perf_counter()
-    control = join_control({})
-    running = start_worker(config, control)
+    group = join_group({})
+    running = start_worker(config, group)
     torch.cuda.synchronize()
     loaded = time.perf_counter() - started
-    hardware = measure_hardware(control, "cuda", torch.device("cuda"))
+    hardware = measure_hardware(group, "cuda", torch.device("cuda"))
     costs = find_costs(config)
     print(
         f"{config.low_bit}: started in {loaded:.1f} s; {hardware.describe()}; "
@@ -178,8 +178,8 @@ def write_decode(num_seqs: int, block_size: int) -> Batch:
 
 def write_prompts(num_prompts: int, length: int, block_size: int) -> Batch:
     """So many prompts in one step."""
-    draw = random.Random(0)
-    tokens = [draw.randrange(300, 8000) for _ in range(num_prompts * length)]
+    rng = random.Random(0)
+    tokens = [rng.randrange(300, 8000) for _ in range(num_prompts * length)]
     return make_batch(num_prompts, 0, tokens, block_size)
 
 
@@ -274,7 +274,7 @@ def compare_logits(model: str, formats: list[str]) -> None:
                 model_path=model, low_bit=low_bit, device=device, max_model_len=512,
                 kv_cache_memory=2**28, max_num_batched_tokens=512, enforce_eager=True,
             )  # fmt: skip
-            started = start_worker(config, join_control({}))
+            started = start_worker(config, join_group({}))
             vocab_size = started.model.config.vocab_size
             logits[device] = [
                 started.runner.run(write_logits_step(*step, vocab_size)).float().cpu()

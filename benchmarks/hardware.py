@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from autotp_serving.native_build import build_library
-from autotp_serving.ranks import Control
+from autotp_serving.devices.build import build_library
+from autotp_serving.distributed.launch import RankGroup
 
 READ_BYTES = 2**29  # far more than any cache of a few cores
 MATMUL_SIZES = {"cpu": (1024, 2048, 2048), "cuda": (8192, 8192, 8192), "xpu": (4096, 4096, 4096)}
@@ -45,22 +45,22 @@ class Hardware:
         return f"{self.device}, {self.num_ranks} rank(s){threads}: {', '.join(rates)}"
 
 
-def measure_hardware(control: Control, kind: str, device: torch.device) -> Hardware:
+def measure_hardware(group: RankGroup, kind: str, device: torch.device) -> Hardware:
     """Measure; every rank must call it."""
     if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // control.local_size))  # as a rank will
-    control.all_gather("measure")
+        torch.set_num_threads(max(1, cores // group.local_size))  # as a rank will
+    group.all_gather("measure")
     read = _read_rate(kind, device)
-    control.all_gather("next")
+    group.all_gather("next")
     bf16 = _matmul_rate(kind, device, torch.bfloat16)
-    control.all_gather("next")
+    group.all_gather("next")
     int8 = _matmul_rate(kind, device, torch.int8)
-    rates = control.all_gather((read, bf16, int8))
+    rates = group.all_gather((read, bf16, int8))
     # Before torchrun's ranks can talk to each other there is only this one's word.
-    scale = control.size / len(rates)
+    scale = group.size / len(rates)
     whole = [sum(column) * scale if all(column) else None for column in zip(*rates, strict=True)]
-    return Hardware(kind, control.size, torch.get_num_threads(), *whole)
+    return Hardware(kind, group.size, torch.get_num_threads(), *whole)
 
 
 def _best_seconds(kind: str, run: Callable[[], object]) -> float:

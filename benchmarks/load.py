@@ -144,11 +144,11 @@ async def run_level(
 def _due_times(count: int, rate: float | None, seed: int) -> list[float] | None:
     if rate is None:
         return None
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     times, now = [], 0.0
     for _ in range(count):
         times.append(now)
-        now += draw.expovariate(rate)
+        now += rng.expovariate(rate)
     return times
 
 

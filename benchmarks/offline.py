@@ -1,4 +1,4 @@
-"""The engine in a script, timed: shared by benchmark_latency.py and benchmark_throughput.py.
+"""The engine in a script, timed: shared by benchmarks/latency.py and benchmarks/throughput.py.
 
 Every rank runs these files; what is measured and printed is rank 0's.
 """
@@ -18,7 +18,7 @@ from autotp_serving import LLM
 from autotp_serving.command_line import parse_args
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import open_device
-from autotp_serving.ranks import join_control
+from autotp_serving.distributed.launch import join_group
 from autotp_serving.request import RequestOutput
 from benchmarks.bound import Bounds, find_costs
 from benchmarks.hardware import Hardware, measure_hardware
@@ -69,7 +69,7 @@ def run_script(main: Callable[[], int]) -> None:
         code = main()
     except Exception:
         traceback.print_exc()
-        join_control(os.environ).abort()
+        join_group(os.environ).abort()
         code = 1
     sys.exit(code)
 
@@ -97,18 +97,18 @@ def settings_of(config: ServingConfig) -> dict[str, Any]:
 
 def measure_bounds(config: ServingConfig) -> tuple[Bounds | None, Hardware]:
     """All ranks: measure the machine. Bounds on rank 0, None on the others."""
-    control = join_control(os.environ)
-    device = open_device(config.device, control.local_rank)
-    hardware = measure_hardware(control, device.kind, device.torch_device)
-    if control.rank:
+    group = join_group(os.environ)
+    device = open_device(config.device, group.local_rank)
+    hardware = measure_hardware(group, device.kind, device.torch_device)
+    if group.rank:
         return None, hardware
     low_bit = config.low_bit not in ("bf16", "fp16")
     return Bounds(find_costs(config), hardware, low_bit=low_bit), hardware
 
 
-def draw_prompt(draw: random.Random, length: int, vocab_size: int) -> list[int]:
+def make_prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]:
     """Random token ids; the first few hundred, special ones among them, are left out."""
-    return [draw.randrange(min(300, vocab_size // 2), vocab_size) for _ in range(length)]
+    return [rng.randrange(min(300, vocab_size // 2), vocab_size) for _ in range(length)]
 
 
 class TimedLLM(LLM):

@@ -4,7 +4,7 @@
     mpirun -np 2 python -m benchmarks.structured_output --model MODEL --streams 4 --beside 4
 
 The engine without HTTP. A few plain answers run beside as many others, which are plain in one batch
-and keep to a JSON schema in the next; all are drawn at temperature 1 and equally long, so that
+and keep to a JSON schema in the next; all sampled at temperature 1 and equally long, so that
 nothing differs but the schema. The two kinds of batch take turns, as machines are shared and their
 mood changes, and each is compared with its neighbour in time. Every flag of serving.py works too.
 The last line is JSON.
@@ -22,13 +22,13 @@ from dataclasses import replace
 
 from autotp_serving import SamplingParams
 from autotp_serving.config import ConfigError
-from autotp_serving.ranks import GroupFailure, LaunchError, is_first_rank
+from autotp_serving.distributed.launch import GroupFailure, LaunchError, is_first_rank
 from autotp_serving.request import RequestError
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 from benchmarks.offline import (
     TimedLLM,
     add_flag,
-    draw_prompt,
+    make_prompt,
     parse_serving_flags,
     positive,
     run_script,
@@ -113,7 +113,8 @@ def measure(llm: TimedLLM, options: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds between two tokens of a plain answer, and what the schemas cost."""
     free = SamplingParams(max_tokens=options.output_len, temperature=1.0, ignore_eos=True)
     formed = [
-        replace(free, structure=Structure("json_schema", json.dumps(schema))) for schema in SCHEMAS
+        replace(free, structured_output=StructuredOutput("json_schema", json.dumps(schema)))
+        for schema in SCHEMAS
     ]
     neighbours = {
         "plain": [free] * options.beside,
@@ -145,8 +146,8 @@ def run(
 ) -> float:
     """Mean seconds between two tokens of the plain answers."""
     params = [*plain, *beside]
-    draw = random.Random(seed)
-    prompts = [draw_prompt(draw, PROMPT_LEN, llm.tokenizer.vocab_size) for _ in params]
+    rng = random.Random(seed)
+    prompts = [make_prompt(rng, PROMPT_LEN, llm.tokenizer.vocab_size) for _ in params]
     llm.arrivals.clear()
     completions = llm.generate(prompts, params, show_progress=False)
     assert all(one.finish_reason == "length" for one in completions)

@@ -39,7 +39,7 @@ source_oneapi() {
     local setvars=${SETVARS:-${ONEAPI_ROOT:-/opt/intel/oneapi}/setvars.sh}
     if [[ $setvars == none || -n ${SETVARS_COMPLETED:-} ]]; then return; fi
     if [[ ! -f $setvars ]]; then
-        warn "oneAPI is not at $setvars: not needed with the wheels of requirements-xpu.txt, which bring its runtimes; ipex-llm needs it (apt-get install intel-oneapi-base-toolkit, or set ONEAPI_ROOT)"
+        warn "oneAPI is not at $setvars: not needed with the wheels of requirements/xpu.txt, which bring its runtimes; ipex-llm needs it (apt-get install intel-oneapi-base-toolkit, or set ONEAPI_ROOT)"
         return
     fi
     local python

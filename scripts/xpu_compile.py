@@ -30,8 +30,8 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from autotp_serving.kernels.kv_pools import Pools  # noqa: E402
 from autotp_serving.kernels.triton import attention, cards, store  # noqa: E402
-from autotp_serving.model.kv_pools import Pools  # noqa: E402
 
 COMMON = {
     "platform_name": "",

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from autotp_serving.native_build import ISAS, processor_flags
+from autotp_serving.devices.build import ISAS, processor_flags
 
 
 def can_compile() -> bool:

@@ -1,9 +1,9 @@
 """Stand-ins for model and tokenizer, so that the whole control side runs in seconds without torch.
 
 `FakeRunner` keeps rows and a real paged memory and checks every read, so a wrong row, block table
-or stale page fails the test that caused it, with one step in flight or two. Its default model
+or stale block fails the test that caused it, with one step in flight or two. Its default model
 answers any prompt with letters that depend on every token before them: `generate` computes the
-same text without pages, as the reference.
+same text without blocks, as the reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        """A line "role: content" for each message, and the beginning of the answer's."""
+        """A line "role: content" for each message, and the beginning of the completion's."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         lines[:0] = [f"tool {tool['function']['name']}\n" for tool in options.get("tools", ())]
         if options.get("add_generation_prompt"):
@@ -59,9 +59,9 @@ class ByteTokenizer:
 
 
 def letters(context: list[int], sample: SampleInput) -> int:
-    """A lower-case letter that depends on all tokens so far and, unless greedy, on the draw."""
-    draw = 0 if sample.params.is_greedy else int(sample.uniform * 2**20)
-    return ord("a") + hash((*context, draw)) % 26
+    """A lower-case letter that depends on all tokens so far and, unless greedy, on the sample."""
+    first_uniform = 0 if sample.params.is_greedy else int(sample.uniform * 2**20)
+    return ord("a") + hash((*context, first_uniform)) % 26
 
 
 def answers(book: Mapping[str, str]) -> NextToken:
@@ -109,7 +109,7 @@ def obey(token: int, sample: SampleInput) -> int:
 def generate(
     prompt: Sequence[int], samples: Sequence[SampleInput], next_token: NextToken = letters
 ) -> list[int]:
-    """One token per sample, as a runner must produce them: the reference without any pages."""
+    """One token per sample, as a runner must produce them: the reference without any blocks."""
     context = list(prompt)
     for sample in samples:
         context.append(next_token(context, sample))
@@ -117,16 +117,16 @@ def generate(
 
 
 class FakeRunner:
-    """Runs batches as a model would, and asserts that each batch and each page it reads is right.
+    """Runs batches as a model would, and asserts that each batch and each block it reads is right.
 
     A slot remembers (position, token, chain), where the chain depends on all tokens before: as
-    real keys and values do. Old context is read before anything is written, so a page that is
-    shared before the step that fills it has run is caught too; so is a page that is handed on
+    real keys and values do. Old context is read before anything is written, so a block that is
+    shared before the step that fills it has run is caught too; so is a block that is handed on
     while a step in flight may write it, and a token that is not sent and not in flight.
 
     Args:
-        num_blocks: pages in the pool.
-        block_size: tokens a page holds.
+        num_blocks: blocks in the pool.
+        block_size: tokens a block holds.
         next_token: the model: (context, sample) -> token id; -1 stands for NaN logits.
         delay: seconds each step takes.
         fail_at_step: raise RuntimeError in the step of this index, from 0.
@@ -159,11 +159,11 @@ class FakeRunner:
         self._tables: dict[int, list[int]] = {}  # by row
         self._last_tokens: dict[int, int] = {}
         self._forwarded: tuple[Batch, dict[int, list[int]]] | None = None
-        # Of each step in flight: its result, rows that got a token, the pages it writes by row.
+        # Of each step in flight: its result, rows that got a token, the blocks it writes by row.
         self._in_flight: deque[tuple[StepResult, set[int], dict[int, int]]] = deque()
 
     def forward(self, batch: Batch) -> None:
-        """Check the batch and write its tokens into the pages."""
+        """Check the batch and write its tokens into the blocks."""
         if len(self.batches) == self.fail_at_step:
             raise RuntimeError("rank 1 is gone")
         if self.delay:
@@ -259,7 +259,7 @@ class FakeRunner:
         assert all(0 <= row < sum(batch.query_lens) for row in batch.score_rows)
 
     def _grow_tables(self, batch: Batch) -> None:
-        """Take the new pages into the rows' tables, which must then cover the contexts."""
+        """Take the new blocks into the rows' tables, which must then cover the contexts."""
         new_blocks = iter(batch.new_blocks)
         for index, first, count in zip(
             batch.grown, batch.first_blocks, batch.num_new_blocks, strict=True
@@ -268,15 +268,15 @@ class FakeRunner:
             blocks = [next(new_blocks) for _ in range(count)]
             for *_, writers in self._in_flight:
                 strangers = [block for block in blocks if writers.get(block, row) != row]
-                assert not strangers, f"pages {strangers} may still be written by another row"
+                assert not strangers, f"blocks {strangers} may still be written by another row"
             table = self._tables.setdefault(row, [])
             assert first <= len(table), "a gap in a table"
             table[first:] = blocks
-        assert next(new_blocks, None) is None, "pages that belong to nobody"
+        assert next(new_blocks, None) is None, "blocks that belong to nobody"
         for row, start, query_len in zip(batch.rows, batch.starts, batch.query_lens, strict=True):
             table = self._tables[row]
             assert len(table) >= -(-(start + query_len) // self.block_size), "a table is too short"
-            assert len(set(table)) == len(table), "a page twice in one table"
+            assert len(set(table)) == len(table), "a block twice in one table"
             assert all(0 <= block < self.num_blocks for block in table)
 
     def _complete_tokens(self, batch: Batch) -> list[int]:
@@ -313,13 +313,13 @@ class FakeRunner:
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
     def _read(self, table: list[int], context_len: int) -> tuple[list[int], int]:
-        """Tokens of the context and their chain, read back through the pages."""
+        """Tokens of the context and their chain, read back through the blocks."""
         tokens: list[int] = []
         chain = 0
         for position in range(context_len):
             entry = self._memory[self._slot(table, position)]
-            assert entry is not None, f"page read at position {position} before it was written"
+            assert entry is not None, f"block read at position {position} before it was written"
             chain = hash((chain, entry[1]))
-            assert entry == (position, entry[1], chain), f"stale page at position {position}"
+            assert entry == (position, entry[1], chain), f"stale block at position {position}"
             tokens.append(entry[1])
         return tokens, chain

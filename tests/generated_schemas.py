@@ -6,32 +6,32 @@ import random
 from typing import Any
 
 
-def make_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+def make_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     """A schema of nested objects, arrays and plain values, all of bounded size."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern"]
-    kind = draw.choice(kinds if depth > 2 else [*kinds, "object", "object", "array", "anyOf"])
+    kind = rng.choice(kinds if depth > 2 else [*kinds, "object", "object", "array", "anyOf"])
     if kind == "object":
-        names = draw.sample(["id", "name", "é", 'a "b"', "x_y", "list", "n"], draw.randint(1, 5))
+        names = rng.sample(["id", "name", "é", 'a "b"', "x_y", "list", "n"], rng.randint(1, 5))
         return {
             "type": "object",
-            "properties": {name: make_schema(draw, depth + 1) for name in names},
-            "required": draw.sample(names, draw.randint(0, len(names))),
+            "properties": {name: make_schema(rng, depth + 1) for name in names},
+            "required": rng.sample(names, rng.randint(0, len(names))),
             "additionalProperties": False,
         }
     if kind == "array":
-        least = draw.randint(0, 2)
-        size = {"minItems": least, "maxItems": least + draw.randint(0, 3)}
-        return {"type": "array", "items": make_schema(draw, depth + 1)} | size
+        least = rng.randint(0, 2)
+        size = {"minItems": least, "maxItems": least + rng.randint(0, 3)}
+        return {"type": "array", "items": make_schema(rng, depth + 1)} | size
     if kind == "anyOf":
-        return {"anyOf": [make_schema(draw, depth + 1) for _ in range(draw.randint(1, 3))]}
+        return {"anyOf": [make_schema(rng, depth + 1) for _ in range(rng.randint(1, 3))]}
     return {
-        "string": {"type": "string", "minLength": 1, "maxLength": draw.randint(2, 30)},
-        "integer": {"type": "integer", "minimum": -5, "maximum": draw.randint(0, 5000)},
+        "string": {"type": "string", "minLength": 1, "maxLength": rng.randint(2, 30)},
+        "integer": {"type": "integer", "minimum": -5, "maximum": rng.randint(0, 5000)},
         "number": {"type": "number", "minimum": -1.5, "maximum": 100},
         "boolean": {"type": "boolean"},
         "null": {"type": "null"},
         "enum": {"enum": ["a", 1, None, "\N{GRINNING FACE}", {"k": [1]}]},
-        "const": {"const": draw.choice(["x", 7, True])},
+        "const": {"const": rng.choice(["x", 7, True])},
         "pattern": {"type": "string", "pattern": "^[a-z]{1,5}-[0-9]{2}$"},
     }[kind]
 

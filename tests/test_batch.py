@@ -10,32 +10,32 @@ import pytest
 from autotp_serving.batch import Batch
 
 
-def draw_batch(draw: random.Random) -> Batch:
+def draw_batch(rng: random.Random) -> Batch:
     """Any lists of the right lengths; a batch's bytes do not depend on their sense."""
-    num_seqs = draw.randrange(5)
-    longest = draw.choice([1, 40])
-    query_lens = [draw.randint(1, longest) for _ in range(num_seqs)]
-    num_known = [length - draw.randrange(2) for length in query_lens]
-    grown = sorted(draw.sample(range(num_seqs), draw.randint(0, num_seqs)))
-    num_new_blocks = [draw.randrange(9) for _ in grown]
+    num_seqs = rng.randrange(5)
+    longest = rng.choice([1, 40])
+    query_lens = [rng.randint(1, longest) for _ in range(num_seqs)]
+    num_known = [length - rng.randrange(2) for length in query_lens]
+    grown = sorted(rng.sample(range(num_seqs), rng.randint(0, num_seqs)))
+    num_new_blocks = [rng.randrange(9) for _ in grown]
 
     def numbers(count: int) -> list[int]:
-        return [draw.choice([0, 1, draw.randrange(2**31), 2**31 - 1]) for _ in range(count)]
+        return [rng.choice([0, 1, rng.randrange(2**31), 2**31 - 1]) for _ in range(count)]
 
     return Batch(
         rows=numbers(num_seqs),
         starts=numbers(num_seqs),
         query_lens=query_lens,
-        num_known=draw.choice([num_known, list(query_lens), [0] * num_seqs]),
+        num_known=rng.choice([num_known, list(query_lens), [0] * num_seqs]),
         token_ids=numbers(sum(num_known)),
         grown=grown,
         first_blocks=numbers(len(grown)),
         num_new_blocks=num_new_blocks,
         new_blocks=numbers(sum(num_new_blocks)),
-        sampled=sorted(draw.sample(range(num_seqs), draw.randint(0, num_seqs))),
-        score_rows=numbers(draw.randrange(4)),
-        num_drafts=draw.choice([[], numbers(num_seqs)]),
-        adapters=draw.choice([[], numbers(num_seqs)]),
+        sampled=sorted(rng.sample(range(num_seqs), rng.randint(0, num_seqs))),
+        score_rows=numbers(rng.randrange(4)),
+        num_drafts=rng.choice([[], numbers(num_seqs)]),
+        adapters=rng.choice([[], numbers(num_seqs)]),
     )
 
 

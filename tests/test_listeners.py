@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from autotp_serving import listeners
-from autotp_serving.collectives import _prepare_store
-from autotp_serving.listeners import admit_only, is_one_host, keep_to_loopback
-from autotp_serving.ranks import LaunchError, TorchControl
+from autotp_serving.distributed import listeners
+from autotp_serving.distributed.collectives import _prepare_store
+from autotp_serving.distributed.launch import LaunchError, TorchRankGroup
+from autotp_serving.distributed.listeners import admit_only, is_one_host, keep_to_loopback
 
 A_WHILE = 0.3
 
@@ -68,7 +68,7 @@ def test_a_dual_socket_admits_by_the_addresses_of_version_4() -> None:
 def test_inherited_listeners_are_closed_and_narrowed_and_own_ones_kept() -> None:
     code = (
         "import socket\n"
-        "from autotp_serving.listeners import close_inherited_listeners\n"
+        "from autotp_serving.distributed.listeners import close_inherited_listeners\n"
         "own = socket.create_server(('127.0.0.1', 0))\n"
         "close_inherited_listeners(narrow=True)\n"
         "socket.create_connection(own.getsockname(), 1).close()\n"
@@ -113,7 +113,7 @@ def test_an_address_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         with pytest.raises(LaunchError, match=r"MASTER_ADDR 127\.0\.0\.1 port"):
-            _prepare_store(TorchControl(0, 2, 0, 2))
+            _prepare_store(TorchRankGroup(0, 2, 0, 2))
 
 
 def test_an_interface_that_the_user_named_stays() -> None:

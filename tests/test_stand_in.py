@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving.ranks import find_launched_rank
-from autotp_serving.stand_in import LAST_WORDS_SECONDS
+from autotp_serving.distributed.launch import find_launched_rank
+from autotp_serving.distributed.stand_in import LAST_WORDS_SECONDS
 
 ROOT = Path(__file__).parents[1]
 RANK = """
 import os, signal, sys, time
-from autotp_serving.stand_in import part_from_launcher
+from autotp_serving.distributed.stand_in import part_from_launcher
 stand_in = part_from_launcher(3)
 {body}
 print(os.getpid(), flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving.template_cost import is_cheap
+from autotp_serving.engine.template_cost import is_cheap
 
 DEMO = Path(__file__).parents[1] / "demo_model" / "tokenizer_config.json"
 
@@ -27,7 +27,7 @@ CHEAP = {
     "neighbours": EVERY
     + "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<u>{% endif %}{{ m.content }}"
     + END,
-    "thoughts": "{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}"
+    "reasoning": "{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}"
     "{% set index = (messages|length - 1) - loop.index0 %}{% if m.role == 'user' %}"
     "{% set ns.last = index %}{% endif %}{% endfor %}"
     + EVERY

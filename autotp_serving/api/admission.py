@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from autotp_serving.api.errors import ApiError
-from autotp_serving.api.guard import RequestRecord
+from autotp_serving.api.middleware import RequestRecord
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.grammar import CompiledGrammar, GrammarError
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
+from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
-from autotp_serving.structure import Structure
-from autotp_serving.tokenizer import Tokenizer
+from autotp_serving.structured_output import StructuredOutput
 
 
 class Admission:
@@ -28,7 +28,7 @@ class Admission:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.max_listed_tokens = max(max_model_len, MIN_LISTED_TOKENS)
-        self.max_num_answers = config.max_num_seqs + config.max_queue_len
+        self.max_num_completions = config.max_num_seqs + config.max_queue_len
         self._prompts = PromptEncoder(tokenizer, max_model_len, sandbox, config.template_timeout)
         self._compiler = GrammarCompiler(tokenizer, sandbox, config.compile_timeout)
 
@@ -84,11 +84,11 @@ class Admission:
         self.check_tokens(token_ids, "messages")
         return token_ids
 
-    async def compile(self, wanted: tuple[str, Structure] | None) -> CompiledGrammar | None:
-        """Make a structure ready for use, in another thread.
+    async def compile(self, wanted: tuple[str, StructuredOutput] | None) -> CompiledGrammar | None:
+        """Make a structured output ready for use, in another thread.
 
         Args:
-            wanted: the field that asks for it, and the structure; None asks for none.
+            wanted: the field that asks for it, and the structured output; None asks for none.
 
         Raises:
             RequestError: naming the field, when it is not valid or takes too much to compile.
@@ -96,8 +96,8 @@ class Admission:
         """
         if wanted is None:
             return None
-        field_name, structure = wanted
-        future = asyncio.wrap_future(self._compiler.submit(structure))
+        field_name, structured_output = wanted
+        future = asyncio.wrap_future(self._compiler.submit(structured_output))
         try:
             # Others may wait for the same one: it must not be cancelled for the first that leaves.
             return await asyncio.shield(future)
@@ -115,19 +115,19 @@ class Admission:
         """Refuse tokens that the tokenizer or the model does not have."""
         check_tokens(field_name, token_ids, self.tokenizer.vocab_size)
 
-    def check_num_answers(
+    def check_num_completions(
         self, num_prompts: int, num_choices: int, choices_field: str = "n"
     ) -> None:
-        """Refuse one call that asks for more answers than the server ever holds at once."""
-        if num_prompts * num_choices > self.max_num_answers:
+        """Refuse one call that asks for more completions than the server ever holds at once."""
+        if num_prompts * num_choices > self.max_num_completions:
             raise RequestError(
                 choices_field if num_choices > 1 else "prompt",
                 f"{num_prompts} prompts with {num_choices} answers each are more than the "
-                f"{self.max_num_answers} requests that run and wait at most",
+                f"{self.max_num_completions} requests that run and wait at most",
             )
 
-    def room(self, prompt_token_ids: list[int]) -> int:
-        """Tokens that the model has left for an answer; may be negative."""
+    def num_tokens_left(self, prompt_token_ids: list[int]) -> int:
+        """Tokens that the model has left for a completion; may be negative."""
         return self.max_model_len - len(prompt_token_ids)
 
     def admit(
@@ -141,18 +141,18 @@ class Admission:
         length_field: str = "max_tokens",
         grammar: CompiledGrammar | None = None,
     ) -> list[Request]:
-        """Make the engine's requests, one for each answer wanted to one prompt.
+        """Make the engine's requests, one for each completion wanted to one prompt.
 
         Args:
-            choices: how to sample each answer.
+            choices: how to sample each completion.
             record: of the HTTP request; its usage counts the prompt once.
             first_choice: number of the first answer among all of this HTTP request.
             prompt_field: the client's word for the prompt.
             length_field: the client's word for max_tokens.
-            grammar: the structure that `choices` name, compiled.
+            grammar: the structured output that `choices` name, compiled.
 
         Raises:
-            ApiError: 400 when prompt and answer together exceed the model's length.
+            ApiError: 400 when prompt and completion together exceed the model's length.
             RequestError: when the prompt has no tokens.
         """
         num_prompt_tokens = len(prompt_token_ids)

@@ -11,25 +11,25 @@ from starlette.middleware.cors import CORSMiddleware
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
-from autotp_serving.api.answers import AnswerParsers
+from autotp_serving.api.api_keys import ApiKeys
+from autotp_serving.api.chat_page import page_routes
+from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.errors import install_error_handlers
-from autotp_serving.api.guard import RequestGuard
 from autotp_serving.api.health import health_routes
 from autotp_serving.api.hosts import find_allowed_hosts
-from autotp_serving.api.keys import ApiKeys
-from autotp_serving.api.native import native_routes
-from autotp_serving.api.openai_routes import ModelNames, openai_routes
-from autotp_serving.api.page import page_routes
+from autotp_serving.api.middleware import RequestGuard
+from autotp_serving.api.native_routes import native_routes
+from autotp_serving.api.openai.completion_parser import CompletionParsers
+from autotp_serving.api.openai.routes import ModelNames, openai_routes
 from autotp_serving.api.schemas import ErrorReply
-from autotp_serving.api.streams import AsyncEngine
-from autotp_serving.api.tokens import token_routes
+from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.sandbox import Sandbox
-from autotp_serving.tokenizer import Tokenizer
+from autotp_serving.engine.tokenizer import Tokenizer
 
 
 def build_app(
-    engine: AsyncEngine,
+    engine: EngineClient,
     tokenizer: Tokenizer,
     config: ServingConfig,
     max_model_len: int,
@@ -74,7 +74,9 @@ def build_app(
     admission = Admission(tokenizer, max_model_len, config, sandbox)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
-    app.include_router(openai_routes(engine, admission, names, AnswerParsers(tokenizer, config)))
+    app.include_router(
+        openai_routes(engine, admission, names, CompletionParsers(tokenizer, config))
+    )
     app.include_router(token_routes(admission, names))
     app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))

@@ -8,13 +8,13 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from autotp_serving import __version__
+from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import CONTENT_TYPE, render
-from autotp_serving.api.ready import Readiness
-from autotp_serving.api.streams import AsyncEngine
+from autotp_serving.api.readiness import Readiness
 
 
-def health_routes(engine: AsyncEngine, model_name: str) -> APIRouter:
+def health_routes(engine: EngineClient, model_name: str) -> APIRouter:
     """Routes about the server itself."""
     router = APIRouter(tags=["server"], redirect_slashes=False)
     readiness = Readiness(engine)

@@ -6,8 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import TokenLogprobs
-from autotp_serving.tokenizer import Tokenizer
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON does not have; OpenAI's choice too."""
@@ -45,7 +45,7 @@ class ListedLogprobs:
 
 
 class CompletionLogprobs:
-    """The shape of /v1/completions, for one answer, in one piece or several.
+    """The shape of /v1/completions, for one completion, in one piece or several.
 
     Args:
         tokenizer: knows the tokens' bytes.

@@ -127,9 +127,9 @@ def _render_engine(
     gauges = {
         "num_requests_running": ("Requests that take part in steps.", stats.num_running),
         "num_requests_waiting": ("Requests that wait.", stats.num_waiting),
-        "kv_pages": ("KV pages of each rank.", stats.num_blocks),
-        "kv_pages_held": ("KV pages that running requests hold.", stats.num_held_blocks),
-        "kv_cache_usage_perc": ("Share of KV pages in use, 0 to 1.", usage),
+        "kv_blocks": ("KV blocks of each rank.", stats.num_blocks),
+        "kv_blocks_held": ("KV blocks that running requests hold.", stats.num_held_blocks),
+        "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", usage),
         "last_step_seconds": ("How long the last step took.", stats.last_step_seconds),
     }
     counters = {
@@ -137,7 +137,7 @@ def _render_engine(
         "generation_tokens_total": ("Tokens generated.", stats.num_generated_tokens),
         "prefix_cache_queries_total": ("Tokens looked up.", stats.num_prefix_query_tokens),
         "prefix_cache_hits_total": ("Tokens found.", stats.num_prefix_hit_tokens),
-        "num_preemptions_total": ("Requests that lost their pages.", stats.num_preemptions),
+        "num_preemptions_total": ("Requests that lost their blocks.", stats.num_preemptions),
         "num_steps_total": ("Steps run.", stats.num_steps),
     }
     for kind, families in (("gauge", gauges), ("counter", counters)):
@@ -156,7 +156,7 @@ def _render_ranks(rank_times: Sequence[RankTimes], labels: Mapping[str, str]) ->
     families = {
         "rank_steps_total": ("Forward passes of a rank.", "num_steps"),
         "rank_step_seconds_total": ("Time they took.", "step_seconds"),
-        "collectives_total": ("Sums over all ranks inside them.", "num_collectives"),
+        "collectives_total": ("All-reduces over all ranks inside them.", "num_collectives"),
         "collective_bytes_total": ("Bytes that a rank gave into them.", "collective_bytes"),
         "collective_seconds_total": ("Time they took, waits included.", "collective_seconds"),
     }

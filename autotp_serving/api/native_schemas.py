@@ -7,7 +7,7 @@ from pydantic import Field
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple, only
 from autotp_serving.request import MAX_LOGPROBS, SamplingParams
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 
 
 class GenerateRequest(SamplingFields):
@@ -28,15 +28,15 @@ class GenerateRequest(SamplingFields):
         description="give each token's logprob and list so many likeliest tokens beside it; "
         "default: no logprobs",
     )
-    echo: bool = Field(False, description="put the prompt before the answer, and its logprobs")
-    n: only(1) = Field(None, description="a reply holds one answer: use /v1/completions")
-    best_of: only(1) = Field(None, description="a reply holds one answer: use /v1/completions")
+    echo: bool = Field(False, description="put the prompt before the completion, and its logprobs")
+    n: only(1) = Field(None, description="a reply holds one completion: use /v1/completions")
+    best_of: only(1) = Field(None, description="a reply holds one completion: use /v1/completions")
     use_beam_search: only(False) = None
 
-    def sampling_params(self, structure: Structure | None) -> SamplingParams:
+    def sampling_params(self, structured_output: StructuredOutput | None) -> SamplingParams:
         """The same in the engine's words. Raises RequestError naming a field out of range."""
         return SamplingParams(
-            **self.shared_params(self.n_predict, structure),
+            **self.shared_params(self.n_predict, structured_output),
             max_tokens=self.n_predict,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -50,7 +50,7 @@ class GenerateRequest(SamplingFields):
 
 
 class Message(StrictModel):
-    """One piece of the answer."""
+    """One piece of the completion."""
 
     role: str = "assistant"
     content: str | None

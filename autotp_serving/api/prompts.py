@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 from autotp_serving.api.errors import ApiError
-from autotp_serving.chat_template import ChatTemplateError
+from autotp_serving.engine.chat_template import ChatTemplateError
 from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
 from autotp_serving.engine.shortest_first import ShortestFirst
+from autotp_serving.engine.template_cost import is_cheap
+from autotp_serving.engine.tokenizer import Tokenizer, is_panic
 from autotp_serving.request import RequestError
-from autotp_serving.template_cost import is_cheap
-from autotp_serving.tokenizer import Tokenizer, is_panic
 
 MAX_INLINE_CHARS = 4096
 """A millisecond or two: cheaper than changing threads."""
@@ -58,7 +58,7 @@ class PromptEncoder:
 
     Args:
         tokenizer: the model's.
-        max_model_len: most tokens of prompt and answer.
+        max_model_len: most tokens of prompt and completion.
         sandbox: where foreign templates run.
         template_seconds: of processor time that a template may take.
     """
@@ -225,7 +225,7 @@ def busy() -> ApiError:
     """The refusal for want of a process that tries things out."""
     return ApiError(
         503,
-        "the processes that try out templates and structures are busy: try again",
+        "the processes that try out templates and structured outputs are busy: try again",
         code="busy",
         headers={"Retry-After": str(RETRY_SECONDS)},
     )

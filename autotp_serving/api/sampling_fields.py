@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from autotp_serving.api.schemas import MAX_STOP_STRINGS, at_most
-from autotp_serving.api.structures import StructureFields
+from autotp_serving.api.structured_output import StructuredOutputFields
 from autotp_serving.request import RequestError
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 
 MAX_BIASED_TOKENS = 1024
 
@@ -32,7 +32,7 @@ LogitBias = Annotated[
 ]
 
 
-class SamplingFields(StructureFields):
+class SamplingFields(StructuredOutputFields):
     """Null means the default."""
 
     min_p: float | None = Field(
@@ -60,7 +60,7 @@ class SamplingFields(StructureFields):
         None,
         ge=0.01,
         le=100.0,
-        description="divides the logits of tokens in prompt and answer; default 1",
+        description="divides the logits of tokens in prompt and completion; default 1",
     )
     logit_bias: LogitBias | None = Field(None, description="added to logits, by token id")
     stop_token_ids: list[int] | None = Field(
@@ -70,12 +70,14 @@ class SamplingFields(StructureFields):
         None, description="leave special tokens out of the text; default true"
     )
 
-    def shared_params(self, max_tokens: int, structure: Structure | None) -> dict[str, Any]:
+    def shared_params(
+        self, max_tokens: int, structured_output: StructuredOutput | None
+    ) -> dict[str, Any]:
         """These fields in the words of SamplingParams. Raises RequestError naming one of them.
 
         Args:
             max_tokens: most tokens to generate.
-            structure: the form of the answer.
+            structured_output: what the completion must keep to; None if it is free.
         """
         if self.min_tokens and self.min_tokens > max_tokens:
             raise RequestError("min_tokens", f"is over the {max_tokens} tokens to generate at most")
@@ -88,6 +90,6 @@ class SamplingFields(StructureFields):
             "logit_bias": self.logit_bias and {int(k): v for k, v in self.logit_bias.items()},
             "stop_token_ids": self.stop_token_ids and tuple(self.stop_token_ids),
             "skip_special_tokens": self.skip_special_tokens,
-            "structure": structure,
+            "structured_output": structured_output,
         }
         return {name: value for name, value in given.items() if value is not None}

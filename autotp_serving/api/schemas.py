@@ -146,6 +146,6 @@ class ErrorDetail(StrictModel):
 
 
 class ErrorReply(StrictModel):
-    """Body of every answer that is not a success."""
+    """Body of every reply that is not a success."""
 
     error: ErrorDetail

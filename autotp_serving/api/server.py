@@ -14,10 +14,10 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from autotp_serving.api.connections import Acceptor, Place, Places, find_max_connections
+from autotp_serving.api.connections import Acceptor, CpuPlacement, Places, find_max_connections
+from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.http_protocol import HttpProtocol
 from autotp_serving.api.stalled_clients import cut_all, cut_stalled
-from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 
 logger = logging.getLogger("uvicorn.error")
@@ -92,7 +92,7 @@ def check_tls(config: ServingConfig) -> None:
         ) from error
 
 
-def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket.socket) -> int:
+def serve(app: FastAPI, engine: EngineClient, config: ServingConfig, sock: socket.socket) -> int:
     """Serve until SIGTERM, SIGINT or the engine's failure. Returns the process exit code."""
     uvicorn_config = uvicorn.Config(
         app,
@@ -121,7 +121,7 @@ def serve(app: FastAPI, engine: AsyncEngine, config: ServingConfig, sock: socket
 class _Server(uvicorn.Server):
     """uvicorn that keeps answering while it drains, and stops when the engine fails."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_seconds = drain_seconds
@@ -150,7 +150,7 @@ class _Server(uvicorn.Server):
                 self.config.port,
             )
 
-    def _make_protocol(self, place: Place) -> HttpProtocol:
+    def _make_protocol(self, place: CpuPlacement) -> HttpProtocol:
         return HttpProtocol(
             place=place,
             config=self.config,

@@ -1,6 +1,6 @@
 """Clients that take nothing of their answers are not waited for once the server stops. Rank 0 only.
 
-While it serves, `responses.py` has more patience with them.
+While it serves, `streaming_response.py` has more patience with them.
 """
 
 from __future__ import annotations

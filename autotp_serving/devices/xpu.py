@@ -24,7 +24,7 @@ class XpuDevice:
     def __init__(self, local_rank: int) -> None:
         if not self.is_present():
             raise DeviceError(
-                "torch sees no Intel GPU: install requirements-xpu.txt, check that sycl-ls lists "
+                "torch sees no Intel GPU: install requirements/xpu.txt, check that sycl-ls lists "
                 "the card and that you belong to the groups video and render."
             )
         count = torch.xpu.device_count()
@@ -52,7 +52,7 @@ class XpuDevice:
             return "ccl"
         raise DeviceError(
             "this torch has no collectives for Intel GPUs: install torch 2.8 or newer from "
-            "requirements-xpu.txt, or the oneccl_bind_pt that belongs to your torch."
+            "requirements/xpu.txt, or the oneccl_bind_pt that belongs to your torch."
         )
 
     def memory(self) -> Memory:

@@ -1,11 +1,11 @@
-"""The engine room: which request runs when, in which pages, and what text comes of it.
+"""The engine room: which request runs when, in which blocks, and what text comes of it.
 
 Rank 0 only, plain Python over integers, never torch.
 """
 
 from __future__ import annotations
 
-from autotp_serving.engine.alive import QueueFullError, ShareFullError
+from autotp_serving.engine.active_requests import QueueFullError, ShareFullError
 from autotp_serving.engine.engine import Engine, EngineError
 from autotp_serving.engine.stats import EngineStats
 

@@ -1,8 +1,8 @@
-"""Pages of the KV cache: who holds which, and which still hold a known beginning. Rank 0 only.
+"""Blocks of the KV cache: who holds which, and which still hold a known beginning. Rank 0 only.
 
 Paging after Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with
-PagedAttention". A full page may be reused by every sequence that begins with the same tokens:
-pages form a chain in which each is known by its parent's content and its own tokens.
+PagedAttention". A full block may be reused by every sequence that begins with the same tokens:
+blocks form a chain in which each is known by its parent's content and its own tokens.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 
 ContentKey = tuple[int, tuple[int, ...]]
-"""(content number of the page before, tokens of this page). The dictionary compares it whole, so
-a hash collision can never serve a wrong page."""
+"""(content number of the block before, tokens of this block). The dictionary compares it whole, so
+a hash collision can never serve a wrong block."""
 
 NO_PARENT = -1
-"""Content number before a sequence's first page. Distinct roots would keep tenants apart."""
+"""Content number before a sequence's first block. Distinct roots would keep tenants apart."""
 
 
 class BlockManager:
-    """Hands out pages by number; knows nothing of what a page is made of.
+    """Hands out blocks by number; knows nothing of what a block is made of.
 
-    A page is held (by one or more block tables), cached (held by none, content still known, first
-    in the least recently used order to be taken) or free. Every call is O(1) per page it touches.
+    A block is held (by one or more block tables), cached (held by none, content still known, first
+    in the least recently used order to be taken) or free. Every call is O(1) per block it touches.
 
     Args:
-        num_blocks: pages in the pool.
-        block_size: tokens a page holds.
-        enable_prefix_caching: False makes every page private and forgotten on release.
+        num_blocks: blocks in the pool.
+        block_size: tokens a block holds.
+        enable_prefix_caching: False makes every block private and forgotten on release.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class BlockManager:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be handed out now, those with a cached content included."""
+        """Blocks that can be handed out now, those with a cached content included."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_held(self) -> int:
-        """Pages that sequences hold."""
+        """Blocks that sequences hold."""
         return self.num_blocks - self.num_available
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` tokens fill."""
+        """Blocks that `num_tokens` tokens fill."""
         return -(-num_tokens // self.block_size)
 
     def match(self, token_ids: Sequence[int]) -> list[int]:
-        """Pages that hold the longest known beginning of `token_ids`, none taken yet.
+        """Blocks that hold the longest known beginning of `token_ids`, none taken yet.
 
         The last token is never covered: it has to run for its logits.
         """
@@ -79,12 +79,12 @@ class BlockManager:
         return blocks
 
     def num_needed(self, num_tokens: int, matched: Sequence[int]) -> int:
-        """Available pages that holding `num_tokens` tokens would use up, reusing `matched`."""
+        """Available blocks that holding `num_tokens` tokens would use up, reusing `matched`."""
         num_shared = sum(self._num_holders[block] > 0 for block in matched)
         return self.num_blocks_for(num_tokens) - num_shared
 
     def take(self, block_table: list[int], matched: Sequence[int]) -> None:
-        """Begin an empty block table with the pages that `match` found just now."""
+        """Begin an empty block table with the blocks that `match` found just now."""
         assert not block_table
         for block in matched:
             if self._num_holders[block] == 0:
@@ -93,7 +93,7 @@ class BlockManager:
         block_table.extend(matched)
 
     def grow(self, block_table: list[int], num_tokens: int) -> bool:
-        """Append pages until the table covers `num_tokens`; False, and nothing done, if too few."""
+        """Append blocks until the table covers `num_tokens`; False, nothing done, if too few."""
         num_missing = self.num_blocks_for(num_tokens) - len(block_table)
         if num_missing > self.num_available:
             return False
@@ -102,7 +102,7 @@ class BlockManager:
         return True
 
     def shrink(self, block_table: list[int], num_tokens: int) -> None:
-        """Give up the pages at a table's end that `num_tokens` tokens do not need.
+        """Give up the blocks at a table's end that `num_tokens` tokens do not need.
 
         They were taken for tokens that did not come to stay, such as refused drafts.
         """
@@ -110,10 +110,10 @@ class BlockManager:
             self._drop(block_table.pop())
 
     def register(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> bool:
-        """Make page `index` of a table known by its `token_ids`, a full page of them.
+        """Make block `index` of a table known by its `token_ids`, a full block of them.
 
-        Call it once the step that fills the page has run, and for page after page in order.
-        Where another page has the same content already, the table takes that one instead, so
+        Call it once the step that fills the block has run, and for block after block in order.
+        Where another block has the same content already, the table takes that one instead, so
         that equal prompts which arrived together end up sharing memory.
 
         Returns:
@@ -124,7 +124,7 @@ class BlockManager:
         assert len(token_ids) == self.block_size
         block = block_table[index]
         parent = self._content_of[block_table[index - 1]] if index else NO_PARENT
-        assert parent is not None, f"page {index} is registered before the one it follows"
+        assert parent is not None, f"block {index} is registered before the one it follows"
         key = (parent, tuple(token_ids))
         known = self._block_of.get(key)
         if known is None:
@@ -141,9 +141,9 @@ class BlockManager:
         return False
 
     def release(self, block_table: list[int], *, forget: bool = False) -> None:
-        """Give up all pages of a table and empty it.
+        """Give up all blocks of a table and empty it.
 
-        Last page first: a later page is of no use without those before it, so it goes first.
+        Last block first: a later block is of no use without those before it, so it goes first.
 
         Args:
             forget: the contents are not to be trusted, nobody may find them again.
@@ -160,12 +160,12 @@ class BlockManager:
         expected = [holders[block] for block in range(self.num_blocks)]
         assert self._num_holders == expected, "holder counts differ from the block tables"
         idle = [*self._free, *self._cached]
-        assert len(idle) == len(set(idle)), "a page is on two lists"
-        assert set(idle) == {b for b, num in enumerate(expected) if not num}, "a page is lost"
-        assert all(self._key_of[block] is None for block in self._free), "a free page is known"
+        assert len(idle) == len(set(idle)), "a block is on two lists"
+        assert set(idle) == {b for b, num in enumerate(expected) if not num}, "a block is lost"
+        assert all(self._key_of[block] is None for block in self._free), "a free block is known"
         assert all(self._key_of[block] is not None for block in self._cached), "no content cached"
         known = {key: block for block, key in enumerate(self._key_of) if key is not None}
-        assert known == self._block_of, "the index differs from the pages"
+        assert known == self._block_of, "the index differs from the blocks"
 
     def _allocate(self) -> int:
         if self._free:
@@ -179,7 +179,7 @@ class BlockManager:
 
     def _drop(self, block: int) -> None:
         self._num_holders[block] -= 1
-        assert self._num_holders[block] >= 0, f"page {block} released twice"
+        assert self._num_holders[block] >= 0, f"block {block} released twice"
         if self._num_holders[block] == 0:
             if self._key_of[block] is None:
                 self._free.append(block)
@@ -187,7 +187,7 @@ class BlockManager:
                 self._cached[block] = None
 
     def _forget(self, block: int) -> None:
-        # The content number stays until the page is handed out again: pages registered after this
+        # The content number stays until the block is handed out again: blocks registered after this
         # one still need it as their parent, and nobody can reach them without finding it first.
         key = self._key_of[block]
         if key is not None:

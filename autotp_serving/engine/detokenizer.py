@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import SamplingParams
-from autotp_serving.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
 """What undecodable bytes become; never emitted."""

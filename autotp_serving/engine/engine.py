@@ -17,11 +17,12 @@ from queue import SimpleQueue
 
 from autotp_serving.batch import Runner
 from autotp_serving.config import ServingConfig
-from autotp_serving.engine.alive import AliveRequests
-from autotp_serving.engine.outbox import Outbox
+from autotp_serving.engine.active_requests import ActiveRequests
+from autotp_serving.engine.batch_builder import Progress, Step
+from autotp_serving.engine.output_processor import OutputProcessor
 from autotp_serving.engine.scheduler import INVALID_NUMBERS, Scheduler
 from autotp_serving.engine.stats import EngineStats
-from autotp_serving.engine.step import Progress, Step
+from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.engine.watchdog import StepWatchdog
 from autotp_serving.request import (
     FinishReason,
@@ -31,7 +32,6 @@ from autotp_serving.request import (
     check_tokens,
 )
 from autotp_serving.step_times import RankTimes
-from autotp_serving.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Engine:
         runner: runs batches on all ranks.
         tokenizer: decodes, and knows the end tokens.
         config: the server's settings.
-        max_model_len: most tokens of prompt and answer together.
+        max_model_len: most tokens of prompt and completion together.
         on_outputs: called once per step with all outputs of that step, in the engine's thread.
             Each request gets outputs until one has a `finish_reason`, and exactly one that does.
         on_failure: called once, after the last outputs, with the sentence that is in `failure`.
@@ -83,11 +83,11 @@ class Engine:
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
         self._runner = runner
-        self._outbox = Outbox(tokenizer, on_outputs)
+        self._output_processor = OutputProcessor(tokenizer, on_outputs)
         self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
         # Those that may run do not wait, even in the moment before the thread has seen them.
-        self._alive = AliveRequests(config.max_num_seqs + config.max_queue_len)
+        self._active = ActiveRequests(config.max_num_seqs + config.max_queue_len)
         self._on_failure = on_failure
         self._on_stall = on_stall or self.fail
         self._find_late_ranks = find_late_ranks
@@ -104,7 +104,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while a submitted request has not had its last output, or a step is in flight."""
-        return bool(self._alive or self._in_flight)
+        return bool(self._active or self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Queue a request; its outputs come through `on_outputs`.
@@ -113,7 +113,7 @@ class Engine:
             RequestError: see `check`.
             QueueFullError: as many requests wait as may wait, in all or of one tenant.
             EngineError: the engine has failed or shuts down.
-            ValueError: a request with this id is alive.
+            ValueError: a request with this id is active.
         """
         self.check(request)
         with self._lock:
@@ -121,14 +121,14 @@ class Engine:
                 raise EngineError(self.failure)
             if self._closed:
                 raise EngineError("the server is shutting down")
-            self._alive.add(request)
+            self._active.add(request)
             self._inbox.put(partial(self._add, request))
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run. Reads constants only: safe in any thread.
 
         Raises:
-            RequestError: prompt and answer are longer than the model or the KV cache allows, or
+            RequestError: prompt and completion are longer than the model or the KV cache allows, or
                 one of its tokens is not in the vocabulary.
         """
         params = request.params
@@ -136,7 +136,7 @@ class Engine:
         if num_prompt_tokens + max_tokens > self._max_model_len:
             raise RequestError(
                 "prompt",
-                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of answer are more than "
+                f"{num_prompt_tokens} tokens of prompt and {max_tokens} of completion exceed "
                 f"the {self._max_model_len} tokens that fit",
             )
         check_tokens("prompt", request.prompt_token_ids, self._vocab_size)
@@ -154,16 +154,16 @@ class Engine:
         num_running = len(scheduler.running)
         return EngineStats(
             num_running=num_running,
-            num_waiting=max(0, len(self._alive) - num_running),
+            num_waiting=max(0, len(self._active) - num_running),
             num_blocks=scheduler.blocks.num_blocks,
             num_held_blocks=scheduler.blocks.num_held,
             num_steps=self._num_steps,
-            num_prompt_tokens=self._outbox.num_prompt_tokens,
-            num_generated_tokens=self._outbox.num_generated_tokens,
+            num_prompt_tokens=self._output_processor.num_prompt_tokens,
+            num_generated_tokens=self._output_processor.num_generated_tokens,
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
-            num_finished=dict(self._outbox.num_finished),
+            num_finished=dict(self._output_processor.num_finished),
             last_step_seconds=self._last_step_seconds,
         )
 
@@ -178,7 +178,7 @@ class Engine:
         self._thread.start()
 
     def shutdown(self, drain_seconds: float = 0.0) -> bool:
-        """Take no more requests, finish those alive within `drain_seconds`, abort the rest.
+        """Take no more requests, finish those active within `drain_seconds`, abort the rest.
 
         Blocks until the thread has ended, so call it outside the event loop. Returns False if a
         step still runs several seconds after that: the runner hangs.
@@ -232,7 +232,7 @@ class Engine:
                     self._collect()
                 finally:
                     self.watchdog.end()
-            self._outbox.publish()
+            self._output_processor.publish()
             self._last_step_seconds = time.perf_counter() - started
         except ENDS_OF_PROCESS:
             raise
@@ -257,9 +257,9 @@ class Engine:
         try:
             while self._deadline is None or (self.has_work and time.monotonic() < self._deadline):
                 self.step(wait=True)
-            for request in self._alive:
+            for request in self._active:
                 self._end(request, "abort")
-            self._outbox.publish()
+            self._output_processor.publish()
         except EngineError:
             return  # everyone has been told
         try:
@@ -277,7 +277,7 @@ class Engine:
 
     def _add(self, request: Request) -> None:
         try:
-            self._outbox.open(request)
+            self._output_processor.open(request)
             self.scheduler.add(request)
         except ENDS_OF_PROCESS:
             raise
@@ -286,7 +286,7 @@ class Engine:
             self._end(request, "error", INTERNAL_ERROR)
 
     def _abort(self, request_id: str) -> None:
-        request = self._alive.get(request_id)
+        request = self._active.get(request_id)
         if request is not None:
             self._end(request, "abort")
 
@@ -317,7 +317,7 @@ class Engine:
     def _emit(self, progress: Progress) -> None:
         """Write the output of a sequence that got a token in a step or ended with it."""
         sequence = progress.sequence
-        reason = self._outbox.add(progress)
+        reason = self._output_processor.add(progress)
         if reason is not None:
             if sequence.finish_reason is None:
                 self.scheduler.finish(sequence, reason)
@@ -326,15 +326,15 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request between steps, wherever it is, and say so in its last output."""
         sequence = self.scheduler.abort(request.request_id, reason)
-        self._outbox.add_end(request, sequence, reason, error)
+        self._output_processor.add_end(request, sequence, reason, error)
         self._retire(request, reason)
 
     def _retire(self, request: Request, reason: FinishReason) -> None:
         """Forget a request everywhere: the one way out."""
-        self._outbox.close(request.request_id, reason)
+        self._output_processor.close(request.request_id, reason)
         self._runner.release(request.request_id)
         with self._lock:
-            self._alive.remove(request)
+            self._active.remove(request)
 
     def _tell_stall(self, limit: float) -> None:
         """In the watchdog's thread: the step under way has had its time."""
@@ -342,7 +342,7 @@ class Engine:
         self._on_stall(f"step {self._num_steps} has not ended within {limit:.0f} s: {late}")
 
     def _fail(self, error: BaseException) -> str:
-        """Refuse all that comes, end all that is alive, tell the owner; returns the sentence."""
+        """Refuse all that comes, end all that is active, tell the owner; returns the sentence."""
         detail = str(error).strip().partition("\n")[0]
         failure = f"the engine failed: {type(error).__name__}: {detail}".rstrip(": ")
         self.watchdog.stop()
@@ -353,9 +353,9 @@ class Engine:
         try:
             self._in_flight.clear()
             self.scheduler.drop_steps()
-            for request in self._alive:
+            for request in self._active:
                 self._end(request, "error", failure)
-            self._outbox.publish()
+            self._output_processor.publish()
         except Exception:
             logger.exception("not every request could be told that the engine failed")
         if self._on_failure is not None:

@@ -1,11 +1,11 @@
 """Structured output: grammars compiled once, then followed token by token. Rank 0 and its helpers.
 
-The one file that knows llguidance, imported when the first structure is asked for. Of the well-kept
-libraries it alone depends on nothing (xgrammar wants a triton of its own beside torch's), gives up
-the interpreter's lock while it works, and limits what a grammar may cost. Those limits have holes
-(a chain of references overflows its stack, a multiple takes minutes), so what is not known to be
-simple is compiled and followed for a few tokens by a process that may die of it (`sandbox`), before
-rank 0 does the same (`grammar_compiler`).
+The one file that knows llguidance, imported when the first structured output is asked for. Of the
+well-kept libraries it alone depends on nothing (xgrammar wants a triton of its own beside torch's),
+gives up the interpreter's lock while it works, and limits what a grammar may cost. Those limits
+have holes (a chain of references overflows its stack, a multiple takes minutes), so what is not
+known to be simple is compiled and followed for a few tokens by a process that may die of it
+(`sandbox`), before rank 0 does the same (`grammar_compiler`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 from autotp_serving.engine.sandbox import list_vocabulary
 from autotp_serving.engine.shortest_first import ShortestFirst
+from autotp_serving.engine.tokenizer import Tokenizer, is_panic
 from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
-from autotp_serving.structure import Structure
-from autotp_serving.tokenizer import Tokenizer, is_panic
+from autotp_serving.structured_output import StructuredOutput
 
 MIN_GRAMMAR_BYTES = 2**20
 
@@ -33,7 +33,7 @@ SLOW_SECONDS = 0.001
 """A grammar that once took longer to tell the next tokens does so in a thread from then on."""
 
 MAX_TOO_SLOW_SECONDS = 2.0
-"""An answer ends whose next tokens take longer to tell."""
+"""A completion ends whose next tokens take longer to tell."""
 
 NUM_TRIED_TOKENS = 24
 TRIED_SECONDS = 0.02
@@ -47,19 +47,21 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 
 JSON_OPTIONS = {"whitespace_pattern": WHITESPACE}
 
-THOUGHTS = {
-    "begun": r"start: thoughts /[ \n]{0,4}/ @answer",
-    "possible": r'start: ("<think>" thoughts /[ \n]{0,4}/)? @answer',
+REASONING = {
+    "begun": r"start: reasoning /[ \n]{0,4}/ @answer",
+    "possible": r'start: ("<think>" reasoning /[ \n]{0,4}/)? @answer',
 }
-END_OF_THOUGHTS = r'thoughts[lazy]: /(.|\n)*/ "</think>"'
+END_OF_REASONING = r'reasoning[lazy]: /(.|\n)*/ "</think>"'
 
-TOO_COMPLEX = "the structure became too complex to follow in this answer: make it simpler"
-TOO_SLOW = "the structure takes too long to follow in this answer: make it simpler"
+TOO_COMPLEX = (
+    "the structured output became too complex to follow in this completion: make it simpler"
+)
+TOO_SLOW = "the structured output takes too long to follow in this completion: make it simpler"
 PANIC = "is more than the grammar library can take: make it smaller or simpler"
 
 
 class GrammarError(ValueError):
-    """A structure that cannot be compiled; the message says why, in one line.
+    """A structured output that cannot be compiled; the message says why, in one line.
 
     Args:
         is_certain: see SandboxError.
@@ -78,7 +80,7 @@ class Vocabulary:
         special_token_ids: tokens that stand for no text.
         eos_token_ids: tokens that end a text.
         encode: tokenizes a text; None takes the longest tokens that match, which is good enough to
-            try a structure out.
+            try a structured output out.
     """
 
     def __init__(
@@ -164,10 +166,10 @@ def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a helper process found out about a structure that it could compile.
+    """What a helper process found out about a structured output that it could compile.
 
     Attributes:
-        text: the structure in llguidance's own form.
+        text: the structured output in llguidance's own form.
         seconds: of processor time that compiling took.
         num_bytes: of memory that the compiled grammar takes, roughly.
         is_slow: telling the next tokens took long.
@@ -179,8 +181,8 @@ class Trial:
     is_slow: bool = False
 
 
-def try_structure(vocabulary: Vocabulary, structure: Structure) -> dict[str, Any]:
-    """Compile a structure and follow it for a few tokens, in a helper process.
+def try_structure(vocabulary: Vocabulary, structured_output: StructuredOutput) -> dict[str, Any]:
+    """Compile a structured output and follow it for a few tokens, in a helper process.
 
     Returns the fields of a Trial. Raises GrammarError.
     """
@@ -188,7 +190,7 @@ def try_structure(vocabulary: Vocabulary, structure: Structure) -> dict[str, Any
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    text = write_structure(structure, vocabulary)
+    text = write_structure(structured_output, vocabulary)
     matcher, _ = compile_text(vocabulary, text)
     seconds = time.process_time() - started
     matcher = matcher.deep_copy()
@@ -222,7 +224,7 @@ def _pick(mask: bytes, number: int) -> int | None:
 
 
 def compile_text(vocabulary: Vocabulary, text: str) -> tuple[Any, bytes]:
-    """A matcher at the beginning of an answer, and its first mask. Raises GrammarError."""
+    """A matcher at the beginning of a completion, and its first mask. Raises GrammarError."""
     import llguidance
 
     limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
@@ -243,7 +245,7 @@ class CompiledGrammar:
     """See Grammar.
 
     Args:
-        matcher: at the beginning of an answer.
+        matcher: at the beginning of a completion.
         first_mask: what may come there.
         slow_pool: where masks are computed once one of them was slow.
         is_slow: one was.
@@ -273,9 +275,10 @@ class CompiledGrammar:
 
 
 class MatcherGuide:
-    """See Guide. What takes long happens while the answer sits out a step, others do not.
+    """See Guide. What takes long happens while the completion sits out a step, others do not.
 
-    An answer whose next tokens are not known in time ends: it is told that nothing but the end may
+    A completion whose next tokens are not known in time ends: it is told that nothing but the end
+        may
     come, and `accept` says why.
     """
 
@@ -350,10 +353,10 @@ class MatcherGuide:
         self.error = TOO_COMPLEX
 
 
-def write_structure(structure: Structure, vocabulary: Vocabulary) -> str:
-    """The structure in llguidance's own form. Raises GrammarError."""
+def write_structure(structured_output: StructuredOutput, vocabulary: Vocabulary) -> str:
+    """The structured output in llguidance's own form. Raises GrammarError."""
     try:
-        return _to_llguidance(structure, vocabulary.has_llama_tag)
+        return _to_llguidance(structured_output, vocabulary.has_llama_tag)
     except BaseException as error:
         if is_panic(error) or isinstance(error, RecursionError):
             raise GrammarError(PANIC) from error
@@ -362,42 +365,44 @@ def write_structure(structure: Structure, vocabulary: Vocabulary) -> str:
         raise
 
 
-def _to_llguidance(structure: Structure, has_llama_tag: bool) -> str:
-    """The structure in llguidance's own form: grammars that refer to each other by name.
+def _to_llguidance(structured_output: StructuredOutput, has_llama_tag: bool) -> str:
+    """The structured output in llguidance's own form: grammars that refer to each other by name.
 
     Raises ValueError.
     """
-    calls = structure.calls
+    calls = structured_output.calls
     grammars: list[dict[str, Any]] = []
-    if structure.kind != "text" and not (calls and calls.is_required):
-        grammars.append(_content(structure) | {"name": "content" if calls else "answer"})
+    if structured_output.kind != "text" and not (calls and calls.is_required):
+        grammars.append(_content(structured_output) | {"name": "content" if calls else "answer"})
     if calls is not None:
         lark = write_calls(calls, has_content=bool(grammars), has_llama_tag=has_llama_tag)
         grammars.insert(0, {"name": "answer", "lark_grammar": lark})
         for number, tool in enumerate(calls.tools):
             schema = arguments_schema(tool)
             grammars.append({"name": f"arguments_{number}", "json_schema": schema})
-    if structure.thoughts is not None:
-        lark = f"{THOUGHTS[structure.thoughts]}\n{END_OF_THOUGHTS}"
-        grammars.insert(0, {"name": "thoughts", "lark_grammar": lark})
+    if structured_output.reasoning is not None:
+        lark = f"{REASONING[structured_output.reasoning]}\n{END_OF_REASONING}"
+        grammars.insert(0, {"name": "reasoning", "lark_grammar": lark})
     return json.dumps({"grammars": grammars})
 
 
-def _content(structure: Structure) -> dict[str, Any]:
+def _content(structured_output: StructuredOutput) -> dict[str, Any]:
     """One grammar in llguidance's own form. Raises ValueError."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
-    if structure.kind in ("json_object", "json_schema"):
-        source = structure.source or '{"type": "object"}'
+    if structured_output.kind in ("json_object", "json_schema"):
+        source = structured_output.source or '{"type": "object"}'
         return _only(LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS))
-    if structure.kind == "regex":
-        return _only(LLMatcher.grammar_from_regex(structure.source))
-    if structure.kind == "choice":
-        texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(structure.source)]
+    if structured_output.kind == "regex":
+        return _only(LLMatcher.grammar_from_regex(structured_output.source))
+    if structured_output.kind == "choice":
+        texts = [
+            json.dumps(text, ensure_ascii=False) for text in json.loads(structured_output.source)
+        ]
         return {"lark_grammar": "start: " + " | ".join(texts)}
     try:
-        return {"lark_grammar": any_to_lark(structure.source)}
+        return {"lark_grammar": any_to_lark(structured_output.source)}
     except (MemoryError, RecursionError):
         raise
     except Exception as error:  # all that its parser of GBNF ever raises

@@ -1,4 +1,4 @@
-"""Compiles structures for rank 0 and remembers them, what cannot be compiled included. Rank 0 only.
+"""Compiles structured outputs for rank 0 and remembers them, what cannot be compiled included. Rank 0 only.
 
 What is not known to be simple is tried in the sandbox; this process repeats only what passed there,
 in threads with more stack.
@@ -25,8 +25,8 @@ from autotp_serving.engine.grammar import (
 from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.engine.simple_structure import is_simple
-from autotp_serving.structure import Structure, structure_to_plain
-from autotp_serving.tokenizer import Tokenizer, is_panic
+from autotp_serving.engine.tokenizer import Tokenizer, is_panic
+from autotp_serving.structured_output import StructuredOutput, structure_to_plain
 
 MAX_SOURCE_LEN = 2**17
 """Characters of a schema, expression or grammar, those of tools included."""
@@ -55,11 +55,11 @@ OUT_OF_MEMORY = "grammars in use take all the memory that there is for them"
 
 
 class GrammarCompiler:
-    """Compiles structures in threads of its own and remembers the results, failures included.
+    """Compiles structured outputs in threads of its own and remembers the results, failures included.
 
     Args:
-        tokenizer: whose tokens the answers are made of.
-        sandbox: where structures are tried; None makes one when it is needed.
+        tokenizer: whose tokens the completions are made of.
+        sandbox: where structured outputs are tried; None makes one when it is needed.
         seconds: of processor time that compiling may take.
     """
 
@@ -71,10 +71,10 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._seconds = seconds
         self._sandbox = sandbox or Sandbox(tokenizer)
-        self._pending: dict[Structure, Future[CompiledGrammar]] = {}
-        self._cache: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
-        self._refused: OrderedDict[Structure, Future[CompiledGrammar]] = OrderedDict()
-        self._alive: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
+        self._pending: dict[StructuredOutput, Future[CompiledGrammar]] = {}
+        self._cache: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
+        self._refused: OrderedDict[StructuredOutput, Future[CompiledGrammar]] = OrderedDict()
+        self._active: weakref.WeakSet[CompiledGrammar] = weakref.WeakSet()
         self._pool = ShortestFirst(NUM_THREADS, "grammar", stack_bytes=STACK_BYTES)
         # Whatever takes long shares a core, and leaves it to others.
         self._late_pool = ShortestFirst(
@@ -82,30 +82,34 @@ class GrammarCompiler:
         )
         self._slow_pool = ShortestFirst(1, "slow-grammar", niceness=SLOW_NICENESS)
 
-    def submit(self, structure: Structure) -> Future[CompiledGrammar]:
+    def submit(self, structured_output: StructuredOutput) -> Future[CompiledGrammar]:
         """Begin to compile. Safe in any thread.
 
         The future raises GrammarError if that fails, and SandboxBusyError if it could not be tried.
         """
-        size = len(structure.source)
-        size += sum(len(tool.schema) for tool in structure.calls.tools) if structure.calls else 0
+        size = len(structured_output.source)
+        size += (
+            sum(len(tool.schema) for tool in structured_output.calls.tools)
+            if structured_output.calls
+            else 0
+        )
         if size > MAX_SOURCE_LEN:
             return _refuse(f"is longer than {MAX_SOURCE_LEN} characters")
         if not self._tokenizer.eos_token_ids:
             return _refuse("cannot be kept to: the model has no token that ends a text")
         with self._lock:
-            if structure in self._pending:
-                return self._pending[structure]
+            if structured_output in self._pending:
+                return self._pending[structured_output]
             for known in (self._refused, self._cache):
-                if structure in known:
-                    known.move_to_end(structure)
-                    return known[structure]
-            future = self._pending[structure] = Future()
-        future.add_done_callback(partial(self._sort, structure))
-        if is_simple(structure):
-            self._finish(self._pool, size, partial(self._compile_simple, structure), future)
+                if structured_output in known:
+                    known.move_to_end(structured_output)
+                    return known[structured_output]
+            future = self._pending[structured_output] = Future()
+        future.add_done_callback(partial(self._sort, structured_output))
+        if is_simple(structured_output):
+            self._finish(self._pool, size, partial(self._compile_simple, structured_output), future)
         else:
-            plain = structure_to_plain(structure)
+            plain = structure_to_plain(structured_output)
             trial = self._sandbox.submit("grammar", plain, size, self._seconds)
             trial.add_done_callback(partial(self._on_trial, size, future))
         return future
@@ -138,17 +142,17 @@ class GrammarCompiler:
 
         pool.submit(size, work).add_done_callback(copy)
 
-    def _sort(self, structure: Structure, future: Future[CompiledGrammar]) -> None:
+    def _sort(self, structured_output: StructuredOutput, future: Future[CompiledGrammar]) -> None:
         """Keep refusals apart, so that they push out no grammar; forget those for want of time."""
         error = future.exception()
         with self._lock:
-            del self._pending[structure]
+            del self._pending[structured_output]
             if isinstance(error, GrammarError) and error.is_certain:
-                self._refused[structure] = future
+                self._refused[structured_output] = future
                 if len(self._refused) > MAX_REFUSALS:
                     self._refused.popitem(last=False)
             elif error is None:
-                self._cache[structure] = future
+                self._cache[structured_output] = future
                 if len(self._cache) > MAX_CACHED:
                     self._cache.popitem(last=False)
                 self._shrink(MAX_CACHED_BYTES)
@@ -166,8 +170,8 @@ class GrammarCompiler:
                 self._vocabulary = Vocabulary.of(self._tokenizer)
             return self._vocabulary
 
-    def _compile_simple(self, structure: Structure) -> CompiledGrammar:
-        return self._compile(Trial(write_structure(structure, self._find_vocabulary())))
+    def _compile_simple(self, structured_output: StructuredOutput) -> CompiledGrammar:
+        return self._compile(Trial(write_structure(structured_output, self._find_vocabulary())))
 
     def _compile(self, trial: Trial) -> CompiledGrammar:
         with self._lock:
@@ -179,11 +183,11 @@ class GrammarCompiler:
         compiled = CompiledGrammar(
             matcher, mask, self._slow_pool, is_slow=trial.is_slow, num_bytes=trial.num_bytes
         )
-        self._alive.add(compiled)
+        self._active.add(compiled)
         return compiled
 
     def _held_bytes(self) -> int:
-        return sum(grammar.num_bytes for grammar in list(self._alive))
+        return sum(grammar.num_bytes for grammar in list(self._active))
 
 
 def _refuse(reason: str) -> Future[CompiledGrammar]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_serving.engine.shortest_first import ShortestFirst
-from autotp_serving.tokenizer import Tokenizer
+from autotp_serving.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class Sandbox:
             seconds: of processor time that it may take.
 
         Returns:
-            A future that has the answer, or raises RefusalError, SandboxError or SandboxBusyError.
+            A future that has the completion, or raises RefusalError, SandboxError or
+            SandboxBusyError.
         """
         submitted = time.monotonic()
         return self._queues[kind].submit(size, partial(self._run, kind, data, seconds, submitted))
@@ -158,8 +159,8 @@ class _Helper:
     """One helper process and the socket at which its workers wait."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(MAX_WAIT_SECONDS)
+        self._group, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._group.settimeout(MAX_WAIT_SECONDS)
         environ = {
             name: value for name, value in os.environ.items() if not LAUNCHER_NAMES.match(name)
         }
@@ -217,7 +218,7 @@ class _Helper:
         with ours:
             with theirs:
                 try:
-                    socket.send_fds(self._control, [b"job"], [theirs.fileno()])
+                    socket.send_fds(self._group, [b"job"], [theirs.fileno()])
                 except OSError as error:
                     raise _HelperGoneError from error
             ours.settimeout(wait_seconds)
@@ -245,7 +246,7 @@ class _Helper:
 
     def close(self) -> None:
         """End it and its workers; those that are idle see the socket close."""
-        self._control.close()
+        self._group.close()
         with contextlib.suppress(OSError):
             self._process.kill()
             self._process.wait(5.0)

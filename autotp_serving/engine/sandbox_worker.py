@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from autotp_serving.chat_template import ChatTemplate, ChatTemplateError
+from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError
 from autotp_serving.engine.grammar import GrammarError, Vocabulary, try_structure
 from autotp_serving.engine.sandbox import KINDS, NUM_AT_ONCE, REPLY_HEAD
-from autotp_serving.structure import structure_from_plain
+from autotp_serving.structured_output import structure_from_plain
 
 NICENESS = 19
 
@@ -48,8 +48,8 @@ Setup = dict[str, Any]
 
 
 def main() -> int:
-    """Load, then keep as many workers alive as may be busy at once."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    """Load, then keep as many workers active as may be busy at once."""
+    group = socket.socket(fileno=int(sys.argv[1]))
     end_with_parent(int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # rank 0 decides when to end
         signal.signal(number, signal.SIG_IGN)
@@ -64,7 +64,7 @@ def main() -> int:
             pid = os.fork()
             if pid == 0:
                 end_with_parent(helper)
-                os._exit(serve(control, handlers))
+                os._exit(serve(group, handlers))
             workers[pid] = time.monotonic()
         pid, status = os.wait()
         if os.waitstatus_to_exitcode(status) == EXIT_CLOSED:
@@ -116,11 +116,11 @@ def render(
     return text if len(text) <= max_chars else len(text)
 
 
-def serve(control: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> int:
+def serve(group: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> int:
     """A worker's life; returns its exit code."""
     base = resident_bytes()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        message, descriptors, _, _ = socket.recv_fds(group, 16, 1)
         if not message:
             return EXIT_CLOSED
         with socket.socket(fileno=descriptors[0]) as job:

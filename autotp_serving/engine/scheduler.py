@@ -12,10 +12,10 @@ from collections import deque
 
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
-from autotp_serving.engine.step import Progress, Step, build_step
-from autotp_serving.engine.waiting import WaitingQueue
+from autotp_serving.engine.waiting_queue import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
 
 MAX_GUIDE_WAIT_SECONDS = 0.005
@@ -27,20 +27,20 @@ INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences, their rows and their pages.
+    """Owns the waiting and the running sequences, their rows and their blocks.
 
     The running list is in order of admission: that takes the head of the queue, and preemption
     puts the latest back there. So only the latest can be in the middle of its prompt, and
-    preempting from the end never hits one that is already planned.
+    preempting from the end never hits one that is already scheduled.
 
     Steps may be begun before the last is collected. What such a step brings for a sequence that
-    has ended meanwhile is dropped, and the pages that it may still write are free only then.
+    has ended meanwhile is dropped, and the blocks that it may still write are free only then.
     Nothing is preempted while a step is in flight: the engine first collects.
 
     Args:
         config: limits of a step, prefix caching, seed.
-        num_blocks: pages in the pool.
-        block_size: tokens a page holds.
+        num_blocks: blocks in the pool.
+        block_size: tokens a block holds.
         eos_token_ids: tokens that end a text unless the request ignores them.
     """
 
@@ -67,7 +67,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_begun = 0
         self._in_flight: deque[Step] = deque()
-        # Of sequences that ended with a step in flight: its number, pages, whether to forget them.
+        # Of sequences that ended with a step in flight: its number, blocks, whether to forget them.
         self._leftovers: deque[tuple[int, list[int], bool]] = deque()
 
     @property
@@ -84,16 +84,16 @@ class Scheduler:
         """Refuse what could never run, even alone. Reads constants only: safe in any thread.
 
         Raises:
-            RequestError: prompt and answer need more pages than there are.
+            RequestError: prompt and completion need more blocks than there are.
         """
         num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
-        # The last token of an answer is only given out, it never enters the cache.
+        # The last token of a completion is only given out, it never enters the cache.
         num_kept = max(num_tokens - 1, len(request.prompt_token_ids))
         if self.blocks.num_blocks_for(num_kept) > self.blocks.num_blocks:
             raise RequestError(
                 "prompt",
                 f"{len(request.prompt_token_ids)} tokens of prompt and up to "
-                f"{request.params.max_tokens} of answer do not fit in the KV cache of "
+                f"{request.params.max_tokens} of completion do not fit in the KV cache of "
                 f"{self.blocks.num_blocks * self.blocks.block_size} tokens",
             )
 
@@ -131,7 +131,7 @@ class Scheduler:
         """Sequences that run next, each with how many of its tokens."""
         budget = self._config.max_num_batched_tokens
         chunks: list[tuple[Sequence, int]] = []
-        # An answer's next token goes first, so a long prompt never stops those that stream.
+        # A completion's next token goes first, so a long prompt never stops those that stream.
         # Preemption shortens the list at its end while this loop walks towards it.
         for sequence in self.running:
             if sequence.num_unscheduled_tokens != 1 or not sequence.is_ready:
@@ -140,7 +140,7 @@ class Scheduler:
                 chunks.append((sequence, 1))
                 budget -= 1
             elif self._in_flight:
-                return []  # what is in flight may give pages back; else someone has to go
+                return []  # what is in flight may give blocks back; else someone has to go
         self._num_score_rows_left = MAX_SCORED_ROWS
         if self.running and self.running[-1].num_unscheduled_tokens > 1:
             budget = self._add_prefill(chunks, self.running[-1], budget)
@@ -151,7 +151,7 @@ class Scheduler:
     def update(self, step: Step, result: StepResult) -> list[Progress]:
         """Take in what the runner returned for the oldest step in flight.
 
-        Sequences that are done get their `finish_reason` and give back their pages.
+        Sequences that are done get their `finish_reason` and give back their blocks.
 
         Returns:
             What the step did for sequences that got a token in it or ended with it.
@@ -188,14 +188,14 @@ class Scheduler:
         return progress
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence wherever it is: the one way out, its pages are available at once.
+        """End a sequence wherever it is: the one way out, its blocks are available at once.
 
         If a step in flight may still write them, then once that is collected.
         """
         assert sequence.finish_reason is None
         sequence.finish_reason = reason
         del self._sequences[sequence.request_id]
-        # After numbers that are not finite, its pages may be what is broken.
+        # After numbers that are not finite, its blocks may be what is broken.
         forget = reason == "error"
         if sequence.row == NO_ROW:
             self.waiting.remove(sequence)
@@ -221,11 +221,11 @@ class Scheduler:
         return sequence
 
     def check_integrity(self) -> None:
-        """Audit lists and pages against each other. Raises AssertionError."""
+        """Audit lists and blocks against each other. Raises AssertionError."""
         sequences = [*self.running, *self.waiting]
         assert self._sequences == {seq.request_id: seq for seq in sequences}
         for seq in self.waiting:
-            assert not seq.block_table, f"{seq.request_id} waits and holds pages"
+            assert not seq.block_table, f"{seq.request_id} waits and holds blocks"
             assert seq.num_computed_tokens == seq.num_registered_blocks == 0
             assert seq.num_scheduled_tokens == seq.num_pending_tokens == seq.num_sent_blocks == 0
             assert seq.row == NO_ROW
@@ -245,7 +245,7 @@ class Scheduler:
         self.blocks.check_integrity([*tables, *(table for _, table, _ in self._leftovers)])
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Get pages for one more token, at the cost of later ones; False if it had to go.
+        """Get blocks for one more token, at the cost of later ones; False if it had to go.
 
         Also False, and nobody has to go, while a step is in flight.
         """
@@ -270,14 +270,14 @@ class Scheduler:
         return victim
 
     def _admit(self) -> Sequence | None:
-        """Move the head of the queue into the running list with all pages it needs by now."""
+        """Move the head of the queue into the running list with all blocks it needs by now."""
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
         sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
         if sequence.num_unscored_tokens:  # tokens taken from the cache would give no logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
-        # One page stays for each that runs, or the newcomer would soon be preempted for it.
+        # One block stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
         if num_needed > self.blocks.num_available:
             return None
@@ -298,7 +298,7 @@ class Scheduler:
     def _add_prefill(
         self, chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int
     ) -> int:
-        """Plan as much of a prompt as the step allows.
+        """Schedule as much of a prompt as the step allows.
 
         Returns:
             Tokens left for others: none, unless the prompt is complete, because only the last in
@@ -327,7 +327,7 @@ class Scheduler:
         sequence.row = NO_ROW
 
     def _free_leftovers(self, number: int) -> None:
-        """Free the pages that no step after that of this number may write."""
+        """Free the blocks that no step after that of this number may write."""
         while self._leftovers and self._leftovers[0][0] <= number:
             _, block_table, forget = self._leftovers.popleft()
             self.blocks.release(block_table, forget=forget)
@@ -336,7 +336,7 @@ class Scheduler:
         """Append sampled tokens up to the one with which the sequence ends, if it does.
 
         Returns:
-            How many are part of the answer: none of a sequence that failed.
+            How many are part of the completion: none of a sequence that failed.
         """
         num_taken = 0
         for token in token_ids:

@@ -1,4 +1,4 @@
-"""A request while it runs: its tokens, its row, its blocks, its draws. Rank 0 only."""
+"""A request while it runs: its tokens, its row, its blocks, its samples. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from autotp_serving.batch import SampleInput
 from autotp_serving.request import FinishReason, Request, SamplingParams, TokenLogprobs
-from autotp_serving.structure import Guide
+from autotp_serving.structured_output import Guide
 
 NO_ROW = -1
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedGuide:
-    """A guide of whose faults the answer that it follows ends, and nothing else. See Guide."""
+    """A guide of whose faults the completion that it follows ends, and nothing else. See Guide."""
 
     def __init__(self, guide: Guide) -> None:
         self._guide = guide
@@ -59,8 +59,8 @@ class GuardedGuide:
             return False
 
     def _note_fault(self) -> None:
-        logger.exception("a structure cannot be followed")
-        self._fault = "the structure cannot be followed; see the server's log"
+        logger.exception("a structured output cannot be followed")
+        self._fault = "the structured output cannot be followed; see the server's log"
 
 
 @dataclass(eq=False, slots=True)
@@ -69,21 +69,21 @@ class Sequence:
 
     Attributes:
         request: what was asked, never changed.
-        draw_key: what its draws depend on beside the output position; see `draw_uniform`.
+        draw_key: what its samples depend on beside the output position; see `draw_uniform`.
         end_token_ids: tokens that end the text.
         token_ids: prompt, then output.
-        block_table: pages that hold or will hold keys and values, in order of position.
+        block_table: blocks that hold or will hold keys and values, in order of position.
         row: where the ranks keep its block table and latest tokens; NO_ROW unless it runs.
         num_sent_blocks: leading blocks of the table that the ranks know.
         num_scheduled_tokens: tokens that run in the steps begun so far, or are in the cache.
         num_computed_tokens: those of them whose keys and values are known to be in the blocks.
         num_pending_tokens: tokens sampled by steps that are begun and not collected.
         last_step: number of the step that it took part in last.
-        num_registered_blocks: leading pages that others may reuse.
+        num_registered_blocks: leading blocks that others may reuse.
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
         queue_seconds: how long it waited before it first began to run.
-        num_preemptions: how often it lost its pages and started over.
-        guide: follows the answer through the structure it must have; None without one.
+        num_preemptions: how often it lost its blocks and started over.
+        guide: follows the completion through its structured output; None without one.
         prompt_logprobs: of the prompt's tokens after the first, as far as they are computed.
         finish_reason: None while it waits or runs.
         ends_in_text: False when the last token only marked the end.
@@ -192,7 +192,7 @@ class Sequence:
 
 
 def make_draw_key(seed: int | None, server_seed: int, index: int) -> int:
-    """The 64 bits that a request's draws depend on: its own seed's, or else the server's and its
+    """The 64 bits that a request's samples depend on: its own seed's, or else the server's and its
     number's, so that near seeds have nothing in common.
     """
     if seed is not None:
@@ -203,7 +203,7 @@ def make_draw_key(seed: int | None, server_seed: int, index: int) -> int:
 
 
 def draw_uniform(key: int, position: int) -> float:
-    """A request's draw for one output position, in [0, 1) with 53 bits.
+    """A request's sample for one output position, in [0, 1) with 53 bits.
 
     A function of the two rather than a stream: preemption, drafts and steps in flight may ask
     again or ahead. This is SplitMix64 (Steele, Lea and Flood 2014), whose state is a counter.

@@ -1,4 +1,4 @@
-"""Tells which structures are known to be little work, whoever sent them. Rank 0 only.
+"""Tells which structured outputs are known to be little work, whoever sent them. Rank 0 only.
 
 They are compiled at once; all others are tried in another process first (`sandbox`). Known are JSON
 schemas as programs write them from their types: objects, lists, texts, numbers, enumerations,
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 
 MAX_LEN = 2**14
 MAX_NODES = 256
@@ -33,18 +33,20 @@ class _NotSimpleError(Exception):
     """The schema has something that is not known to be little work."""
 
 
-def is_simple(structure: Structure) -> bool:
-    """True if compiling the structure and following an answer are known to be little work."""
-    schemas = [tool.schema for tool in structure.calls.tools] if structure.calls else []
-    if structure.kind == "json_schema":
-        schemas.append(structure.source)
-    elif structure.kind not in ("text", "json_object", "choice"):
+def is_simple(structured_output: StructuredOutput) -> bool:
+    """True if compiling the structured output and following a completion are known to be little work."""
+    schemas = (
+        [tool.schema for tool in structured_output.calls.tools] if structured_output.calls else []
+    )
+    if structured_output.kind == "json_schema":
+        schemas.append(structured_output.source)
+    elif structured_output.kind not in ("text", "json_object", "choice"):
         return False
-    if len(structure.source) + sum(map(len, schemas)) > MAX_LEN:
+    if len(structured_output.source) + sum(map(len, schemas)) > MAX_LEN:
         return False
     try:
-        if structure.kind == "choice":
-            return len(json.loads(structure.source)) <= MAX_TEXTS
+        if structured_output.kind == "choice":
+            return len(json.loads(structured_output.source)) <= MAX_TEXTS
         counter = _Counter()
         for schema in schemas:
             counter.check(json.loads(schema))

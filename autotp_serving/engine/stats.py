@@ -14,14 +14,14 @@ class EngineStats:
     Attributes:
         num_running: sequences that take part in steps.
         num_waiting: requests accepted and not running, preempted ones included.
-        num_blocks: pages in the KV pool.
-        num_held_blocks: pages that running sequences hold.
+        num_blocks: blocks in the KV pool.
+        num_held_blocks: blocks that running sequences hold.
         num_steps: steps run.
         num_prompt_tokens: prompt tokens of the requests that got a first token.
         num_generated_tokens: tokens sampled.
         num_prefix_query_tokens: prompt tokens looked up in the prefix cache.
         num_prefix_hit_tokens: those of them that were found.
-        num_preemptions: times a running sequence lost its pages and went back to wait.
+        num_preemptions: times a running sequence lost its blocks and went back to wait.
         num_finished: requests ended, by reason.
         last_step_seconds: how long the last step took, all in all.
     """

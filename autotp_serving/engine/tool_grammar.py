@@ -1,4 +1,4 @@
-"""The part of a grammar that holds calls of tools to a form, in llguidance's Lark. Rank 0 only.
+"""The part of a grammar that holds tool calls to a form, in llguidance's Lark. Rank 0 only.
 
 A call is written as the models' chat templates show it, so that there is one way to write it:
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autotp_serving.structure import CallableTool, ToolCalls
+from autotp_serving.structured_output import CallableTool, ToolCalls
 
 HERMES_TAG = "<tool_call>"
 LLAMA_TAG = "<|python_tag|>"
@@ -19,7 +19,7 @@ LLAMA_TAG = "<|python_tag|>"
 
 FREE_TEXT = r"TEXT: /(.|\n)*/"
 NO_CALL = r"TEXT: /[ \t\n]*([^ \t\n{](.|\n)*)?/"
-"""In Llama 3's format an answer that begins with a brace is a call."""
+"""In Llama 3's format a completion that begins with a brace is a call."""
 
 
 def arguments_schema(tool: CallableTool) -> dict[str, Any]:
@@ -32,13 +32,13 @@ def arguments_schema(tool: CallableTool) -> dict[str, Any]:
 
 
 def write_calls(calls: ToolCalls, *, has_content: bool, has_llama_tag: bool) -> str:
-    """Rules of an answer with calls; `@arguments_N` are those of tool N.
+    """Rules of a completion with calls; `@arguments_N` are those of tool N.
 
     Args:
-        has_content: an answer without calls has a form too, `@content`.
+        has_content: a completion without calls has a form too, `@content`.
         has_llama_tag: the vocabulary has Llama 3's special token.
     """
-    is_hermes = calls.form == "hermes"
+    is_hermes = calls.tool_format == "hermes"
     key = "arguments" if is_hermes else "parameters"
     # JSON token by JSON token: in one piece, the head would win over an object that is content.
     heads = (["{", '"name"', ":", " ", json.dumps(tool.name), ",", " ", f'"{key}"', ":", " "]

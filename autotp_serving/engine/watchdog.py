@@ -1,7 +1,7 @@
 """Notices a step that does not end, from a thread of its own. Rank 0 only.
 
-A rank that has died or is stopped shows on its connection (`watch.py`). One that hangs in the
-middle of a step, in a driver or waiting for another, shows by the step alone.
+A rank that has died or is stopped shows on its connection (`distributed/peer_monitor.py`). One that
+hangs in the middle of a step, in a driver or waiting for another, shows by the step alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The low-bit formats by name, their planes and their sizes. Same on all ranks, no torch.
 
 A format turns a weight `[rows, cols]` into planes, one tensor per kind of byte. Along `cols` the
-weights form blocks of 64, and each block has its own bytes in each plane, so a plane can be cut
+weights form blocks of 64, and each block has its own bytes in each plane, so a plane can be sharded
 anywhere on dim 0, and on dim 1 at multiples of 64, without unpacking. Nothing in the layout
 depends on the device or on the number of ranks.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import Format, LowBitError
+from autotp_serving.low_bit.formats import Format, LowBitError
 
 FLOAT16_MAX = 65504.0
 

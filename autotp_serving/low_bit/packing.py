@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import BLOCK, split_code_bits
+from autotp_serving.low_bit.formats import BLOCK, split_code_bits
 
 
 def pack(codes: Tensor, code_bits: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 `quantize` and `dequantize` work through a weight in tiles of rows, so that beside input and
 output they need a few megabytes. Blocks do not know their neighbours: the bytes are the same
-whatever the tile size, device or cut.
+whatever the tile size, device or sharding.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .formats import BLOCK, Format, LowBitError, num_blocks
-from .numerics import check_peak, decode, encode
-from .packing import pack, unpack
+from autotp_serving.low_bit.formats import BLOCK, Format, LowBitError, num_blocks
+from autotp_serving.low_bit.numerics import check_peak, decode, encode
+from autotp_serving.low_bit.packing import pack, unpack
 
 # Weights per tile. On CPU the float32 copy and its few temporaries stay in the L2 cache; on an
 # accelerator a tile keeps it busy for about as long as its launches take.
@@ -75,7 +75,7 @@ class LowBitTensor:
         """
         rows, cols = self.shape
         if start % BLOCK or (stop % BLOCK and stop != cols):
-            raise LowBitError(f"columns {start} to {stop} of {cols} would cut a block of {BLOCK}")
+            raise LowBitError(f"columns {start} to {stop} of {cols} would split a block of {BLOCK}")
         first, last = start // BLOCK, num_blocks(stop)
         source = self.canonical().planes
         planes = {

@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, entered through transformers' AttentionInterface. Every rank.
 
 The model runs with `input_ids` of shape [1, num_tokens] and no cache of its own; its attention
-layers call `paged_attention`, which writes the new keys and values into the pages and lets each
+layers call `paged_attention`, which writes the new keys and values into the blocks and lets each
 sequence attend to its own: by kernels/ where that takes the cache, else by portable torch.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.cpu.attention import CpuAttention
+from autotp_serving.kernels.reference.attention import PortableAttention
 from autotp_serving.model.batch_state import StepInputs
-from autotp_serving.model.kernels.cpu_attention import CpuAttention
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.model.portable_attention import PortableAttention
 
 ATTENTION_NAME = "autotp_paged"
 
@@ -71,7 +71,7 @@ def paged_attention(
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over the pages of each sequence.
+    """Attend over the blocks of each sequence.
 
     Args:
         query: [1, num_heads, num_tokens, head_dim], rotated.

@@ -1,4 +1,4 @@
-"""Build the model without memory and cut it: meta device, AutoTP, our output head. Every rank."""
+"""Build the model without memory and shard it: meta device, AutoTP, our output head. Every rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp_serving.collectives import quiet_deepspeed
 from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.distributed.collectives import quiet_deepspeed
+from autotp_serving.distributed.launch import RankGroup
+from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.unfuse import finish_split, split_layers
+from autotp_serving.memory.footprint import find_dtype_name
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import check_heads, check_sharding, refuse_by_name
-from autotp_serving.model.footprint import find_dtype_name
-from autotp_serving.model.head import VocabParallelHead
-from autotp_serving.model.split import finish_split, split_layers
-from autotp_serving.ranks import Control
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -27,7 +27,7 @@ def find_dtype(config: ServingConfig) -> torch.dtype:
 def build_sharded_model(
     model_config: Any,
     dtype: torch.dtype,
-    control: Control,
+    group: RankGroup,
     all_reduce: Callable[[torch.Tensor], torch.Tensor],
     trust_remote_code: bool,
 ) -> nn.Module:
@@ -36,21 +36,21 @@ def build_sharded_model(
     Raises:
         ConfigError: ranks that cannot share the model, or code that must not run.
     """
-    check_heads(model_config, control.size)
+    check_heads(model_config, group.size)
     model = build_on_meta(model_config, dtype, trust_remote_code)
     with refuse_by_name(model_config):
-        if control.size > 1:
-            _shard_with_autotp(model, control.size, dtype)
+        if group.size > 1:
+            _shard_with_autotp(model, group.size, dtype)
             check_sharding(model)
-        finish_split(model, control.size, all_reduce)
-        _install_head(model, control, all_reduce)
+        finish_split(model, group.size, all_reduce)
+        _install_head(model, group, all_reduce)
     return model
 
 
 def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """Build the model with our attention; its parameters have shapes and no memory.
 
-    What AutoTP cannot cut is taken apart already.
+    What AutoTP cannot shard is taken apart already.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +109,7 @@ def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> 
 
 
 def _install_head(
-    model: nn.Module, control: Control, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module, group: RankGroup, all_reduce: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     """Split the output head over the vocabulary, whatever AutoTP made of it."""
     head = model.get_output_embeddings()
@@ -123,8 +123,8 @@ def _install_head(
             vocab_size=model.get_input_embeddings().weight.shape[0],
             has_bias=getattr(head, "bias", None) is not None,
             dtype=head.weight.dtype,
-            rank=control.rank,
-            num_ranks=control.size,
+            rank=group.rank,
+            num_ranks=group.size,
             all_reduce=all_reduce,
         )
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
-from autotp_serving.low_bit.plan import MANIFEST_NAME
+from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
 from autotp_serving.model_folder import (
     INDEX_NAME,
@@ -168,13 +168,13 @@ class Checkpoint:
         """Copy the rows and columns of a converted weight into host memory.
 
         Raises:
-            LowBitError: the columns would cut a block.
+            LowBitError: the columns would split a block.
         """
         format = self._formats[name]
         (row_start, row_stop), (col_start, col_stop) = ranges
         whole = col_stop == self._shapes[name][1]
         if col_start % BLOCK or (col_stop % BLOCK and not whole):
-            raise LowBitError(f"columns {col_start} to {col_stop} would cut a block of {BLOCK}")
+            raise LowBitError(f"columns {col_start} to {col_stop} would split a block of {BLOCK}")
         first, last = col_start // BLOCK, num_blocks(col_stop)
         name, first_row = self._views.get(name, (name, 0))
         row_start, row_stop = row_start + first_row, row_stop + first_row

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
-from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def compute_checksums(path: Path) -> dict[str, str]:
     }
 
 
-def check_checksums(checkpoint: Any, control: Control) -> None:
+def check_checksums(checkpoint: Any, group: RankGroup) -> None:
     """Compare this rank's share of the stored tensors with what was noted when they were saved.
 
     Every host has its own files, so the ranks of a host share the work among themselves.
@@ -52,7 +52,7 @@ def check_checksums(checkpoint: Any, control: Control) -> None:
         return
     expected = checkpoint.checksums
     if expected is None:
-        if control.rank == 0:
+        if group.rank == 0:
             logger.warning(
                 "%s was saved without checksums: its weights are not checked (save it again)",
                 checkpoint.folder,
@@ -65,7 +65,7 @@ def check_checksums(checkpoint: Any, control: Control) -> None:
             f"{checkpoint.folder}: there is no checksum of {missing[0]}: save the model again"
         )
     names = sorted(stored, key=lambda name: (-_num_bytes(stored[name][1][name]), name))
-    mine = names[control.local_rank :: control.local_size]
+    mine = names[group.local_rank :: group.local_size]
 
     def check(name: str) -> None:
         path, header, start = stored[name]

@@ -20,7 +20,7 @@ from autotp_serving.model.checkpoint import Ranges
 
 WEIGHT_STD = 0.02
 ROW_GROUP = 64
-"""Rows drawn from one seed: a rank that keeps some of them draws no more than it must."""
+"""Rows made from one seed: a rank that keeps some of them makes no more than it must."""
 
 
 class DummyCheckpoint:
@@ -50,7 +50,7 @@ class DummyCheckpoint:
         return
 
     def read(self, name: str, ranges: Ranges) -> torch.Tensor:
-        """Draw one block of a tensor: ones for norms, zeros for biases.
+        """Make one block of a tensor: ones for norms, zeros for biases.
 
         Args:
             name: the tensor.

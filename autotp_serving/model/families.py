@@ -2,8 +2,8 @@
 
 A family in PROVED gives the tokens of transformers itself at one and at several ranks
 (tests/ranks/test_families.py). Another one is served only if nothing in it is left to guessing:
-AutoTP has cut exactly the layers whose names say how, every layer attends through our pages, and
-the two passes of self_check.py come out as transformers means them.
+AutoTP has sharded exactly the layers whose names say how, every layer attends through our blocks,
+and the two passes of self_check.py come out as transformers means them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.distributed.launch import GroupFailure, LaunchError
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.ranks import GroupFailure, LaunchError
 
 if TYPE_CHECKING:  # --plan asks here before torch could be imported
     from torch import nn
@@ -118,10 +118,10 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Refuse an unproved family in which AutoTP has cut what cannot be checked, or cut it wrongly.
+    """Refuse an unproved family that AutoTP has sharded wrongly, or where this cannot be checked.
 
     Args:
-        model: cut for several ranks, on the meta device.
+        model: sharded for several ranks, on the meta device.
 
     Raises:
         ConfigError: naming the family and the layer.
@@ -132,7 +132,7 @@ def check_sharding(model: nn.Module) -> None:
     if family in PROVED:
         return
     head = model.get_output_embeddings()
-    check_uncut_parameters(model)
+    check_unsharded_parameters(model)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
@@ -148,10 +148,10 @@ def check_sharding(model: nn.Module) -> None:
             )
 
 
-def check_uncut_parameters(model: nn.Module) -> None:
-    """Refuse norms, scales or sinks that belong to heads, or to columns, of which AutoTP has cut.
+def check_unsharded_parameters(model: nn.Module) -> None:
+    """Refuse norms, scales or sinks of heads, or of columns, that AutoTP has sharded.
 
-    Beside cut layers only the norm of a single head may stay whole.
+    Beside sharded layers only the norm of a single head may stay whole.
 
     Raises:
         ConfigError: naming the family and the parameter.
@@ -181,7 +181,7 @@ def has_stacked_weights(module: nn.Module) -> bool:
 
 
 def check_attention(model: nn.Module, layers: set[int]) -> None:
-    """Refuse a model with layers that keep their state elsewhere than in our pages.
+    """Refuse a model with layers that keep their state elsewhere than in our blocks.
 
     Args:
         layers: those that wrote keys and values in a first forward pass.

@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.cuda.activations import add_rms_norm
 from autotp_serving.kernels.cuda.products import can_multiply
 from autotp_serving.kernels.triton import attention as triton_attention
+from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.batch_state import BatchState, StepInputs
-from autotp_serving.model.fused import FAMILIES, Norm
+from autotp_serving.model.fused_layers import FAMILIES, Norm
 from autotp_serving.model.gpu_layers import (
     AllReduce,
     GpuLayer,
@@ -32,14 +34,12 @@ from autotp_serving.model.gpu_layers import (
     check_sizes,
     join_linears,
 )
-from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
 PROOF_PROMPT, PROOF_TOKENS = 24, 8
-"""Tokens of the prompt, and of its answer, that prove the graphs."""
+"""Tokens of the prompt, and of its completion, that prove the graphs."""
 
 
 def find_batch_sizes(max_num_seqs: int) -> list[int]:
@@ -68,7 +68,7 @@ def open_gpu_forward(
     config: ServingConfig,
     max_model_len: int,
     all_reduce: AllReduce,
-    control: Control,
+    group: RankGroup,
 ) -> GpuForward | None:
     """The quick pass, its graphs captured and proved, or None where it does not take the model.
 
@@ -76,22 +76,22 @@ def open_gpu_forward(
     """
     if cache.device.type != "cuda" or model.config.model_type not in FAMILIES:
         return None
-    reduce = all_reduce if control.size > 1 else None
+    reduce = all_reduce if group.size > 1 else None
     try:
         forward = GpuForward(model, cache, state, config, max_model_len, reduce)
         reason = None
     except UnfitLayer as error:
         reason = str(error)
-    reason = next(filter(None, control.all_gather(reason)), None)
+    reason = next(filter(None, group.all_gather(reason)), None)
     if reason is not None:
-        if control.rank == 0:
+        if group.rank == 0:
             logger.warning("This model runs transformers' own layers, slowly: %s", reason)
         return None
     if not config.enforce_eager:
-        forward.capture(config.max_num_seqs, show_progress=control.rank == 0)
-        if not all(control.all_gather(forward.prove(max_model_len))):
+        forward.capture(config.max_num_seqs, show_progress=group.rank == 0)
+        if not all(group.all_gather(forward.prove(max_model_len))):
             forward.drop_graphs()
-            if control.rank == 0:
+            if group.rank == 0:
                 logger.warning(
                     "Graphs give other tokens than the same steps launched kernel by kernel on "
                     "this card and driver: they are not used, and decoding is slower"
@@ -192,7 +192,7 @@ class GpuForward:
     def prove(self, max_model_len: int) -> bool:
         """Whether every graph gives the tokens of the same step launched kernel by kernel.
 
-        Writes to the first pages of the cache, in which nothing is yet.
+        Writes to the first blocks of the cache, in which nothing is yet.
         """
         prompt_len = min(PROOF_PROMPT, max_model_len - PROOF_TOKENS)
         if prompt_len < 1:
@@ -272,7 +272,7 @@ class GpuForward:
         if not triton_attention.can_attend(
             torch.bfloat16, num_heads, num_kv_heads, head_dim, head_dim, cache.block_size
         ):
-            raise UnfitLayer(f"heads of {head_dim}, pages of {cache.block_size} tokens")
+            raise UnfitLayer(f"heads of {head_dim}, blocks of {cache.block_size} tokens")
 
     @staticmethod
     def _make_rotary(

@@ -1,8 +1,8 @@
 """Llama-like layers on a CUDA card: two pieces around attention, in eleven launches a layer.
 
-Ranks on CUDA. The modules are those that transformers built, AutoTP cut and the loader filled; the
-weights of queries, keys and values, and of gate and up, are joined, and the modules keep views of
-the joined ones, so that there is one copy. The pieces are written in kernels of our own rather
+Ranks on CUDA. The modules are those that transformers built, AutoTP sharded and the loader filled;
+the weights of queries, keys and values, and of gate and up, are joined, and the modules keep views
+of the joined ones, so that there is one copy. The pieces are written in kernels of our own rather
 than compiled from torch: they take any number of tokens without compiling again, round where
 transformers' code rounds, and write 8-bit activations where those are made.
 """
@@ -27,13 +27,13 @@ from autotp_serving.kernels.cuda.activations import (
 )
 from autotp_serving.kernels.cuda.products import multiply_activations, rounding_of
 from autotp_serving.kernels.cuda.tiles import ROWS, CudaTensor, join_tiles
+from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.triton import attention as triton_attention
+from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.low_bit.formats import BLOCK
-from autotp_serving.low_bit.linear import LowBitLinear
 from autotp_serving.model.batch_state import StepInputs
-from autotp_serving.model.fused import Norm, find_window
+from autotp_serving.model.fused_layers import Norm, find_window
 from autotp_serving.model.kv_cache import KVCache
-from autotp_serving.model.kv_pools import Pools
 
 AllReduce = Callable[[Tensor], Tensor]
 

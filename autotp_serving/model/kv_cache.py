@@ -1,4 +1,4 @@
-"""The paged KV cache: one pool of pages per layer. Every rank holds its own heads' share."""
+"""The paged KV cache: one pool of blocks per layer. Every rank holds its own heads' share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from autotp_serving.low_bit.kernels import huge_pages
-from autotp_serving.model.kernels.cpu_attention import can_attend, pool_shapes, store
-from autotp_serving.model.kv_pools import Pools
+from autotp_serving.devices import huge_pages
+from autotp_serving.kernels.cpu.attention import can_attend, pool_shapes, store
+from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.model.kv_sizes import count_head_bytes
 
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """What one page costs on this rank; ranks with fewer heads have smaller pages.
+    """What one block costs on this rank; ranks with fewer heads have smaller blocks.
 
     Attributes:
         head_shapes: per layer, (num_kv_heads, key_head_dim, value_head_dim) on this rank.
@@ -29,7 +29,7 @@ class KVCacheShape:
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one page over all layers."""
+        """Bytes of one block over all layers."""
         itemsize = self.dtype.itemsize
         return self.block_size * sum(
             heads * count_head_bytes(key, value, itemsize, self.is_int8)
@@ -43,7 +43,7 @@ class KVCacheShape:
 
 
 class KVCache:
-    """Keys and values of every layer, addressed by slot = page * block_size + offset.
+    """Keys and values of every layer, addressed by slot = block * block_size + offset.
 
     Attributes:
         is_int8: see `KVCacheShape`.
@@ -72,7 +72,7 @@ class KVCache:
             if shape.is_int8:
                 wanted += [(scale_size, torch.float32)] * 2
             # Zeros, not empty: padded rows read slots that nobody wrote, and a stray NaN there
-            # would survive a masked softmax. On CPU untouched pages cost no memory.
+            # would survive a masked softmax. On CPU untouched blocks cost no memory.
             allocate = huge_pages.zeros if device.type == "cpu" else torch.zeros
             with device:
                 self._layers.append(Pools(*(allocate(size, dtype=dtype) for size, dtype in wanted)))

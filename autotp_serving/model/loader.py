@@ -1,4 +1,4 @@
-"""Load a model: build it without memory, let AutoTP cut it, fill in this rank's slices. Every rank.
+"""Load a model: build it empty, let AutoTP shard it, fill in this rank's slices. Every rank.
 
 Nothing is ever materialized whole: the model is built on the meta device, DeepSpeed AutoTP decides
 which tensor is split and how, and each rank then reads only its slice of one tensor at a time,
@@ -17,23 +17,23 @@ from torch import nn
 from tqdm import tqdm
 
 from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
-from autotp_serving.low_bit.convert import check_columns, replace_linear
+from autotp_serving.distributed.launch import RankGroup
+from autotp_serving.kernels.ipex_llm import check_ipex_llm, convert_linear
+from autotp_serving.layers.convert import check_columns, replace_linear
+from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.low_bit.linear import LowBitLinear
-from autotp_serving.low_bit.plan import LowBitPlan, find_low_bit_plan
-from autotp_serving.low_bit.provider_ipex_llm import check_ipex_llm, convert_linear
+from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.checksums import check_checksums
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
-from autotp_serving.model.head import VocabParallelHead
-from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
+from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model_folder import check_model_folder, read_object
-from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
@@ -73,38 +73,38 @@ def read_model_config(config: ServingConfig) -> Any:
 def load_model(
     config: ServingConfig,
     model_config: Any,
-    control: Control,
+    group: RankGroup,
     device: torch.device,
     all_reduce: AllReduce,
-    check: Callable[[nn.Module, Any, LowBitPlan], None] = lambda *_: None,
+    check: Callable[[nn.Module, Any, LowBitSelection], None] = lambda *_: None,
 ) -> nn.Module:
     """Load this rank's shard of the model.
 
     Args:
-        check: called with the model cut and still empty, the checkpoint and the formats.
+        check: called with the model sharded and still empty, the checkpoint and the formats.
 
     Returns:
-        The transformers model, in eval mode, whose attention runs over pages and whose linear
+        The transformers model, in eval mode, whose attention runs over blocks and whose linear
         layers hold this rank's slices.
 
     Raises:
         ConfigError: in one line, with the cure.
     """
     checkpoint = open_checkpoint(config, model_config)
-    low_bit = find_low_bit_plan(config, checkpoint.low_bit)
+    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
     convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
-        model_config, find_dtype(config), control, all_reduce, config.trust_remote_code
+        model_config, find_dtype(config), group, all_reduce, config.trust_remote_code
     )
     with refuse_by_name(model_config):
-        match_names(model, checkpoint)
-        shards = find_shards(model, checkpoint, control)
+        match_tensor_names(model, checkpoint)
+        shards = find_shards(model, checkpoint, group)
         check(model, checkpoint, low_bit)
-    check_checksums(checkpoint, control)
+    check_checksums(checkpoint, group)
     filler = WeightFiller(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
-    filler.fill(shards, show_progress=control.rank == 0)
+    filler.fill(shards, show_progress=group.rank == 0)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()
@@ -121,7 +121,7 @@ def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | Du
 def choose_convert(
     config: ServingConfig,
     model_config: Any,
-    low_bit: LowBitPlan,
+    low_bit: LowBitSelection,
     device: torch.device,
     all_reduce: AllReduce,
 ) -> Convert:
@@ -154,7 +154,7 @@ class WeightFiller:
         self,
         model: nn.Module,
         checkpoint: Checkpoint,
-        low_bit: LowBitPlan,
+        low_bit: LowBitSelection,
         convert: Convert,
         dtype: torch.dtype,
         device: torch.device,

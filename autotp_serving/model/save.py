@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.low_bit.plan import MANIFEST_NAME, LowBitPlan, find_low_bit_plan
+from autotp_serving.low_bit.selection import MANIFEST_NAME, LowBitSelection, find_low_bit_selection
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
 from autotp_serving.model.checksums import compute_checksums
-from autotp_serving.model.names import match_names
+from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model_folder import INDEX_NAME, check_link
-from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 MAX_COMPANION_BYTES = 2**30
 
 
-def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> None:
+def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> None:
     """Convert the checkpoint into the folder `config.save_low_bit`; all ranks must call it.
 
     The folder appears under its name only when it is complete.
@@ -48,7 +48,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
     """
     target = Path(config.save_low_bit)
     partial = target.with_name(f"{target.name}.partial")
-    if control.rank == 0:
+    if group.rank == 0:
         if target.exists():
             raise ConfigError(f"--save-low-bit: {target} exists already: name a new folder")
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,15 +56,15 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
             partial.mkdir(parents=True)
         except OSError as error:
             raise _cannot_write(partial, error) from error
-    control.all_gather("folder made")
+    group.all_gather("folder made")
     checkpoint = Checkpoint(Path(config.model_path))
-    plan = find_low_bit_plan(config, checkpoint.low_bit)
-    if plan.linears is None:
+    selection = find_low_bit_selection(config, checkpoint.low_bit)
+    if selection.linears is None:
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
-    converter = _Converter(config, model_config, checkpoint, plan)
-    converter.write(partial, control)
-    parts = control.all_gather((converter.weight_map, converter.manifest, converter.checksums))
-    if control.rank == 0:
+    converter = _Converter(config, model_config, checkpoint, selection)
+    converter.write(partial, group)
+    parts = group.all_gather((converter.weight_map, converter.manifest, converter.checksums))
+    if group.rank == 0:
         try:
             for path in _list_companions(checkpoint.folder):
                 shutil.copy(path, partial)
@@ -77,7 +77,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, control: Control) -> 
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         manifest = {
             "version": MANIFEST_VERSION,
-            "low_bit": plan.linears.name,
+            "low_bit": selection.linears.name,
             "tensors": dict(sorted(tensors.items())),
             "crc32": dict(sorted(checksums.items())),
         }
@@ -115,12 +115,16 @@ class _Converter:
     """Converts and writes one rank's share of the tensors."""
 
     def __init__(
-        self, config: ServingConfig, model_config: Any, checkpoint: Checkpoint, plan: LowBitPlan
+        self,
+        config: ServingConfig,
+        model_config: Any,
+        checkpoint: Checkpoint,
+        selection: LowBitSelection,
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = find_dtype(config)
         model = build_on_meta(model_config, self._dtype, config.trust_remote_code)
-        match_names(model, checkpoint)
+        match_tensor_names(model, checkpoint)
         head_name = next(
             name
             for name, module in model.named_modules()
@@ -136,33 +140,33 @@ class _Converter:
         # What is stored under a name, and where it is read from: a converted tied head is stored
         # beside the embedding that it comes from.
         self._sources = {name: name for name in checkpoint.names()}
-        if is_tied and plan.head is not None:
+        if is_tied and selection.head is not None:
             self._sources[self._head_weight] = embedding_name
-        self._formats = {self._head_weight: plan.head} | {
-            f"{name}.weight": plan.linears
+        self._formats = {self._head_weight: selection.head} | {
+            f"{name}.weight": selection.linears
             for name, module in model.named_modules()
-            if name != head_name and plan.converts(name, module)
+            if name != head_name and selection.converts(name, module)
         }
         self.weight_map: dict[str, str] = {}
         self.manifest: dict[str, Any] = {}
         self.checksums: dict[str, str] = {}
 
-    def write(self, folder: Path, control: Control) -> None:
+    def write(self, folder: Path, group: RankGroup) -> None:
         """Convert every size-th tensor, largest first, and write files of about FILE_BYTES."""
         sizes = {
             name: math.prod(self._checkpoint.shape(source))
             for name, source in self._sources.items()
         }
-        mine = sorted(sizes, key=lambda name: (-sizes[name], name))[control.rank :: control.size]
+        mine = sorted(sizes, key=lambda name: (-sizes[name], name))[group.rank :: group.size]
         tensors: dict[str, torch.Tensor] = {}
         file_number = 0
         for position, name in enumerate(
-            tqdm(mine, unit="tensor", desc="Converting", disable=control.rank != 0)
+            tqdm(mine, unit="tensor", desc="Converting", disable=group.rank != 0)
         ):
             tensors |= self._convert(name)
             held = sum(tensor.nbytes for tensor in tensors.values())
             if held >= FILE_BYTES or position == len(mine) - 1:
-                file_name = f"model-{control.rank:02d}-{file_number:05d}.safetensors"
+                file_name = f"model-{group.rank:02d}-{file_number:05d}.safetensors"
                 try:
                     save_file(tensors, folder / file_name, metadata={"format": "pt"})
                     self.checksums |= compute_checksums(folder / file_name)

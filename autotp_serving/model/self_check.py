@@ -3,7 +3,7 @@
 Two short passes over the loaded model. In the first, each call of its attention is answered by
 transformers' own eager code, with the mask that transformers makes, and by ours, which must agree:
 nothing that the family hands its attention may be passed over. In the second, two sequences share
-a batch, and each must come out as it does alone: no state may be kept elsewhere than in our pages.
+a batch, and each must come out as it does alone: no state may be kept elsewhere than in our blocks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.kv_pools import Pools
+from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.head import VocabParallelHead
-from autotp_serving.model.kv_pools import Pools
 
 CHECK_NAME = "autotp_check"
 FIRST_LEN, SECOND_LEN = 5, 16
@@ -136,7 +136,7 @@ def _attend_twice(
 
 
 def _check_heads(model: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:
-    """Refuse heads that are not this rank's share: a reshape may hide a wrong cut.
+    """Refuse heads that are not this rank's share: a reshape may hide a wrong sharding.
 
     Args:
         query, key: shapes [1, heads, tokens, head_dim].

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from autotp_serving.low_bit.plan import is_linear
+from autotp_serving.distributed.launch import RankGroup
+from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.low_bit.selection import is_linear
+from autotp_serving.memory.footprint import ModelShapes, TensorShape
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
-from autotp_serving.model.footprint import ModelShapes, TensorShape
-from autotp_serving.model.head import VocabParallelHead
-from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Shard:
         return math.prod(stop - start for start, stop in self.ranges)
 
 
-def find_shards(model: nn.Module, checkpoint: Checkpoint, control: Control) -> dict[str, Shard]:
+def find_shards(model: nn.Module, checkpoint: Checkpoint, group: RankGroup) -> dict[str, Shard]:
     """Lay the ranks' shapes, which AutoTP chose, side by side over the checkpoint's tensors.
 
     Args:
@@ -53,7 +53,7 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, control: Control) -> d
         for name, value in _list_tensors(model)
         if not (is_tied and name == f"{head_name}.weight")
     }
-    all_shapes = control.all_gather(local_shapes)
+    all_shapes = group.all_gather(local_shapes)
     known = checkpoint.names()
     shards = {}
     for name, local_shape in local_shapes.items():
@@ -71,15 +71,15 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, control: Control) -> d
         rank_shapes = [shapes[name] for shapes in all_shapes]
         ranges = []
         for dim, full_size in enumerate(full_shape):
-            found = _find_range([shape[dim] for shape in rank_shapes], full_size, control.rank)
+            found = _find_range([shape[dim] for shape in rank_shapes], full_size, group.rank)
             if found is None:
                 raise CheckpointError(
-                    f"tensor {name} has shape {full_shape}, but config.json and {control.size} "
+                    f"tensor {name} has shape {full_shape}, but config.json and {group.size} "
                     f"ranks ask for {rank_shapes}"
                 )
             ranges.append(found)
         shards[name] = Shard(full_shape, tuple(ranges))
-    if control.rank == 0:
+    if group.rank == 0:
         _report_unused(known - set(shards) - {f"{head_name}.weight"})
     return shards
 

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=2, help="the peer's (2)")
     parser.add_argument(
-        "--shape", default=SHAPE, help=f"see tools/make_random_checkpoint.py ({SHAPE})"
+        "--shape", default=SHAPE, help=f"see scripts/make_random_checkpoint.py ({SHAPE})"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the JSON (.venv-peers/results/PEER-TIME.json)"

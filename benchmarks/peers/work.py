@@ -96,10 +96,10 @@ def make_api(extra_body: dict[str, Any]) -> Api:
 
 def make_prompts(task: Task, seed: int) -> list[Prompt]:
     """The same prompts for every server that is given the same seed."""
-    draw = random.Random(f"{seed} {task.prompt_length}")
+    rng = random.Random(f"{seed} {task.prompt_length}")
     return [
         Prompt(
-            " ".join(str(draw.randint(FIRST_ID, LAST_ID)) for _ in range(task.prompt_length)),
+            " ".join(str(rng.randint(FIRST_ID, LAST_ID)) for _ in range(task.prompt_length)),
             task.max_new_tokens,
             task.prompt_length,
         )

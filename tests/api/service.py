@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from autotp_serving.api import connections, guard, http_protocol
+from autotp_serving.api import connections, http_protocol, middleware
+from autotp_serving.api.api_keys import load_api_keys
 from autotp_serving.api.app import build_app
-from autotp_serving.api.keys import load_api_keys
+from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.server import reserve_port, serve
-from autotp_serving.api.streams import AsyncEngine
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.engine.engine import Engine
 from autotp_serving.logs import configure_logging
@@ -43,7 +43,7 @@ class Service:
     """Everything a test may want to look at."""
 
     app: FastAPI
-    engine: AsyncEngine
+    engine: EngineClient
     runner: FakeRunner
     config: ServingConfig
 
@@ -64,7 +64,7 @@ def build_service(
         num_blocks, next_token=answers(BOOK | (book or {})), delay=delay, fail_at_step=fail_at_step
     )
     tokenizer = ByteTokenizer()
-    engine = AsyncEngine(
+    engine = EngineClient(
         lambda sink: Engine(runner, tokenizer, serving_config, max_model_len, sink),
         serving_config.request_timeout,
     )
@@ -100,7 +100,7 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     settings = options.get("config", {})
     if "seconds" in options:
-        connections.WAIT_SECONDS = guard.BODY_SECONDS = options.pop("seconds")
+        connections.WAIT_SECONDS = middleware.BODY_SECONDS = options.pop("seconds")
         http_protocol.STUCK_SECONDS = connections.WAIT_SECONDS
     if "files" in options:
         num_files = options.pop("files")

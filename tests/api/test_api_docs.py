@@ -9,31 +9,30 @@ import subprocess
 import pytest
 
 from autotp_serving.api import (
-    chat_schemas,
     native_schemas,
-    openai_schemas,
     sampling_fields,
     schemas,
-    structures,
-    tokens,
-    tool_schemas,
+    structured_output,
+    tokenize_routes,
 )
 from autotp_serving.api.native_schemas import GenerateReply, Logprob, Message, TokenLogprob
+from autotp_serving.api.openai import chat_schemas, tool_schemas
+from autotp_serving.api.openai import schemas as openai_schemas
 from autotp_serving.api.schemas import ErrorReply, StrictModel
+from scripts.api_tables import DOCUMENT, MODELS, fill
 from tests.api.conftest import LiveServer
 from tests.api.service import build_service
-from tools.api_tables import DOCUMENT, MODELS, fill
 
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 MODULES = (
-    schemas, native_schemas, openai_schemas, chat_schemas, sampling_fields, structures,
-    tool_schemas, tokens,
+    schemas, native_schemas, openai_schemas, chat_schemas, sampling_fields, structured_output,
+    tool_schemas, tokenize_routes,
 )  # fmt: skip
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_tables_are_those_of_the_schemas():
-    assert fill(TEXT) == TEXT, "run: python -m tools.api_tables"
+    assert fill(TEXT) == TEXT, "run: python -m scripts.api_tables"
 
 
 def test_every_body_has_a_table():

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from autotp_serving.api import prompts
-from autotp_serving.chat_template import ChatTemplate
+from autotp_serving.engine.chat_template import ChatTemplate
 from tests.api import service
 from tests.fakes import ByteTokenizer
 

@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
+from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, CpuPlacement, Places
 from autotp_serving.api.http_protocol import HttpProtocol
 from tests.api.conftest import LiveServer
 
@@ -56,7 +56,7 @@ def request(body: dict[str, Any] | bytes, *lines: str, path: str = "/generate") 
 
 
 def parse(answer: bytes) -> list[tuple[int, bytes]]:
-    """Status and body of each answer in a row, interim ones left out."""
+    """Status and body of each completion in a row, interim ones left out."""
     found = []
     while answer:
         head, _, answer = answer.partition(b"\r\n\r\n")
@@ -335,7 +335,7 @@ def test_a_connection_leaves_nothing_for_the_collector() -> None:
         state = ServerState()
         protocols = []
 
-        def make(place: Place) -> HttpProtocol:
+        def make(place: CpuPlacement) -> HttpProtocol:
             protocol = HttpProtocol(place=place, config=config, server_state=state, app_state={})
             protocols.append(weakref.ref(protocol))
             return protocol

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from autotp_serving.api import guard
-from autotp_serving.api.chat_schemas import ChatRequest
+from autotp_serving.api import middleware
 from autotp_serving.api.http_protocol import MAX_HEAD_BYTES
-from autotp_serving.api.openai_schemas import CompletionRequest
-from autotp_serving.api.tokens import DetokenizeRequest, TokenizeRequest
+from autotp_serving.api.openai.chat_schemas import ChatRequest
+from autotp_serving.api.openai.schemas import CompletionRequest
+from autotp_serving.api.tokenize_routes import DetokenizeRequest, TokenizeRequest
 from autotp_serving.engine.grammar import GrammarError
 from autotp_serving.engine.grammar_compiler import MAX_SOURCE_LEN, GrammarCompiler
-from autotp_serving.structure import CallableTool, Structure, ToolCalls
+from autotp_serving.structured_output import CallableTool, StructuredOutput, ToolCalls
 from tests.api import service
 from tests.api.conftest import LiveServer
 from tests.fakes import ByteTokenizer
@@ -69,7 +69,7 @@ def test_the_first_of_many_unknown_fields_is_named() -> None:
 
 
 def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_JSON_VALUES", 1000)
+    monkeypatch.setattr(middleware, "MAX_JSON_VALUES", 1000)
     reply = post("/v1/completions", b'{"prompt": [' + b"97," * 1000 + b"97]}")
     assert reply.status_code == 413
     assert "more than 1000 values" in reply.json()["error"]["message"]
@@ -79,13 +79,13 @@ def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("is_tool", [False, True])
 def test_a_structure_too_long_to_compile_is_not_kept(is_tool: bool) -> None:
     text = "a" * (MAX_SOURCE_LEN + 1)
-    structure = Structure("regex", text)
+    structured_output = StructuredOutput("regex", text)
     if is_tool:
         tool = CallableTool("f", text, is_strict=True)
-        structure = Structure("text", calls=ToolCalls("hermes", (tool,)))
+        structured_output = StructuredOutput("text", calls=ToolCalls("hermes", (tool,)))
     compiler = GrammarCompiler(ByteTokenizer())
     with pytest.raises(GrammarError, match="longer than"):
-        compiler.submit(structure).result()
+        compiler.submit(structured_output).result()
     assert not compiler._cache
 
 

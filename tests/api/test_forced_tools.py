@@ -44,7 +44,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 
 
 PROMPT = "tool get_weather\ntool add\nuser: {}\nassistant: "
-FORMS = pytest.mark.parametrize("form", ["hermes", "llama3"])
+TOOL_FORMATS = pytest.mark.parametrize("tool_format", ["hermes", "llama3"])
 
 
 def check_calls(message: dict[str, Any], names: set[str], num_calls: range) -> None:
@@ -59,8 +59,8 @@ def check_calls(message: dict[str, Any], names: set[str], num_calls: range) -> N
         check(SCHEMAS[call["function"]["name"]], json.loads(call["function"]["arguments"]))
 
 
-def ask(form: str, *, thinks: bool = False, **body: Any) -> httpx.Response:
-    config = {"tool_call_parser": form, "reasoning_parser": "think" if thinks else "none"}
+def ask(tool_format: str, *, thinks: bool = False, **body: Any) -> httpx.Response:
+    config = {"tool_call_parser": tool_format, "reasoning_parser": "think" if thinks else "none"}
     return post({"messages": ASK, "tools": TOOLS} | body, **config)
 
 
@@ -78,26 +78,26 @@ CASES = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-@FORMS
+@TOOL_FORMATS
 @CASES
 def test_the_call_comes_whatever_the_model_would_say(
-    form: str, options: dict[str, Any], names: set[str], num_calls: range, reason: str
+    tool_format: str, options: dict[str, Any], names: set[str], num_calls: range, reason: str
 ) -> None:
-    reply = ask(form, **options, n=8, seed=11, max_tokens=400).json()
+    reply = ask(tool_format, **options, n=8, seed=11, max_tokens=400).json()
     for choice in reply["choices"]:
         check_calls(choice["message"], names, num_calls)
         assert choice["finish_reason"] == reason
     assert len({choice["message"]["tool_calls"][0]["id"] for choice in reply["choices"]}) == 8
 
 
-@FORMS
+@TOOL_FORMATS
 @CASES
 def test_a_stream_brings_the_same_calls(
-    form: str, options: dict[str, Any], names: set[str], num_calls: range, reason: str
+    tool_format: str, options: dict[str, Any], names: set[str], num_calls: range, reason: str
 ) -> None:
     body = {"messages": ASK, "tools": TOOLS, "max_tokens": 400, "seed": 5} | options
-    whole = ask(form, **body, temperature=0).json()["choices"][0]
-    message, stream_reason = stream(body, tool_call_parser=form, reasoning_parser="none")
+    whole = ask(tool_format, **body, temperature=0).json()["choices"][0]
+    message, stream_reason = stream(body, tool_call_parser=tool_format, reasoning_parser="none")
     check_calls(message, names, num_calls)
     assert stream_reason == whole["finish_reason"] == reason
     told = [[call["function"] for call in one["tool_calls"]] for one in (message, whole["message"])]
@@ -108,29 +108,32 @@ def test_several_calls_in_each_format(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = '{"numbers": [1, 2]}'
     hermes = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call>'
     llama3 = f'{{"name": "add", "parameters": {arguments}}}'
-    for form, text in (("hermes", f"{hermes}\n{hermes}"), ("llama3", f"{llama3}; {llama3}")):
+    for tool_format, text in (("hermes", f"{hermes}\n{hermes}"), ("llama3", f"{llama3}; {llama3}")):
         monkeypatch.setattr(service, "BOOK", {PROMPT.format("weather?"): text})
-        choice = ask(form, tool_choice="required", temperature=0).json()["choices"][0]
+        choice = ask(tool_format, tool_choice="required", temperature=0).json()["choices"][0]
         calls = choice["message"]["tool_calls"]
         assert [call["function"]["arguments"] for call in calls] == [arguments] * 2
         assert choice["finish_reason"] == "tool_calls"
 
 
-@FORMS
+@TOOL_FORMATS
 def test_strict_tools_leave_the_model_free_to_talk_but_not_to_call_wrongly(
-    form: str, monkeypatch: pytest.MonkeyPatch
+    tool_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = '{"name": "add", "%s": {"numbers": ["one"]}}'
     calls = {
         "hermes": f"Well.\n<tool_call>\n{wrong % 'arguments'}\n</tool_call>",
         "llama3": wrong % "parameters",
     }
-    book = {PROMPT.format("talk"): "I would {rather} not.", PROMPT.format("call"): calls[form]}
+    book = {
+        PROMPT.format("talk"): "I would {rather} not.",
+        PROMPT.format("call"): calls[tool_format],
+    }
     monkeypatch.setattr(service, "BOOK", book)
 
     def say(text: str, **options: Any) -> dict[str, Any]:
         body = {"messages": [{"role": "user", "content": text}], "temperature": 0} | options
-        return ask(form, **body).json()["choices"][0]
+        return ask(tool_format, **body).json()["choices"][0]
 
     talk = say("talk", tools=STRICT)
     assert (talk["message"]["content"], talk["finish_reason"]) == ("I would {rather} not.", "stop")
@@ -142,15 +145,15 @@ def test_strict_tools_leave_the_model_free_to_talk_but_not_to_call_wrongly(
     assert held["finish_reason"] == "tool_calls"
     (call,) = held["message"]["tool_calls"]
     check(ADD, json.loads(call["function"]["arguments"]))
-    assert held["message"]["content"] == ("Well." if form == "hermes" else None)
+    assert held["message"]["content"] == ("Well." if tool_format == "hermes" else None)
 
 
-@FORMS
-def test_a_form_of_the_answer_and_tools_go_together(form: str, monkeypatch) -> None:
+@TOOL_FORMATS
+def test_structured_output_and_tools_go_together(tool_format: str, monkeypatch) -> None:
     """The model may call a tool, or else must keep to the form."""
-    key = "arguments" if form == "hermes" else "parameters"
+    key = "arguments" if tool_format == "hermes" else "parameters"
     call = f'{{"name": "add", "{key}": {{"numbers": [2]}}}}'
-    if form == "hermes":
+    if tool_format == "hermes":
         call = f"<tool_call>\n{call}\n</tool_call>"
     book = {PROMPT.format("call"): call, PROMPT.format("talk"): '{"a": true}'}
     monkeypatch.setattr(service, "BOOK", book)
@@ -160,19 +163,19 @@ def test_a_form_of_the_answer_and_tools_go_together(form: str, monkeypatch) -> N
     def say(text: str, **options: Any) -> dict[str, Any]:
         messages = [{"role": "user", "content": text}]
         body = {"response_format": wanted, "temperature": 0, "max_tokens": 200} | options
-        return ask(form, messages=messages, **body).json()["choices"][0]["message"]
+        return ask(tool_format, messages=messages, **body).json()["choices"][0]["message"]
 
     assert say("talk")["content"] == '{"a": true}'
     assert say("call")["tool_calls"][0]["function"]["arguments"] == '{"numbers": [2]}'
     check_calls(say("talk", tool_choice=NAMED), {"add"}, range(1, 2))
 
 
-@FORMS
+@TOOL_FORMATS
 @pytest.mark.parametrize("begins", ["<think>", ""])
-def test_thoughts_come_before_what_is_held_to_a_form(
-    form: str, begins: str, monkeypatch: pytest.MonkeyPatch
+def test_reasoning_comes_before_structured_output(
+    tool_format: str, begins: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`begins`: what the answer begins with; where it is "", the template has written the tag."""
+    """`begins`: what the completion begins with; where "", the template has written the tag."""
     close = "" if begins else "<think>"
     text = f"{begins}\nShall I add? {{</think>\n\nNo."
     book = {PROMPT.format("hm") + close: text, f"user: hm\nassistant: {close}": text}
@@ -184,13 +187,13 @@ def test_thoughts_come_before_what_is_held_to_a_form(
 
     monkeypatch.setattr(service.ByteTokenizer, "render_chat", begin)
     body = {"messages": [{"role": "user", "content": "hm"}], "temperature": 0, "max_tokens": 400}
-    reply = ask(form, tool_choice="required", thinks=True, **body)
+    reply = ask(tool_format, tool_choice="required", thinks=True, **body)
     message = reply.json()["choices"][0]["message"]
     assert message["reasoning_content"] == "Shall I add? {"
     check_calls(message, set(SCHEMAS), range(1, 99))
     only_yes = {"response_format": {"type": "json_schema", "json_schema": {
         "name": "yes", "schema": {"const": "yes"}}}}  # fmt: skip
-    reply = ask(form, tools=[], thinks=True, **body, **only_yes)
+    reply = ask(tool_format, tools=[], thinks=True, **body, **only_yes)
     message = reply.json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Shall I add? {", '"yes"')
 

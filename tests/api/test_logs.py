@@ -1,4 +1,4 @@
-"""The log: two formats, levels, and never the text of a prompt, an answer or a key."""
+"""The log: two formats, levels, and never the text of a prompt, a completion or a key."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_numbers_of_some_requests() -> None:
     assert samples["autotp:generation_tokens_total"] == 39
     assert samples['autotp:request_success_total{finished_reason="stop"}'] == 1
     assert samples['autotp:request_success_total{finished_reason="length"}'] == 2
-    assert samples["autotp:kv_pages"] == 2048 and samples["autotp:kv_pages_held"] == 0
+    assert samples["autotp:kv_blocks"] == 2048 and samples["autotp:kv_blocks_held"] == 0
     num_steps = samples["autotp:num_steps_total"]
     for rank in (0, 1):
         assert samples[f'autotp:rank_steps_total{{rank="{rank}"}}'] == num_steps

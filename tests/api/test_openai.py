@@ -12,8 +12,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from autotp_serving.api.chat_schemas import ChatRequest
-from autotp_serving.api.openai_schemas import CompletionRequest
+from autotp_serving.api.openai.chat_schemas import ChatRequest
+from autotp_serving.api.openai.schemas import CompletionRequest
 from autotp_serving.request import SamplingParams
 from tests.api.service import MAX_MODEL_LEN, client
 
@@ -80,7 +80,7 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         assert reply.status_code == 200, reply.text
 
 
-# Fields that ask nothing of the answer: a caller's own books, and the default said aloud.
+# Fields that ask nothing of the completion: a caller's own books, and the default said aloud.
 LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "model"}
 
 # Fields that speak to a chat template, which these tests' tokenizer does not have.
@@ -176,7 +176,7 @@ def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
         ({"min_p": 1.1}, "min_p", "less than"),
         ({"min_tokens": -1}, "min_tokens", "greater"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "over the 8"),
-        ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens", "structure"),
+        ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens", "structured output"),
         ({"frequency_penalty": 2.1}, "frequency_penalty", "less than"),
         ({"presence_penalty": -2.1}, "presence_penalty", "greater"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater"),

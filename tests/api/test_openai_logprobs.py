@@ -1,4 +1,4 @@
-"""Logprobs, best_of, bias and structures through the official `openai` package."""
+"""Logprobs, best_of, bias and structured outputs through the official `openai` package."""
 
 from __future__ import annotations
 
@@ -128,12 +128,12 @@ def test_chat_logprobs_whole_and_streamed(client: openai.OpenAI) -> None:
 
 def test_best_of_returns_the_likeliest_per_token(client: openai.OpenAI) -> None:
     asked = {"model": MODEL, "prompt": ["x", "y"], "max_tokens": 6, "seed": 3, "temperature": 1}
-    drawn = client.completions.create(**asked, n=5, logprobs=0)
+    sampled = client.completions.create(**asked, n=5, logprobs=0)
     best = client.completions.create(**asked, n=2, best_of=5)
     assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
     assert all(choice.logprobs is None for choice in best.choices)
     for prompt in range(2):
-        choices = drawn.choices[5 * prompt : 5 * prompt + 5]
+        choices = sampled.choices[5 * prompt : 5 * prompt + 5]
         means = {
             choice.text: sum(choice.logprobs.token_logprobs) / len(choice.logprobs.tokens)
             for choice in choices

@@ -1,4 +1,4 @@
-"""Tool calls and thoughts over HTTP: what the model is told, and what its answer becomes."""
+"""Tool calls and reasoning over HTTP: what the model is told, and what its completion becomes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from autotp_serving.api.answers import AnswerParsers
+from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.config import ServingConfig
 from autotp_serving.request import RequestError
 from tests.api import service
@@ -125,7 +125,7 @@ def test_an_answer_cut_short_says_length():
     assert ARGUMENTS.startswith(one["message"]["tool_calls"][0]["function"]["arguments"])
 
 
-def test_thoughts_are_parted_from_the_answer():
+def test_reasoning_is_parted_from_the_completion():
     ask = {"messages": [{"role": "user", "content": "think"}]}
     message = choice(ask)["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
@@ -202,15 +202,15 @@ def test_parsers_follow_the_chat_template():
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = "{{ <think> </think> <tool_call> }}"
     config = ServingConfig(model_path="fake")
-    parsers = AnswerParsers(tokenizer, config)
+    parsers = CompletionParsers(tokenizer, config)
     parsers.check_tools()
-    assert parsers.thoughts([]) == "possible"
+    assert parsers.reasoning([]) == "possible"
     assert parsers.make("possible", {"f"}, None) is not None
-    begun = parsers.make(parsers.thoughts(tokenizer.encode("a\n<think>\n")), set(), None)
+    begun = parsers.make(parsers.reasoning(tokenizer.encode("a\n<think>\n")), set(), None)
     assert begun.add("a</think>b", is_last=True) == [{"reasoning_content": "a"}, {"content": "b"}]
     tokenizer.chat_template = "plain"
-    plain = AnswerParsers(tokenizer, config)
-    assert plain.thoughts([]) is None
+    plain = CompletionParsers(tokenizer, config)
+    assert plain.reasoning([]) is None
     assert plain.make(None, {"f"}, None) is None
     with pytest.raises(RequestError):
         plain.check_tools()

@@ -1,4 +1,4 @@
-"""benchmark_latency.py and benchmark_throughput.py: flags, figures, bounds; the demo model once."""
+"""benchmarks.latency and benchmarks.throughput: flags, figures, bounds; the demo model once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import benchmark_latency
-import benchmark_throughput
 from autotp_serving.config import ConfigError, ServingConfig
+from benchmarks import latency, throughput
 from benchmarks.bound import Bounds, ModelCosts, find_costs
 from benchmarks.hardware import Hardware
 from benchmarks.offline import parse_serving_flags
@@ -73,7 +72,7 @@ def test_costs_of_the_demo_model_are_those_of_its_files():
 
 def test_a_batch_is_cut_into_prefill_and_full_steps():
     arrivals = [(2.0, ("a",)), (3.0, ("a", "b")), (3.5, ("a", "b")), (4.5, ("a", "b")), (9, ("b",))]
-    run = benchmark_latency.split_run(1.0, arrivals, 2)
+    run = latency.split_run(1.0, arrivals, 2)
     assert run == {"prefill_seconds": 2.0, "step_seconds": [0.5, 1.0]}
 
 
@@ -107,7 +106,7 @@ def test_upstreams_spellings_work(capsys):
         "float16",
         "--gpu-memory-utilization=0.85",
     ]
-    config = parse_serving_flags(words, "benchmark_throughput.py")
+    config = parse_serving_flags(words, "benchmarks/throughput.py")
     assert (config.low_bit, config.tensor_parallel_size, config.dtype) == ("sym_int8", 2, "float16")
     assert config.trust_remote_code and config.gpu_memory_utilization == 0.85
     assert config.enforce_eager
@@ -115,7 +114,7 @@ def test_upstreams_spellings_work(capsys):
 
 
 def throughput_options(*words: str) -> tuple[argparse.Namespace, ServingConfig]:
-    options, rest = benchmark_throughput.build_parser().parse_known_args(["--model", DEMO, *words])
+    options, rest = throughput.build_parser().parse_known_args(["--model", DEMO, *words])
     return options, parse_serving_flags(rest, "x")
 
 
@@ -134,7 +133,7 @@ def throughput_options(*words: str) -> tuple[argparse.Namespace, ServingConfig]:
 )
 def test_options_that_make_no_sense_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark_throughput.check_options(*throughput_options(*words))
+        throughput.check_options(*throughput_options(*words))
 
 
 class Words:
@@ -149,11 +148,11 @@ class Words:
 def test_random_jobs_have_the_asked_lengths():
     options, config = throughput_options("--input-len", "50", "--output-len", "7",
                                          "--num-prompts", "3", "--n", "2")  # fmt: skip
-    jobs = benchmark_throughput.make_jobs(options, Words(), config)
+    jobs = throughput.make_jobs(options, Words(), config)
     assert [(len(job.prompt), job.output_len) for job in jobs] == [(50, 7)] * 6
     assert len({tuple(job.prompt) for job in jobs}) == 3
     options.random_range_ratio = 0.5
-    lengths = {len(job.prompt) for job in benchmark_throughput.make_jobs(options, Words(), config)}
+    lengths = {len(job.prompt) for job in throughput.make_jobs(options, Words(), config)}
     assert len(lengths) > 1 and all(25 <= length <= 75 for length in lengths)
 
 
@@ -168,16 +167,16 @@ def test_a_dataset_brings_its_own_lengths(tmp_path):
     path = tmp_path / "sharegpt.json"
     path.write_text(json.dumps([talk(10, 20), talk(2, 20), talk(1100, 5), talk(30, 6)]))
     options, config = throughput_options("--dataset", str(path))
-    jobs = benchmark_throughput.read_jobs(options, Words(), random.Random(config.seed))
+    jobs = throughput.read_jobs(options, Words(), random.Random(config.seed))
     assert sorted((len(job.prompt), job.output_len) for job in jobs) == [(10, 20), (30, 6)]
     options.output_len = 9
-    jobs = benchmark_throughput.read_jobs(options, Words(), random.Random(0))
+    jobs = throughput.read_jobs(options, Words(), random.Random(0))
     assert {job.output_len for job in jobs} == {9}
 
 
 @pytest.mark.ranks
 def test_the_last_line_is_json_on_two_ranks_and_each_leaves_a_profile(tmp_path):
-    words = ["benchmark_latency.py", "--model", DEMO, "--low-bit", "bf16", "--device", "cpu",
+    words = ["-m", "benchmarks.latency", "--model", DEMO, "--low-bit", "bf16", "--device", "cpu",
              "--input-len", "40", "--output-len", "60", "--num-iters", "1", "--num-iters-warmup",
              "0", "--kv-cache-memory", "16MiB", "--profile", str(tmp_path)]  # fmt: skip
     mpirun = str(Path(sys.executable).with_name("mpirun"))
@@ -205,10 +204,10 @@ def test_the_last_line_is_json_on_two_ranks_and_each_leaves_a_profile(tmp_path):
 
 
 def test_a_bad_start_is_one_line(capsys):
-    assert benchmark_throughput.main(["--model", "/nowhere", "--backend", "mii"]) == 2
-    assert capsys.readouterr().err.startswith("benchmark_throughput.py: error: --backend mii: ")
+    assert throughput.main(["--model", "/nowhere", "--backend", "mii"]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks/throughput.py: error: --backend mii: ")
 
 
 def test_a_number_of_ranks_that_were_not_started_is_refused(capsys):
-    assert benchmark_latency.main(["--model", DEMO, "--device", "cpu", "-tp", "3"]) == 2
+    assert latency.main(["--model", DEMO, "--device", "cpu", "-tp", "3"]) == 2
     assert "--tensor-parallel-size 3, but 1 rank was started" in capsys.readouterr().err

@@ -42,14 +42,14 @@ BFLOAT16_NOISE = 0.05
 def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions with their answer among three others."""
     folder = tmp_path_factory.mktemp("task")
-    draw = random.Random(1)
+    rng = random.Random(1)
     sample = json.loads((DEMO / "recall_sample.json").read_text())["random"][:NUM_ITEMS]
     lines = []
     for entry in sample:
-        others = draw.sample([one for one in sample if one is not entry], 3)
+        others = rng.sample([one for one in sample if one is not entry], 3)
         choices = [f" {one['answer']}" for one in (entry, *others)]
         right = choices[0]
-        draw.shuffle(choices)
+        rng.shuffle(choices)
         lines.append({"question": entry["question"], "choices": choices,
                       "gold": choices.index(right)})  # fmt: skip
     path = folder / "items.jsonl"

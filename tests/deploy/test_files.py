@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from autotp_serving.api.keys import ENVIRONMENT_NAME
+from autotp_serving.api.api_keys import ENVIRONMENT_NAME
 from autotp_serving.config import ServingConfig
 from tests.deploy.dockerfile import list_context, list_steps, read_pairs, read_stages, read_words
 
@@ -24,8 +24,8 @@ TARGETS = ("cpu", "xpu", "cuda")
 OVERLAYS = ("cpu", "intel-gpu", "nvidia")
 SEED_NAMES = {  # the vLLM guide's, and what they stand for
     "start-vllm-service.sh": "start-service.sh",
-    "vllm_offline_inference.py": "offline_inference.py",
-    "benchmark_vllm_throughput.py": "benchmark_throughput.py",
+    "vllm_offline_inference.py": "examples/offline_inference.py",
+    "benchmark_vllm_throughput.py": "benchmarks/throughput.py",
 }
 STAGES = read_stages(DOCKER / "Dockerfile")
 SECONDS = {"s": 1, "m": 60}
@@ -88,7 +88,12 @@ def test_every_target_waits_drains_and_is_watched(target: str) -> None:
 
 def test_what_the_image_needs_is_in_the_context_and_nothing_else() -> None:
     names = {str(path) for path in list_context(ROOT)}
-    assert {"serving.py", "start-service.sh", "offline_inference.py", "payload-1024.lua"} <= names
+    assert {
+        "serving.py",
+        "start-service.sh",
+        "examples/offline_inference.py",
+        "payload-1024.lua",
+    } <= names
     assert {
         "autotp_serving/api/static/chat.html",
         "demo_model/config.json",

@@ -22,7 +22,7 @@ from autotp_serving.engine import Engine, QueueFullError
 from autotp_serving.engine.grammar import GrammarError
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.request import Request, RequestError, RequestOutput, SamplingParams
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 from tests.fakes import ByteTokenizer, FakeRunner, letters
 
 NUM_ROWS = 258
@@ -82,9 +82,9 @@ class PanickingGuide:
 
 def model(context: list[int], sample: SampleInput) -> int:
     """Letters, an end now and then, numbers that are none, and tokens without a text."""
-    draw = hash((*context, 5)) % 40
+    rng = hash((*context, 5)) % 40
     return {0: ByteTokenizer.EOS, 1: INVALID_TOKEN, 2: NUM_ROWS - 1}.get(
-        draw, letters(context, sample)
+        rng, letters(context, sample)
     )
 
 
@@ -97,83 +97,77 @@ class Maker:
 
     def prompt(self) -> Any:
         """Token ids, or a text."""
-        draw = self._draw
-        kind = draw.random()
+        rng = self._draw
+        kind = rng.random()
         if kind < 0.15:
-            return draw.choice(JUNK)
+            return rng.choice(JUNK)
         if kind < 0.4:
-            return "".join(
-                draw.choice("abc é\N{GRINNING FACE}~") for _ in range(draw.randint(0, 40))
-            )
-        length = draw.choice((1, 2, 15, 16, 17, draw.randint(1, MAX_MODEL_LEN + 2)))
-        worst = NUM_ROWS + (draw.random() < 0.1)
-        tokens: Any = [draw.randrange(worst) for _ in range(length)]
-        if draw.random() < 0.1:
-            tokens[draw.randrange(length)] = draw.choice(JUNK)
+            return "".join(rng.choice("abc é\N{GRINNING FACE}~") for _ in range(rng.randint(0, 40)))
+        length = rng.choice((1, 2, 15, 16, 17, rng.randint(1, MAX_MODEL_LEN + 2)))
+        worst = NUM_ROWS + (rng.random() < 0.1)
+        tokens: Any = [rng.randrange(worst) for _ in range(length)]
+        if rng.random() < 0.1:
+            tokens[rng.randrange(length)] = rng.choice(JUNK)
         return tokens
 
     def settings(self) -> dict[str, Any]:
         """Arguments of SamplingParams."""
-        draw = self._draw
+        rng = self._draw
         possible: dict[str, Any] = {
-            "max_tokens": draw.randint(1, 40),
-            "temperature": draw.choice((0.0, 0.7, 100.0, 1e-30)),
-            "top_p": draw.choice((1.0, 0.5, 1e-9)),
-            "top_k": draw.choice((0, 1, 10**9)),
-            "min_p": draw.random(),
-            "seed": draw.randrange(-(2**63), 2**64),
-            "stop": tuple(
-                draw.choice(("a", "bc", "\ud800", "é")) for _ in range(draw.randint(0, 3))
-            ),
-            "stop_token_ids": (draw.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)), ord("q")),
-            "ignore_eos": draw.random() < 0.5,
-            "skip_special_tokens": draw.random() < 0.5,
-            "frequency_penalty": draw.uniform(-2, 2),
-            "repetition_penalty": draw.choice((0.01, 1.5, 100.0)),
-            "logit_bias": {
-                draw.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)): draw.uniform(-100, 100)
-            },
-            "min_tokens": draw.randint(0, 3),
-            "logprobs": draw.randint(0, 20),
-            "prompt_logprobs": draw.randint(0, 20),
+            "max_tokens": rng.randint(1, 40),
+            "temperature": rng.choice((0.0, 0.7, 100.0, 1e-30)),
+            "top_p": rng.choice((1.0, 0.5, 1e-9)),
+            "top_k": rng.choice((0, 1, 10**9)),
+            "min_p": rng.random(),
+            "seed": rng.randrange(-(2**63), 2**64),
+            "stop": tuple(rng.choice(("a", "bc", "\ud800", "é")) for _ in range(rng.randint(0, 3))),
+            "stop_token_ids": (rng.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)), ord("q")),
+            "ignore_eos": rng.random() < 0.5,
+            "skip_special_tokens": rng.random() < 0.5,
+            "frequency_penalty": rng.uniform(-2, 2),
+            "repetition_penalty": rng.choice((0.01, 1.5, 100.0)),
+            "logit_bias": {rng.choice((0, NUM_ROWS - 1, NUM_ROWS, 2**31)): rng.uniform(-100, 100)},
+            "min_tokens": rng.randint(0, 3),
+            "logprobs": rng.randint(0, 20),
+            "prompt_logprobs": rng.randint(0, 20),
         }
-        names = draw.sample(sorted(possible), draw.randint(0, 5))
+        names = rng.sample(sorted(possible), rng.randint(0, 5))
         chosen = {name: possible[name] for name in names}
-        if draw.random() < 0.1:
+        if rng.random() < 0.1:
             chosen |= {"max_tokens": 0, "prompt_logprobs": 2}
-        if draw.random() < 0.2:
-            chosen[draw.choice(sorted(possible))] = draw.choice(JUNK)
-        if draw.random() < 0.2:
-            chosen["structure"] = draw.choice((
-                Structure("regex", "[a-z]{3,9}"), Structure("json_object"), Structure("text"),
-                Structure("choice", '["yes", "no~"]'), Structure("regex", "("),
-                Structure("grammar", f'start: "a" <[{NUM_ROWS + 3}]>'),
-                Structure("grammar", f'start: "a" <[{NUM_ROWS - 1}]>'),
+        if rng.random() < 0.2:
+            chosen[rng.choice(sorted(possible))] = rng.choice(JUNK)
+        if rng.random() < 0.2:
+            chosen["structured_output"] = rng.choice((
+                StructuredOutput("regex", "[a-z]{3,9}"), StructuredOutput("json_object"), StructuredOutput("text"),
+                StructuredOutput("choice", '["yes", "no~"]'), StructuredOutput("regex", "("),
+                StructuredOutput("grammar", f'start: "a" <[{NUM_ROWS + 3}]>'),
+                StructuredOutput("grammar", f'start: "a" <[{NUM_ROWS - 1}]>'),
             ))  # fmt: skip
             chosen.pop("min_tokens", None)
         return chosen
 
     def request(self, name: str) -> Request:
         """Raises RequestError or GrammarError."""
-        draw = self._draw
+        rng = self._draw
         params = SamplingParams(**self.settings())
         prompt = self.prompt()
         if isinstance(prompt, str):
             prompt = MoreTokens().encode(prompt.replace("\ud800", ""))
-        if isinstance(prompt, list) and draw.random() < 0.95:
+        if isinstance(prompt, list) and rng.random() < 0.95:
             prompt = tuple(prompt)
         grammar: Any = None
-        if params.structure is not None:
-            grammar = self._compiler.submit(params.structure).result()
-            if draw.random() < 0.3:
-                grammar = PanickingGuide(draw.randrange(12))
+        if params.structured_output is not None:
+            grammar = self._compiler.submit(params.structured_output).result()
+            if rng.random() < 0.3:
+                grammar = PanickingGuide(rng.randrange(12))
         values = {
             "request_id": name, "prompt_token_ids": prompt, "params": params,
-            "arrival_time": time.monotonic(), "tenant": draw.choice(("", "a", "b")),
+            "arrival_time": time.monotonic(), "tenant": rng.choice(("", "a", "b")),
             "grammar": grammar,
         }  # fmt: skip
-        if draw.random() < 0.05:
-            values[draw.choice(sorted(values))] = draw.choice(JUNK)
+        if rng.random() < 0.05:
+            values[rng.choice(sorted(values))] = rng.choice(JUNK)
         return Request(**values)
 
 
@@ -184,28 +178,28 @@ def compiler() -> GrammarCompiler:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_the_engine_survives_every_request(seed: int, compiler: GrammarCompiler) -> None:
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     maker = Maker(seed, compiler)
-    runner = FakeRunner(draw.randint(1, 12), next_token=model, vocab_size=NUM_ROWS)
+    runner = FakeRunner(rng.randint(1, 12), next_token=model, vocab_size=NUM_ROWS)
     config = ServingConfig(
-        model_path="fake", max_num_seqs=draw.randint(1, 5), max_queue_len=draw.randint(1, 30),
-        max_num_batched_tokens=draw.choice((5, 16, 64)),
-        enable_prefix_caching=draw.random() < 0.5,
+        model_path="fake", max_num_seqs=rng.randint(1, 5), max_queue_len=rng.randint(1, 30),
+        max_num_batched_tokens=rng.choice((5, 16, 64)),
+        enable_prefix_caching=rng.random() < 0.5,
     )  # fmt: skip
     outputs: list[RequestOutput] = []
     engine = Engine(runner, MoreTokens(), config, MAX_MODEL_LEN, outputs.extend)
-    alive: list[str] = []
+    active: list[str] = []
     num_refused = 0
     for number in range(60):
         try:
             request = maker.request(f"{number}")
             engine.submit(request)
-            alive.append(request.request_id)
+            active.append(request.request_id)
         except (RequestError, GrammarError, QueueFullError):
             num_refused += 1
-        if alive and draw.random() < 0.1:
-            engine.abort(draw.choice(alive))
-        for _ in range(draw.choice((0, 1, 4))):
+        if active and rng.random() < 0.1:
+            engine.abort(rng.choice(active))
+        for _ in range(rng.choice((0, 1, 4))):
             engine.step()
             engine.scheduler.check_integrity()
     for _ in range(MAX_MODEL_LEN * 60 * 12):  # chunks of 5 tokens, each computed several times
@@ -215,19 +209,19 @@ def test_the_engine_survives_every_request(seed: int, compiler: GrammarCompiler)
     assert engine.failure is None
     assert not engine.has_work, "a request that never ends"
     ended = [one.request_id for one in outputs if one.finish_reason is not None]
-    assert sorted(ended) == sorted(alive), "each has one end"
-    assert alive and num_refused
+    assert sorted(ended) == sorted(active), "each has one end"
+    assert active and num_refused
     assert all(0 <= token < NUM_ROWS for one in outputs for token in one.token_ids)
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_held_blocks) == (0, 0, 0)
-    assert not runner.kept and engine._outbox.is_empty
+    assert not runner.kept and engine._output_processor.is_empty
 
 
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An LLM whose one rank is fake."""
     from autotp_serving import llm as module
-    from autotp_serving import tokenizer
+    from autotp_serving.engine import tokenizer
 
     runner = FakeRunner(12, next_token=model, vocab_size=NUM_ROWS)
     runner.stop = lambda: None
@@ -237,7 +231,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         channel=SimpleNamespace(watch=lambda *_: None),
     )  # fmt: skip
     fake = SimpleNamespace(start_worker=lambda *_: worker)
-    monkeypatch.setitem(sys.modules, "autotp_serving.worker", fake)
+    monkeypatch.setitem(sys.modules, "autotp_serving.worker.worker", fake)
     monkeypatch.setattr(tokenizer, "HuggingFaceTokenizer", lambda *_, **__: MoreTokens())
     with module.LLM("fake", max_num_seqs=4, max_queue_len=3) as llm:
         yield llm

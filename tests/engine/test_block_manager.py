@@ -1,4 +1,4 @@
-"""Pages: nothing lost, nothing shared that differs, least recently used goes first."""
+"""Blocks: nothing lost, nothing shared that differs, least recently used goes first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from autotp_serving.engine.block_manager import BlockManager
 
 BLOCK_SIZE = 4
 AMPLE = 1000
-"""Pages for the random test in which nothing is ever evicted."""
+"""Blocks for the random test in which nothing is ever evicted."""
 
 
 def fill(blocks: BlockManager, tokens: list[int]) -> list[int]:
-    """Hold pages for all tokens, as a sequence that ran them does; reuse what is known."""
+    """Hold blocks for all tokens, as a sequence that ran them does; reuse what is known."""
     table: list[int] = []
     matched = blocks.match(tokens)
     blocks.take(table, matched)
@@ -68,7 +68,7 @@ def test_unregistered_pages_are_not_found():
 
 
 def test_equal_pages_registered_twice_become_one():
-    """Two equal prompts in one step cannot see each other's pages, but share them afterwards."""
+    """Two equal prompts in one step cannot see each other's blocks, but share them afterwards."""
     blocks = BlockManager(8, BLOCK_SIZE)
     tables: list[list[int]] = [[], []]
     for table in tables:
@@ -86,7 +86,7 @@ def test_equal_pages_registered_twice_become_one():
 
 
 def test_a_table_shrinks_to_what_its_tokens_need():
-    """Pages taken for tokens that did not come to stay go back; shared ones stay with others."""
+    """Blocks taken for tokens that did not come to stay go back; shared ones stay with others."""
     blocks = BlockManager(8, BLOCK_SIZE)
     table = fill(blocks, list(range(9)))
     other: list[int] = []
@@ -111,7 +111,7 @@ def test_oldest_content_goes_first_and_its_end_before_its_beginning():
         blocks.release(fill(blocks, tokens))
     blocks.release(fill(blocks, old))  # now `new` is the one used least recently
     held: list[int] = []
-    assert blocks.grow(held, 3 * BLOCK_SIZE)  # two free pages and one cached
+    assert blocks.grow(held, 3 * BLOCK_SIZE)  # two free blocks and one cached
     assert len(blocks.match(old)) == 2 and len(blocks.match(new)) == 1
     assert blocks.grow(held, 5 * BLOCK_SIZE)
     assert len(blocks.match(old)) == 1 and len(blocks.match(new)) == 0
@@ -139,7 +139,7 @@ def test_num_needed_counts_cached_pages_but_not_shared_ones():
 
 
 def test_forgotten_pages_are_not_found_even_if_someone_holds_them():
-    """After NaN logits the pages are suspect; pages that follow them must not be found either."""
+    """After NaN logits the blocks are suspect; blocks that follow them must not be found either."""
     blocks = BlockManager(8, BLOCK_SIZE)
     tokens = list(range(13))
     table, other = fill(blocks, tokens), fill(blocks, tokens[:9])
@@ -176,7 +176,7 @@ def test_registering_out_of_order_is_caught():
     blocks.release(fill(blocks, list(range(8))))
     table: list[int] = []
     blocks.grow(table, 8)
-    with pytest.raises(AssertionError, match="page 1 is registered before"):
+    with pytest.raises(AssertionError, match="block 1 is registered before"):
         blocks.register(table, 1, [0] * BLOCK_SIZE)
 
 
@@ -193,8 +193,8 @@ def test_audit_sees_a_lost_page():
 def test_random_life_against_a_reference(num_blocks: int, num_rounds: int):
     """Random arrivals, growth and departures against two simple models.
 
-    `written` is what the pages hold: all tokens up to the page's end, as real keys depend on. A
-    match must give pages which hold exactly the beginning asked for. `known` has every beginning
+    `written` is what the blocks hold: all tokens up to the block's end, as real keys depend on. A
+    match must give blocks which hold exactly the beginning asked for. `known` has every beginning
     ever registered: while the pool is too large for any eviction, a match must find the longest.
     """
     rng = random.Random(num_blocks)

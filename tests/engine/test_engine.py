@@ -83,7 +83,7 @@ class Bench:
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_held_blocks) == (0, 0, 0)
         assert not self.engine.has_work
-        assert self.engine._outbox.is_empty and not self.runner.kept
+        assert self.engine._output_processor.is_empty and not self.runner.kept
         self.engine.scheduler.check_integrity()
 
 
@@ -217,7 +217,7 @@ def test_requests_without_a_seed_repeat_with_the_servers_seed():
 
 def test_requests_that_are_too_long_are_refused_with_both_numbers():
     bench = Bench(max_model_len=65)
-    with pytest.raises(RequestError, match=r"50 tokens of prompt and 16 of answer.* 65 tokens"):
+    with pytest.raises(RequestError, match=r"50 tokens of prompt and 16 of completion.* 65 tokens"):
         bench.submit("a", prompt="x" * 50, max_tokens=16)
     bench.submit("b", prompt="x" * 50, max_tokens=15)
     bench.run()
@@ -475,12 +475,12 @@ def test_fake_model_depends_on_all_tokens_and_the_draw():
     greedy, random_ = SamplingParams(), SamplingParams(temperature=1.0)
     contexts = [[1, 2, 3], [9, 2, 3], [1, 9, 3], [1, 2, 9], [1, 2, 3, 4], [3, 2, 1]]
     assert len({letters(context, SampleInput(greedy)) for context in contexts}) > 2
-    draws = [letters([1], SampleInput(random_, n / 9)) for n in range(9)]
-    assert len(set(draws)) > 4
+    sampled = [letters([1], SampleInput(random_, n / 9)) for n in range(9)]
+    assert len(set(sampled)) > 4
 
 
 def test_a_failure_from_outside_counts_though_a_step_never_ends(threaded) -> None:
-    """A host that was lost while the engine waited for it inside a sum left it failing never."""
+    """A host lost while the engine waited for it inside a collective left it failing never."""
     runner = StuckRunner()
     bench = threaded(runner=runner)
     bench.submit("caught")

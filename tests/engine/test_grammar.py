@@ -1,4 +1,4 @@
-"""Structures: what is compiled, what is refused, what an answer can be."""
+"""Structured outputs: what is compiled, what is refused, what a completion can be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.sandbox import SLACK, SandboxBusyError
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.request import Request, RequestError, SamplingParams
-from autotp_serving.structure import Structure
+from autotp_serving.structured_output import StructuredOutput
 from tests.engine.test_engine import Bench
 from tests.fakes import ByteTokenizer, FakeRunner
 
@@ -27,7 +27,7 @@ def compiler() -> GrammarCompiler:
 
 
 def compile_one(compiler: GrammarCompiler, kind: str, source: str = "") -> CompiledGrammar:
-    return compiler.submit(Structure(kind, source)).result(60)
+    return compiler.submit(StructuredOutput(kind, source)).result(60)
 
 
 def follow(compiled: CompiledGrammar, text: str) -> str:
@@ -93,7 +93,7 @@ def test_what_is_refused_in_one_line(compiler, kind, source, words) -> None:
 
 
 def nasty() -> dict[str, tuple[str, str]]:
-    """Structures that are meant to take for ever, or all the memory there is."""
+    """Structured outputs that are meant to take for ever, or all the memory there is."""
     deep: dict = {"type": "string"}
     for _ in range(200):
         deep = {"type": "object", "properties": {"a": deep, "b": deep}}
@@ -145,41 +145,41 @@ def test_a_nasty_structure_holds_nobody_up(name: str) -> None:
 def test_equal_structures_are_compiled_once_and_old_ones_forgotten(monkeypatch) -> None:
     monkeypatch.setattr(grammar_compiler, "MAX_CACHED", 3)
     compiler = GrammarCompiler(ByteTokenizer())
-    regex = [Structure("regex", f"a{{{number}}}") for number in range(5)]
+    regex = [StructuredOutput("regex", f"a{{{number}}}") for number in range(5)]
     first = compiler.submit(regex[0])
-    assert compiler.submit(Structure("regex", "a{0}")) is first
+    assert compiler.submit(StructuredOutput("regex", "a{0}")) is first
     first.result(60)
-    for structure in (*regex[1:3], regex[0], regex[3]):  # regex[1] is now the oldest
-        compiler.submit(structure).result(60)
+    for structured_output in (*regex[1:3], regex[0], regex[3]):  # regex[1] is now the oldest
+        compiler.submit(structured_output).result(60)
     assert compiler.submit(regex[0]) is first
     assert len(compiler._cache) == 3 and regex[1] not in compiler._cache
-    failed = compiler.submit(Structure("regex", "("))
+    failed = compiler.submit(StructuredOutput("regex", "("))
     assert failed.exception(60)
-    assert compiler.submit(Structure("regex", "(")) is failed and failed.exception()
+    assert compiler.submit(StructuredOutput("regex", "(")) is failed and failed.exception()
 
 
 def test_compiling_happens_in_threads_of_its_own(monkeypatch) -> None:
     names: list[str] = []
 
-    def compile_slowly(structure: Structure, has_llama_tag: bool) -> str:
+    def compile_slowly(structured_output: StructuredOutput, has_llama_tag: bool) -> str:
         names.append(threading.current_thread().name)
         raise ValueError("enough")
 
     monkeypatch.setattr(grammar, "_to_llguidance", compile_slowly)
     with pytest.raises(GrammarError, match="enough"):
-        GrammarCompiler(ByteTokenizer()).submit(Structure("json_object")).result(20)
+        GrammarCompiler(ByteTokenizer()).submit(StructuredOutput("json_object")).result(20)
     assert names[0].startswith("grammar")
 
 
 def submit(bench: Bench, name: str, compiled: CompiledGrammar, **params) -> None:
-    params = SamplingParams(structure=Structure("regex", "-"), **params)
+    params = SamplingParams(structured_output=StructuredOutput("regex", "-"), **params)
     bench.engine.submit(Request(name, (1, 2), params, time.monotonic(), grammar=compiled))
 
 
 def test_an_answer_ends_when_it_is_complete_and_its_last_token_shows(compiler) -> None:
     compiled = compile_one(compiler, "regex", "xy{30}z")
     bench = Bench(FakeRunner(num_blocks=6), max_num_seqs=3)
-    for number in range(4):  # the same grammar at several places at once, and beside free answers
+    for number in range(4):  # the same grammar at several places at once, beside free ones
         params = {"max_tokens": 40, "ignore_eos": number % 2 == 0, "stop": ("n",)}
         submit(bench, f"s{number}", compiled, **params)
         bench.submit(f"f{number}", prompt="x" * 20, max_tokens=40)
@@ -233,12 +233,12 @@ def test_a_structure_that_cannot_be_followed_ends_its_request_alone() -> None:
 
 def test_min_tokens_and_a_structure_contradict_each_other() -> None:
     with pytest.raises(RequestError) as refused:
-        SamplingParams(structure=Structure("json_object"), min_tokens=3)
+        SamplingParams(structured_output=StructuredOutput("json_object"), min_tokens=3)
     assert refused.value.field_name == "min_tokens"
 
 
 class SlowGuide:
-    """Any letter may come; each answer is as slow as the test likes."""
+    """Any letter may come; each completion is as slow as the test likes."""
 
     error = None
 
@@ -372,17 +372,17 @@ def test_a_panic_while_an_answer_is_followed_ends_its_request_alone() -> None:
 
 def test_refusals_push_out_no_grammar_and_heavy_grammars_each_other(monkeypatch) -> None:
     compiler = GrammarCompiler(ByteTokenizer())
-    kept = Structure("regex", "a{3}")
+    kept = StructuredOutput("regex", "a{3}")
     compiler.submit(kept).result(60)
     for number in range(grammar_compiler.MAX_CACHED + 5):
-        compiler.submit(Structure("choice", f"[{number}"))  # no JSON
+        compiler.submit(StructuredOutput("choice", f"[{number}"))  # no JSON
     assert kept in compiler._cache
     monkeypatch.setattr(grammar_compiler, "MAX_CACHED_BYTES", 2 * grammar.MIN_GRAMMAR_BYTES)
     for number in range(4):
-        compiler.submit(Structure("choice", f'["{number}"]')).result(60)
+        compiler.submit(StructuredOutput("choice", f'["{number}"]')).result(60)
     assert len(compiler._cache) <= 3 and kept not in compiler._cache
     monkeypatch.setattr(grammar_compiler, "MAX_HELD_BYTES", grammar.MIN_GRAMMAR_BYTES)
-    held = compiler.submit(Structure("choice", '["held"]')).result(60)
+    held = compiler.submit(StructuredOutput("choice", '["held"]')).result(60)
     with pytest.raises(SandboxBusyError):
-        compiler.submit(Structure("choice", '["more"]')).result(60)
+        compiler.submit(StructuredOutput("choice", '["more"]')).result(60)
     del held

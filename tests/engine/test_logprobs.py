@@ -1,4 +1,4 @@
-"""Logprobs of answers and prompts through the engine: chunks, cache, preemption, ends."""
+"""Logprobs of completions and prompts through the engine: chunks, cache, preemption, ends."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_prompts_are_scored_whatever_the_chunks_the_cache_and_preemption(max_num
 
 
 def test_a_step_scores_no_more_rows_than_there_is_memory_for():
-    """The fake runner counts them. An answer under way still gets a token in each step."""
+    """The fake runner counts them. A completion under way still gets a token in each step."""
     bench = Bench(FakeRunner(num_blocks=400), max_model_len=4096, max_num_batched_tokens=2048)
     long = "y" * (2 * MAX_SCORED_ROWS + 100)
     bench.submit("decode", max_tokens=12)

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from autotp_serving.chat_template import ChatTemplate
 from autotp_serving.engine import sandbox as sandbox_module
+from autotp_serving.engine.chat_template import ChatTemplate
 from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
 from autotp_serving.engine.shortest_first import ShortestFirst
-from autotp_serving.structure import Structure, structure_to_plain
+from autotp_serving.structured_output import StructuredOutput, structure_to_plain
 from tests.fakes import ByteTokenizer
 
 NUM_WORKERS = sandbox_module.NUM_AT_ONCE * len(sandbox_module.KINDS)
@@ -115,11 +115,11 @@ def test_a_prompt_too_long_is_not_handed_over(sandbox: Sandbox) -> None:
 
 def test_a_grammar_that_overflows_the_stack(sandbox: Sandbox) -> None:
     rules = "\n".join(f'r{number}: "a" r{number + 1} "b"' for number in range(5000))
-    structure = Structure("grammar", f'start: r0\n{rules}\nr5000: "x"')
-    job = sandbox.submit("grammar", structure_to_plain(structure), 1, 5.0)
+    structured_output = StructuredOutput("grammar", f'start: r0\n{rules}\nr5000: "x"')
+    job = sandbox.submit("grammar", structure_to_plain(structured_output), 1, 5.0)
     with pytest.raises(SandboxError, match="too deep"):
         job.result(60)
-    job = sandbox.submit("grammar", structure_to_plain(Structure("regex", "a+")), 1, 5.0)
+    job = sandbox.submit("grammar", structure_to_plain(StructuredOutput("regex", "a+")), 1, 5.0)
     assert job.result(60)["text"]
 
 

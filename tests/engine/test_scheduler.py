@@ -69,13 +69,13 @@ class Bench:
 
 
 def rows(step: Step) -> dict[str, int]:
-    """Tokens per sequence of a step, in the plan's order."""
+    """Tokens per sequence of a step, in the batch's order."""
     names = [sequence.request_id for sequence in step.sequences]
     return dict(zip(names, step.batch.query_lens, strict=True))
 
 
 def reference(sequence: Sequence) -> list[int]:
-    """Greedy tokens without pages, batches or chunks."""
+    """Greedy tokens without blocks, batches or chunks."""
     sample = SampleInput(SamplingParams())
     return generate(sequence.request.prompt_token_ids, [sample] * sequence.params.max_tokens)
 
@@ -133,7 +133,7 @@ def test_admission_leaves_a_page_for_each_that_runs():
     """Else the newcomer would be preempted in the next step, its prompt computed for nothing."""
     bench = Bench(num_blocks=6, max_num_seqs=4)
     bench.add("a", 7, max_tokens=4)
-    bench.step()  # it holds 2 pages now, and will need a third after the next step
+    bench.step()  # it holds 2 blocks now, and will need a third after the next step
     bench.add("b", [7] * 16, max_tokens=1)
     assert rows(bench.step()) == {"a": 1}
     bench.add("c", [8], max_tokens=1)
@@ -162,7 +162,7 @@ def test_the_latest_is_preempted_and_still_says_the_same():
 
 
 def test_a_sequence_in_the_middle_of_its_prompt_can_be_preempted():
-    """Its pages go to an older one; nothing of it may be left in the step."""
+    """Its blocks go to an older one; nothing of it may be left in the step."""
     bench = Bench(num_blocks=8, max_num_seqs=2, max_num_batched_tokens=3)
     old = bench.add("old", [1, 2, 3], max_tokens=20)
     bench.step()
@@ -176,7 +176,7 @@ def test_a_sequence_in_the_middle_of_its_prompt_can_be_preempted():
 
 
 def test_draws_are_one_per_output_position_whatever_happens_between():
-    """Preemption recomputes tokens, it must not draw for them again."""
+    """Preemption recomputes tokens, it must not sample for them again."""
     params = {"temperature": 1.0, "max_tokens": 14, "seed": 5}
     bench = Bench(num_blocks=6, max_num_seqs=3)
     sequences = [bench.add(name, [ord(name)] * 3, **params) for name in "abc"]
@@ -189,13 +189,15 @@ def test_draws_are_one_per_output_position_whatever_happens_between():
 
 
 def test_draws_differ_by_request_and_server_and_repeat_by_seed():
-    def draw(*args):
+    def first_uniform(*args):
         return draw_uniform(make_draw_key(*args), 0)
 
-    assert draw(None, 0, 1) == draw(None, 0, 1)
-    assert len({draw(None, 0, 1), draw(None, 0, 2), draw(None, 1, 1)}) == 3
-    assert draw(7, 0, 1) == draw(7, 1, 2)
-    assert len({draw(7, 0, 1), draw(-7, 0, 1), draw(8, 0, 1)}) == 3
+    assert first_uniform(None, 0, 1) == first_uniform(None, 0, 1)
+    assert (
+        len({first_uniform(None, 0, 1), first_uniform(None, 0, 2), first_uniform(None, 1, 1)}) == 3
+    )
+    assert first_uniform(7, 0, 1) == first_uniform(7, 1, 2)
+    assert len({first_uniform(7, 0, 1), first_uniform(-7, 0, 1), first_uniform(8, 0, 1)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_ends_for_the_true_reason(params, tokens, expected):
 
 def test_what_can_never_fit_is_refused_and_what_just_fits_is_served():
     bench = Bench(num_blocks=4, block_size=4)
-    with pytest.raises(RequestError, match="10 tokens of prompt and up to 8 of answer"):
+    with pytest.raises(RequestError, match="10 tokens of prompt and up to 8 of completion"):
         bench.add("a", 10, max_tokens=8)
     sequence = bench.add("b", 10, max_tokens=7)  # the last of 17 tokens never enters the cache
     bench.run()
@@ -251,7 +253,7 @@ def test_abort_in_every_phase_frees_everything_at_once(phase):
     assert bench.scheduler.abort("victim") is victim
     assert victim.finish_reason == "abort" and victim.block_table == []
     bench.scheduler.check_integrity()
-    bench.settle()  # a step in flight may still write its pages
+    bench.settle()  # a step in flight may still write its blocks
     held = bench.scheduler.blocks.num_held
     assert held == sum(len(seq.block_table) for seq in bench.scheduler.running)
     assert bench.scheduler.abort("victim") is None
@@ -275,7 +277,7 @@ def test_equal_prompt_is_taken_from_the_cache_and_counted():
 
 
 def test_equal_prompts_in_one_step_do_not_read_each_others_unwritten_pages():
-    """A page may be found only in a step after the one that writes it; the runner checks reads."""
+    """A block may be found only in a step after the one that writes it; the runner checks reads."""
     bench = Bench()
     pair = [bench.add(name, 18, max_tokens=4) for name in "ab"]
     assert rows(bench.step()) == {"a": 18, "b": 18}

@@ -1,4 +1,4 @@
-"""Structures that are compiled at once, and those that are tried elsewhere first."""
+"""Structured outputs that are compiled at once, and those that are tried elsewhere first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autotp_serving.engine.simple_structure import is_simple
-from autotp_serving.structure import CallableTool, Structure, ToolCalls
+from autotp_serving.structured_output import CallableTool, StructuredOutput, ToolCalls
 
 PERSON = {
     "$defs": {"Pet": {"type": "object", "properties": {"name": {"type": "string"}}}},
@@ -37,9 +37,9 @@ def deep(levels: int) -> dict[str, Any]:
 @pytest.mark.parametrize("schema", [PERSON, True, {}, {"const": "x"}, deep(8)])
 def test_schemas_as_programs_write_them(schema: Any) -> None:
     source = json.dumps(schema)
-    assert is_simple(Structure("json_schema", source))
+    assert is_simple(StructuredOutput("json_schema", source))
     calls = ToolCalls("hermes", (CallableTool("f", source, is_strict=True),))
-    assert is_simple(Structure("text", calls=calls))
+    assert is_simple(StructuredOutput("text", calls=calls))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_schemas_as_programs_write_them(schema: Any) -> None:
     ],
 )
 def test_anything_else_is_not_simple(schema: Any) -> None:
-    assert not is_simple(Structure("json_schema", json.dumps(schema)))
+    assert not is_simple(StructuredOutput("json_schema", json.dumps(schema)))
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_anything_else_is_not_simple(schema: Any) -> None:
     ],
 )
 def test_other_kinds(kind: str, source: str, expected: bool) -> None:
-    assert is_simple(Structure(kind, source)) is expected
+    assert is_simple(StructuredOutput(kind, source)) is expected

@@ -1,4 +1,4 @@
-"""One model over two machines, started by run_multi_host.sh; then the cable between them is cut."""
+"""One model over two machines, started by one script; then the cable between them is cut."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ LEAVE_SECONDS = 45.0
 
 
 class MultiHostServer:
-    """run_multi_host.sh on the first of the machines."""
+    """scripts/run_multi_host.sh on the first of the machines."""
 
     def __init__(self, hosts: tuple[Host, Host], folder: Path, *flags: str) -> None:
         self.lead = hosts[0]
         host_file = folder / "machines"
         host_file.write_text("".join(f"{host.name}:1\n" for host in hosts))
         self._log_path = folder / "server.log"
-        script = ["bash", str(ROOT / "run_multi_host.sh"), str(host_file)]
+        script = ["bash", str(ROOT / "scripts/run_multi_host.sh"), str(host_file)]
         own_names = {
             name: value
             for name, value in os.environ.items()

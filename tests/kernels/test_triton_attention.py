@@ -18,10 +18,10 @@ from tests.kernels.interpreter import choose_device
 
 DEVICE = choose_device()
 
+from autotp_serving.kernels.kv_pools import Pools  # noqa: E402
 from autotp_serving.kernels.triton import attention  # noqa: E402
 from autotp_serving.kernels.triton.cards import DecodeTiles, PrefillTiles  # noqa: E402
 from autotp_serving.kernels.triton.decode import allocate_workspace  # noqa: E402
-from autotp_serving.model.kv_pools import Pools  # noqa: E402
 
 ON_CARD = DEVICE.type == "cuda"
 needs_card = pytest.mark.skipif(not ON_CARD, reason="no CUDA card here")

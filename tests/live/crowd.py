@@ -57,11 +57,11 @@ def run_round(url: str, num_connections: int, seed: int) -> Round:
             return False
 
     async def go() -> list[bool]:
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         limits = httpx.Limits(max_connections=num_connections)
         async with httpx.AsyncClient(limits=limits, timeout=300) as http:
             return await asyncio.gather(
-                *(leave(http, number, draw.uniform(0.0, LONGEST_STAY)) if number % 2
+                *(leave(http, number, rng.uniform(0.0, LONGEST_STAY)) if number % 2
                   else ask(http, number) for number in range(num_connections))
             )  # fmt: skip
 

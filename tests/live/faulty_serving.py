@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 import serving
-from autotp_serving import worker
 from autotp_serving.config import ConfigError
-from autotp_serving.model.runner import ModelRunner
+from autotp_serving.worker import worker
+from autotp_serving.worker.runner import ModelRunner
 
 NUM_GOOD_STEPS = 20
 
@@ -22,12 +22,12 @@ def step() -> None:
     run = ModelRunner.run
     num_steps = 0
 
-    def run_until_fault(runner: ModelRunner, plan: Any) -> Any:
+    def run_until_fault(runner: ModelRunner, batch: Any) -> Any:
         nonlocal num_steps
         num_steps += 1
         if num_steps > NUM_GOOD_STEPS:
             raise RuntimeError("no memory left for this step")
-        return run(runner, plan)
+        return run(runner, batch)
 
     ModelRunner.run = run_until_fault
 
@@ -37,12 +37,12 @@ def hang() -> None:
     run = ModelRunner.run
     num_steps = 0
 
-    def run_until_fault(runner: ModelRunner, plan: Any) -> Any:
+    def run_until_fault(runner: ModelRunner, batch: Any) -> Any:
         nonlocal num_steps
         num_steps += 1
         if num_steps > NUM_GOOD_STEPS:
             time.sleep(3600)
-        return run(runner, plan)
+        return run(runner, batch)
 
     ModelRunner.run = run_until_fault
 
@@ -51,9 +51,9 @@ def linger() -> None:
     """Each step takes 20 ms longer: what is to be met under way is still there, on any machine."""
     run = ModelRunner.run
 
-    def run_slowly(runner: ModelRunner, plan: Any) -> Any:
+    def run_slowly(runner: ModelRunner, batch: Any) -> Any:
         time.sleep(0.02)
-        return run(runner, plan)
+        return run(runner, batch)
 
     ModelRunner.run = run_slowly
 

@@ -162,7 +162,7 @@ class Launch:
         return httpx.get(f"{self.url}/health", timeout=30).json()
 
     def wait_idle(self, seconds: float = 20.0) -> None:
-        """Wait until nothing runs and every KV page is free."""
+        """Wait until nothing runs and every KV block is free."""
         names = ("num_running", "num_waiting", "num_held_blocks")
         self.wait_for(lambda: not any(self.health()[name] for name in names), seconds)
 

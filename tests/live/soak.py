@@ -53,26 +53,26 @@ class Tally:
     samples: list[tuple[float, tuple[float, ...]]] = field(default_factory=list)
 
 
-def make_schema(draw: random.Random) -> dict[str, Any]:
+def make_schema(rng: random.Random) -> dict[str, Any]:
     """A schema that has hardly been asked for before, so that no cache of grammars is spared."""
-    words = draw.sample(["red", "green", "blue", "dog", "cat", "yes", "no"], draw.randint(2, 5))
+    words = rng.sample(["red", "green", "blue", "dog", "cat", "yes", "no"], rng.randint(2, 5))
     return {
         "type": "object",
         "properties": {
             "kind": {"enum": words},
-            "count": {"type": "integer", "minimum": 0, "maximum": draw.randint(1, 10**6)},
-            "tags": {"type": "array", "items": {"enum": words}, "maxItems": draw.randint(1, 4)},
+            "count": {"type": "integer", "minimum": 0, "maximum": rng.randint(1, 10**6)},
+            "tags": {"type": "array", "items": {"enum": words}, "maxItems": rng.randint(1, 4)},
         },
         "required": ["kind", "count"],
         "additionalProperties": False,
     }
 
 
-async def stay(http: httpx.AsyncClient, draw: random.Random) -> None:
+async def stay(http: httpx.AsyncClient, rng: random.Random) -> None:
     """Read a stream to its end: every token must come."""
-    n_predict = draw.randint(20, 300)
-    body = {"prompt": f"Define {draw.random()}. " * draw.randint(1, 8), "n_predict": n_predict,
-            "temperature": draw.choice([0.0, 1.0]), "ignore_eos": True}  # fmt: skip
+    n_predict = rng.randint(20, 300)
+    body = {"prompt": f"Define {rng.random()}. " * rng.randint(1, 8), "n_predict": n_predict,
+            "temperature": rng.choice([0.0, 1.0]), "ignore_eos": True}  # fmt: skip
     reply = await http.post("/generate_stream", json=body)
     assert reply.status_code == 200, reply.text[:200]
     lines = [json.loads(line) for line in reply.text.splitlines()]
@@ -80,9 +80,9 @@ async def stay(http: httpx.AsyncClient, draw: random.Random) -> None:
     assert lines[-1]["finish_reason"] == "length", lines[-1]
 
 
-async def leave(http: httpx.AsyncClient, draw: random.Random) -> None:
+async def leave(http: httpx.AsyncClient, rng: random.Random) -> None:
     """Go away at a random moment: before the first token, or among them."""
-    body = {"prompt": f"What is {draw.random()}?", "n_predict": 400, "ignore_eos": True}
+    body = {"prompt": f"What is {rng.random()}?", "n_predict": 400, "ignore_eos": True}
 
     async def read() -> None:
         async with http.stream("POST", "/generate_stream", json=body) as reply:
@@ -90,12 +90,12 @@ async def leave(http: httpx.AsyncClient, draw: random.Random) -> None:
                 pass
 
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read(), draw.choice([0.01, 0.1, 1.0, 3.0]) * draw.random())
+        await asyncio.wait_for(read(), rng.choice([0.01, 0.1, 1.0, 3.0]) * rng.random())
 
 
-async def fill_schema(http: httpx.AsyncClient, draw: random.Random) -> None:
+async def fill_schema(http: httpx.AsyncClient, rng: random.Random) -> None:
     """An answer in the form of a schema."""
-    schema = make_schema(draw)
+    schema = make_schema(rng)
     body = {
         "messages": [{"role": "user", "content": "What is a dog?"}],
         "max_tokens": 200, "temperature": 1.0, "stream": False,
@@ -109,18 +109,18 @@ async def fill_schema(http: httpx.AsyncClient, draw: random.Random) -> None:
         assert 0 <= answer["count"] <= schema["properties"]["count"]["maximum"], answer
 
 
-async def match_regex(http: httpx.AsyncClient, draw: random.Random) -> None:
+async def match_regex(http: httpx.AsyncClient, rng: random.Random) -> None:
     """An answer in the form of a regular expression."""
-    pattern = f"[a-f]{{{draw.randint(1, 40)}}}-[0-9]{{1,{draw.randint(1, 9)}}}"
+    pattern = f"[a-f]{{{draw.randint(1, 40)}}}-[0-9]{{1,{rng.randint(1, 9)}}}"
     body = {"prompt": "A code: ", "max_tokens": 100, "temperature": 1.0, "guided_regex": pattern}
     choice = await _choose(http, "/v1/completions", body)
     if choice["finish_reason"] == "stop":
         assert re.fullmatch(pattern, choice["text"]), (pattern, choice["text"])
 
 
-async def be_refused(http: httpx.AsyncClient, draw: random.Random) -> None:
+async def be_refused(http: httpx.AsyncClient, rng: random.Random) -> None:
     """A grammar that cannot be."""
-    body = {"prompt": "x", "guided_regex": "(" * draw.randint(1, 50)}
+    body = {"prompt": "x", "guided_regex": "(" * rng.randint(1, 50)}
     reply = await http.post("/v1/completions", json=body)
     assert reply.status_code == 400, reply.text[:200]
 
@@ -136,12 +136,12 @@ KINDS = (stay, stay, stay, leave, leave, leave, fill_schema, fill_schema, match_
 
 async def run_client(url: str, number: int, until: float, tally: Tally) -> None:
     """One request after the other, each of a kind drawn at random."""
-    draw = random.Random(number)
+    rng = random.Random(number)
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
         while time.monotonic() < until:
-            kind = draw.choice(KINDS)
+            kind = rng.choice(KINDS)
             try:
-                await kind(http, draw)
+                await kind(http, rng)
             except (AssertionError, httpx.HTTPError, ValueError, KeyError) as error:
                 tally.counts["failed"] += 1
                 tally.failures.append(f"{kind.__name__}: {type(error).__name__}: {error}"[:300])

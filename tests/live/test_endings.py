@@ -123,7 +123,7 @@ def test_torchrun_need_not_tell_that_a_rank_was_killed(
 def test_a_fault_in_a_step_of_the_second_rank_ends_streams_and_group(
     start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
-    """Rank 0 waits for it inside a sum, from where nothing can wake it."""
+    """Rank 0 waits for it inside a collective, from where nothing can wake it."""
     server = start(mpirun(2), *model_flags, program=(FAULTY, "step")).wait_ready()
     started = time.monotonic()
     assert read_until_cut(server, "stream", 1900) - started < 20.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving.listeners import find_source
+from autotp_serving.distributed.listeners import find_source
 from tests.live.launch import Launch, torchrun
 
 pytestmark = pytest.mark.live

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import serving
-from autotp_serving.ranks import LocalControl
+from autotp_serving.distributed.launch import LocalRankGroup
 from tests.live.launch import CACHE_FLAGS, Launch, mpirun
 
 pytestmark = pytest.mark.live
@@ -119,11 +119,11 @@ def refuse(
     logger_state = (package_logger.handlers, package_logger.propagate, package_logger.level)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr("autotp_serving.api.server.serve", lambda *args: 0)
-    monkeypatch.setattr(LocalControl, "abort", lambda self: None)
+    monkeypatch.setattr(LocalRankGroup, "abort", lambda self: None)
 
     def call(*argv: object, num_ranks: int = 1) -> str:
-        control = LocalControl(size=num_ranks, local_size=num_ranks)
-        monkeypatch.setattr(serving, "join_control", lambda environ: control)
+        group = LocalRankGroup(size=num_ranks, local_size=num_ranks)
+        monkeypatch.setattr(serving, "join_group", lambda environ: group)
         defaults = ["--port", "0", "--host", "127.0.0.1", *CACHE_FLAGS]
         code = serving.main([*defaults, *map(str, argv)])
         error_output = capfd.readouterr().err

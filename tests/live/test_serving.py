@@ -22,7 +22,7 @@ MOST_IDLE_SHARE = 0.03
 
 
 def test_64_streams_of_mixed_lengths_each_have_their_own(server: Launch) -> None:
-    """Issue 2, proof 3: 8 at a time, none is lost or cut, and every KV page comes back."""
+    """Issue 2, proof 3: 8 at a time, none is lost or cut, and every KV block comes back."""
 
     async def stream(http: httpx.AsyncClient, index: int) -> None:
         n_predict = 1 + index * 7 % 37

@@ -2,7 +2,7 @@
 
     .venv-ipex-llm/bin/python -m tests.low_bit.make_golden
 
-Run it in the environment of requirements-ipex-llm.txt. The native library (libllama, part of the
+Run it in the environment of requirements/ipex-llm.txt. The native library (libllama, part of the
 ipex-llm wheel) comes in one build per instruction set: those for AVX2 and up fuse multiply and
 add and agree with each other, the one for AVX does not. Both are kept where they differ. The
 dequantizers that the library has are checked here against native_layout.py.

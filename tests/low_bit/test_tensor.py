@@ -1,4 +1,4 @@
-"""Conversion there and back: errors, cuts, padding, bad weights, dtypes, tiles, devices."""
+"""Conversion there and back: errors, slices, padding, bad weights, dtypes, tiles, devices."""
 
 import pytest
 import torch
@@ -113,11 +113,11 @@ def test_a_slice_is_the_quantized_slice(format: Format) -> None:
     assert_same(concat_rows([whole.slice_rows(0, 5), whole.slice_rows(5, 12)]), whole)
 
 
-def test_a_slice_must_not_cut_a_block() -> None:
+def test_a_slice_must_not_split_a_block() -> None:
     tensor = quantize(make_weight(2, 200), FORMATS["sym_int4"])
     assert tensor.slice_cols(128, 200).shape == (2, 72)
     for start, stop in ((32, 64), (0, 100)):
-        with pytest.raises(LowBitError, match=f"columns {start} to {stop} of 200 would cut"):
+        with pytest.raises(LowBitError, match=f"columns {start} to {stop} of 200 would split"):
             tensor.slice_cols(start, stop)
 
 

@@ -28,7 +28,7 @@ class Sequence:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    pages: list[int]
+    blocks: list[int]
     num_done: int = field(default=0)
 
 
@@ -40,7 +40,7 @@ def make_cache(
 
 
 def make_sequences(lens: list[int], num_heads: int, num_kv_heads: int) -> list[Sequence]:
-    """Random sequences over pages in random order."""
+    """Random sequences over blocks in random order."""
     torch.manual_seed(0)
     free = random.Random(1).sample(range(NUM_BLOCKS), NUM_BLOCKS)
     return [
@@ -48,7 +48,7 @@ def make_sequences(lens: list[int], num_heads: int, num_kv_heads: int) -> list[S
             query=torch.randn(length, num_heads, HEAD_DIM),
             key=torch.randn(length, num_kv_heads, HEAD_DIM),
             value=torch.randn(length, num_kv_heads, HEAD_DIM),
-            pages=[free.pop() for _ in range(-(-length // BLOCK_SIZE))],
+            blocks=[free.pop() for _ in range(-(-length // BLOCK_SIZE))],
         )
         for length in lens
     ]
@@ -60,7 +60,7 @@ def run_step(
     """Run the next rows of each sequence in one flattened batch; outputs per sequence."""
     starts = [sequence.num_done for sequence, _ in parts]
     query_lens = [query_len for _, query_len in parts]
-    inputs = make_inputs([one.pages for one, _ in parts], starts, query_lens, BLOCK_SIZE)
+    inputs = make_inputs([one.blocks for one, _ in parts], starts, query_lens, BLOCK_SIZE)
     spans = [slice(start, start + num) for start, num in zip(starts, query_lens, strict=True)]
     for (sequence, _), span in zip(parts, spans, strict=True):
         sequence.num_done = span.stop
@@ -126,7 +126,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_chunks_and_decodes_equal_plain_attention(
     num_heads: int, num_kv_heads: int, options: dict[str, Any]
 ) -> None:
-    """Whole prompts, chunks of prompts and single tokens side by side, over permuted pages."""
+    """Whole prompts, chunks of prompts and single tokens side by side, over permuted blocks."""
     sequences = make_sequences([23, 9, 14, 6, 1], num_heads, num_kv_heads)
     expected = [plain_attention(sequence, **options) for sequence in sequences]
     cache = make_cache(num_kv_heads)
@@ -167,7 +167,7 @@ def test_int8_sees_the_rounded_numbers_of_all_however_the_prompt_is_cut() -> Non
         sequence.num_done = 0
         cache = make_cache(2, is_int8=True)
         outputs = [run_step(cache, [(sequence, count)])[0] for count in counts]
-        slots = torch.tensor(sequence.pages)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+        slots = torch.tensor(sequence.blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
         key, value = cache.layer(LAYER.layer_idx).read(slots.flatten()[:20], torch.float32)
         assert (key != sequence.key).any()
         expected = plain_attention(Sequence(sequence.query, key, value, []))
@@ -175,11 +175,11 @@ def test_int8_sees_the_rounded_numbers_of_all_however_the_prompt_is_cut() -> Non
 
 
 def test_two_sequences_may_share_pages() -> None:
-    """As prefix reuse has it: the second begins behind pages that the first has filled."""
+    """As prefix reuse has it: the second begins behind blocks that the first has filled."""
     first, second = make_sequences([12, 12], 4, 2)
     for name in ("query", "key", "value"):
         getattr(second, name)[:8] = getattr(first, name)[:8]
-    second.pages[:2] = first.pages[:2]
+    second.blocks[:2] = first.blocks[:2]
     second.num_done = 8
     cache = make_cache(2)
     (output,) = run_step(cache, [(first, 11)])
@@ -192,10 +192,10 @@ def test_two_sequences_may_share_pages() -> None:
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sliding_window": 3}], ids=str)
 def test_nan_of_one_request_reaches_no_other(options: dict[str, Any], is_int8: bool) -> None:
-    """Overflow in float16 makes NaN: in a neighbour's pages, in page 0 that pads short decodes,
-    and left behind in a page that the next sequence has not filled yet."""
+    """Overflow in float16 makes NaN: in a neighbour's blocks, in block 0 that pads short decodes,
+    and left behind in a block that the next sequence has not filled yet."""
     short, long = make_sequences([3, 22], 4, 2)
-    long.pages[0] = 0
+    long.blocks[0] = 0
     cache = make_cache(2, is_int8=is_int8)
     everywhere = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
     nan = torch.full((len(everywhere), 2, HEAD_DIM), float("nan"))
@@ -219,7 +219,7 @@ def test_an_architecture_that_drops_the_context_is_refused_by_name() -> None:
 
 
 def test_attention_sinks_are_refused_by_name() -> None:
-    """Silently left out they would change every answer."""
+    """Silently left out they would change every completion."""
     (sequence,) = make_sequences([3], 2, 2)
     with pytest.raises(ConfigError, match="attention sinks"):
         run_step(make_cache(2), [(sequence, 3)], s_aux=torch.zeros(2))

@@ -120,21 +120,21 @@ def test_a_padded_decode_step_does_nothing_for_its_padding() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_steps_give_each_token_its_slot(seed: int) -> None:
     """Against what the whole tables say."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     state = make_state(6)
     tables: dict[int, list[int]] = {}
     lens: dict[int, int] = {}
     for _ in range(30):
-        rows = draw.sample(range(6), draw.randint(1, 6))
+        rows = rng.sample(range(6), rng.randint(1, 6))
         batch = Batch([], [], [], [], [])
         expected: list[tuple[int, int]] = []
         for index, row in enumerate(rows):
             if lens.get(row, 32) > 20:
                 tables[row], lens[row] = [], 0
-            start, count = lens[row], draw.choice([1, 1, draw.randint(1, 12)])
+            start, count = lens[row], rng.choice([1, 1, rng.randint(1, 12)])
             first = len(tables[row])
             while len(tables[row]) * BLOCK_SIZE < start + count:
-                tables[row].append(draw.randrange(100))
+                tables[row].append(rng.randrange(100))
             if len(tables[row]) > first:
                 batch.grown.append(index)
                 batch.first_blocks.append(first)
@@ -144,7 +144,7 @@ def test_any_steps_give_each_token_its_slot(seed: int) -> None:
             batch.starts.append(start)
             batch.query_lens.append(count)
             batch.num_known.append(count)
-            batch.token_ids += [draw.randrange(1000) for _ in range(count)]
+            batch.token_ids += [rng.randrange(1000) for _ in range(count)]
             for at in range(start, start + count):
                 expected.append((at, tables[row][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE))
             lens[row] = start + count

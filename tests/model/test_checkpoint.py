@@ -79,7 +79,7 @@ def test_a_slice_is_that_part_of_the_tensor(
     expected = TENSORS[name][tuple(slice(*part) for part in ranges)]
     read = Checkpoint(folder).read(name, ranges)
     assert torch.equal(read, expected)
-    # Were it a view into the mapped file, the pages around it would stay in memory.
+    # Were it a view into the mapped file, the blocks around it would stay in memory.
     assert read.untyped_storage().nbytes() == expected.numel() * expected.element_size()
 
 

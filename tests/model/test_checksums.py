@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving.low_bit.plan import MANIFEST_NAME
+from autotp_serving.distributed.launch import LocalRankGroup
+from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
 from autotp_serving.model.checksums import check_checksums, compute_checksums
-from autotp_serving.ranks import LocalControl
 from tests.model.checkpoints import save_tiny_llama
 from tests.model.test_save import load, save
 
@@ -62,28 +62,28 @@ def test_every_stored_tensor_has_one(saved: Path) -> None:
 def test_an_undamaged_folder_passes_in_silence(
     saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    check_checksums(Checkpoint(saved), LocalControl())
+    check_checksums(Checkpoint(saved), LocalRankGroup())
     assert not caplog.records
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_flipped_bit_anywhere_is_named_by_one_rank_of_the_host(damaged: Path, size: int) -> None:
-    draw = random.Random(size)
+    rng = random.Random(size)
     for name, (path, first, last) in list_tensors(damaged).items():
-        position, bit = draw.choice([first, last, draw.randint(first, last)]), draw.randrange(8)
+        position, bit = rng.choice([first, last, rng.randint(first, last)]), rng.randrange(8)
         flip_bit(path, position, bit)
         checkpoint = Checkpoint(damaged)
         messages = []
         for rank in range(size):
             try:
                 # Two hosts of `size` ranks each, of which this is the second.
-                check_checksums(checkpoint, LocalControl(size + rank, 2 * size, rank, size))
+                check_checksums(checkpoint, LocalRankGroup(size + rank, 2 * size, rank, size))
             except CheckpointError as error:
                 messages.append(str(error))
         assert len(messages) == 1 and f"{name} is damaged" in messages[0], name
         assert str(path) in messages[0] and "\n" not in messages[0]
         flip_bit(path, position, bit)
-    check_checksums(Checkpoint(damaged), LocalControl())
+    check_checksums(Checkpoint(damaged), LocalRankGroup())
 
 
 def test_a_model_with_a_flipped_bit_is_not_loaded(damaged: Path) -> None:
@@ -104,7 +104,7 @@ def test_another_type_or_shape_for_the_same_bytes_is_seen(damaged: Path) -> None
     path.write_bytes(data[:position] + b'"I16" ' + data[position + 6 :])
     assert compute_checksums(path)[name] != before
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-        check_checksums(Checkpoint(damaged), LocalControl())
+        check_checksums(Checkpoint(damaged), LocalRankGroup())
 
 
 def change_manifest(folder: Path, **changes: object) -> None:

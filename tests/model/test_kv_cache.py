@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autotp_serving.kernels.kv_pools import quantize
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
-from autotp_serving.model.kv_pools import quantize
 
 
 def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:

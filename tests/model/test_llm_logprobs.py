@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autotp_serving import LLM, SamplingParams, Structure
+from autotp_serving import LLM, SamplingParams, StructuredOutput
 from autotp_serving.engine.grammar import GrammarError
 from tests.model.checkpoints import save_tiny_llama
 
@@ -80,16 +80,22 @@ def test_penalties_and_seeds_alone_and_in_a_crowd(llm: LLM) -> None:
     prompts = [*PROMPTS[:2], *[[number, 9, 9] for number in range(6)], *PROMPTS[2:]]
     mixed = llm.generate(prompts, [*params[:2], *crowd, *params[2:]], show_progress=False)
     assert [one.token_ids for one in (*mixed[:2], *mixed[-2:])] == alone
-    adjuster = llm._engine._runner._sampler._adjuster
-    assert adjuster._counts.num_requests == len(adjuster._biases) == 0
+    processors = llm._engine._runner._sampler._logits_processors
+    assert processors._counts.num_requests == len(processors._biases) == 0
 
 
 def test_structures_beside_free_answers(llm: LLM) -> None:
     """The model's vocabulary is larger than the tokenizer's: no mask lets its padding through."""
-    form = SamplingParams(max_tokens=40, temperature=5.0, structure=Structure("regex", "[0-9]{9}a"))
+    form = SamplingParams(
+        max_tokens=40, temperature=5.0, structured_output=StructuredOutput("regex", "[0-9]{9}a")
+    )
     free = SamplingParams(max_tokens=40, temperature=5.0, ignore_eos=True)
     for one in llm.generate([[5]] * 6, [form, free] * 3, show_progress=False)[::2]:
         assert one.finish_reason == "stop" and len(one.text) == 10
         assert one.text[:9].isdigit() and one.text[9] == "a"
     with pytest.raises(GrammarError, match="unclosed group"):
-        llm.generate([[5]], SamplingParams(structure=Structure("regex", "(")), show_progress=False)
+        llm.generate(
+            [[5]],
+            SamplingParams(structured_output=StructuredOutput("regex", "(")),
+            show_progress=False,
+        )

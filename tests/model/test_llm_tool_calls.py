@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving import LLM, SamplingParams, Structure
-from autotp_serving.api.answers import join
-from autotp_serving.api.tool_calls import ToolCallParser
-from autotp_serving.structure import CallableTool, ToolCalls
+from autotp_serving import LLM, SamplingParams, StructuredOutput
+from autotp_serving.api.openai.completion_parser import join
+from autotp_serving.api.openai.tool_calls import ToolCallParser
+from autotp_serving.structured_output import CallableTool, ToolCalls
 from tests.generated_schemas import check, make_schema
 
 DEMO = Path(__file__).parents[2] / "demo_model"
@@ -25,10 +25,10 @@ def llm():
         yield llm
 
 
-@pytest.mark.parametrize("form", ["hermes", "llama3"])
-def test_calls_fit_generated_schemas_at_temperature_1(llm: LLM, form) -> None:
-    draw = random.Random(4)
-    schemas = {f"f{n}": {"type": "object", "properties": {"a": make_schema(draw, 1)},
+@pytest.mark.parametrize("tool_format", ["hermes", "llama3"])
+def test_calls_fit_generated_schemas_at_temperature_1(llm: LLM, tool_format) -> None:
+    rng = random.Random(4)
+    schemas = {f"f{n}": {"type": "object", "properties": {"a": make_schema(rng, 1)},
                          "required": ["a"], "additionalProperties": False}
                for n in range(NUM_TOOLS)}  # fmt: skip
     tools = [CallableTool(name, json.dumps(schema), True) for name, schema in schemas.items()]
@@ -39,14 +39,16 @@ def test_calls_fit_generated_schemas_at_temperature_1(llm: LLM, form) -> None:
             max_tokens=MAX_TOKENS,
             temperature=1.0,
             seed=number,
-            structure=Structure("text", calls=ToolCalls(form, chosen, True, True)),
+            structured_output=StructuredOutput(
+                "text", calls=ToolCalls(tool_format, chosen, True, True)
+            ),
         )
         for number, chosen in enumerate(choices)
     ]
     answers = llm.generate(["What is AI?"] * len(params), params, show_progress=False)
     for chosen, answer in zip(choices, answers, strict=True):
         assert answer.finish_reason == "stop", answer.error
-        parser = ToolCallParser(form, {tool.name for tool in chosen})
+        parser = ToolCallParser(tool_format, {tool.name for tool in chosen})
         message = join([*parser.add(answer.text), *parser.end()])
         assert message["content"] is None
         (call,) = message["tool_calls"]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import open_device
+from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.model.checkpoint import MANIFEST_NAME
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.save import save_low_bit
-from autotp_serving.ranks import LocalControl
 from tests.model.checkpoints import save_tiny_llama
 
 INDEX = "model.safetensors.index.json"
@@ -25,12 +25,12 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 def load(folder: Path, **settings: str) -> torch.nn.Module:
     config = ServingConfig(model_path=str(folder), device="cpu", **settings)
     device = open_device("cpu", 0).torch_device
-    return load_model(config, read_model_config(config), LocalControl(), device, lambda x: x)
+    return load_model(config, read_model_config(config), LocalRankGroup(), device, lambda x: x)
 
 
 def save(source: Path, target: Path, **settings: str) -> None:
     config = ServingConfig(model_path=str(source), save_low_bit=str(target), **settings)
-    save_low_bit(config, read_model_config(config), LocalControl())
+    save_low_bit(config, read_model_config(config), LocalRankGroup())
 
 
 @pytest.fixture(scope="module")

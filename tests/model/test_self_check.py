@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.self_check import check_unproved
-from autotp_serving.ranks import LocalControl
 from tests.model.families import save_family
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def load(tmp_path: Path) -> Callable[[str], nn.Module]:
         folder = save_family(name, tmp_path / name)
         config = ServingConfig(model_path=str(folder), low_bit="bf16", dtype=dtype)
         model_config = read_model_config(config)
-        return load_model(config, model_config, LocalControl(), CPU, lambda tensor: tensor)
+        return load_model(config, model_config, LocalRankGroup(), CPU, lambda tensor: tensor)
 
     return load_family
 

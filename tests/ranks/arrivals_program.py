@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import join_group
 from autotp_serving.engine import Engine
-from autotp_serving.ranks import join_control
+from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 from autotp_serving.request import Request, RequestOutput, SamplingParams
-from autotp_serving.tokenizer import HuggingFaceTokenizer
-from autotp_serving.worker import start_worker
+from autotp_serving.worker.worker import start_worker
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     model_path, in_path, out_path = sys.argv[1:]
     job = json.loads(Path(in_path).read_text())
     config = ServingConfig(model_path=model_path, **job["settings"])
-    worker = start_worker(config, join_control(os.environ))
+    worker = start_worker(config, join_group(os.environ))
     if worker.lead is None:
         worker.runner.follow(worker.channel)
         return
@@ -44,9 +44,9 @@ def main() -> None:
         Request(str(index), tuple(prompt), params, time.monotonic())
         for index, prompt in enumerate(job["prompts"])
     ]
-    draw = random.Random(3)
+    rng = random.Random(3)
     while waiting or engine.has_work:
-        if waiting and (not engine.has_work or draw.random() < 0.3):
+        if waiting and (not engine.has_work or rng.random() < 0.3):
             engine.submit(waiting.pop())
         engine.step()
     assert engine.stats().num_held_blocks == 0

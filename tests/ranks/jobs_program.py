@@ -16,7 +16,7 @@ from typing import Any
 
 from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import ConfigError
-from autotp_serving.low_bit import linear
+from autotp_serving.layers import low_bit_linear
 
 
 def answer(job: dict[str, Any]) -> list[list[int]] | str | None:
@@ -35,7 +35,7 @@ def answer(job: dict[str, Any]) -> list[list[int]] | str | None:
 def main() -> None:
     """Answer and write."""
     # The CPU kernels also round activations, in groups that depend on the number of ranks.
-    linear.load_library = lambda format: None
+    low_bit_linear.load_library = lambda format: None
     in_path, out_path = map(Path, sys.argv[1:])
     answers = [answer(job) for job in json.loads(in_path.read_text())]
     if answers[0] is not None and os.environ.get("PMI_RANK", "0") == "0":

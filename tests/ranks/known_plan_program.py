@@ -1,4 +1,4 @@
-"""Compare the shapes known from config.json alone with those of the model that AutoTP cuts.
+"""Compare the shapes known from config.json alone with those of the model that AutoTP shards.
 
     python tests/ranks/known_plan_program.py NUM_RANKS FOLDER...
 
@@ -11,18 +11,18 @@ import sys
 from pathlib import Path
 
 from autotp_serving.config import ServingConfig
-from autotp_serving.model.footprint import ModelShapes
-from autotp_serving.model.known_shapes import list_known_shapes, read_known_config
+from autotp_serving.memory.footprint import ModelShapes
+from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
+from autotp_serving.memory.meta_planner import list_ranks, shard_shapes
 from autotp_serving.model.loader import read_model_config
-from autotp_serving.model.meta_planner import cut_shapes, list_ranks
 
 
-def compare(known: ModelShapes, cut: ModelShapes) -> str:
+def compare(known: ModelShapes, sharded: ModelShapes) -> str:
     """Their order apart, which differs where a fused layer is taken apart."""
-    odd = sorted(set(known.tensors) ^ set(cut.tensors), key=repr)
-    if odd or len(known.tensors) != len(cut.tensors):
+    odd = sorted(set(known.tensors) ^ set(sharded.tensors), key=repr)
+    if odd or len(known.tensors) != len(sharded.tensors):
         return f"differ in {len(odd)} tensors: {odd[:4]}"
-    rest = [(one.embedding_name, one.head.shape, one.dtype) for one in (known, cut)]
+    rest = [(one.embedding_name, one.head.shape, one.dtype) for one in (known, sharded)]
     return "equal" if rest[0] == rest[1] else f"differ: {rest}"
 
 
@@ -32,9 +32,9 @@ def main() -> None:
     for folder in map(Path, sys.argv[2:]):
         config = ServingConfig(model_path=str(folder))
         known, model_config = read_known_config(folder), read_model_config(config)
-        for control in list_ranks(num_ranks):
-            shapes = list_known_shapes(known, control.rank, num_ranks, "bfloat16")
-            print(folder.name, compare(shapes, cut_shapes(config, model_config, control)))
+        for group in list_ranks(num_ranks):
+            shapes = list_known_shapes(known, group.rank, num_ranks, "bfloat16")
+            print(folder.name, compare(shapes, shard_shapes(config, model_config, group)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write what each rank's weights and cache pages take: as planned in one process, or as loaded.
+"""Write what each rank's weights and cache blocks take: as planned in one process, or as loaded.
 
     python tests/ranks/plan_program.py MODEL IN.json OUT.json             # planned
     mpirun -np N python tests/ranks/plan_program.py MODEL IN.json OUT.json  # loaded
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from autotp_serving.config import ServingConfig
-from autotp_serving.model.footprint import count_loaded
+from autotp_serving.distributed.launch import join_group
+from autotp_serving.memory.footprint import count_loaded
+from autotp_serving.memory.meta_planner import find_footprints
 from autotp_serving.model.loader import read_model_config
-from autotp_serving.model.meta_planner import find_footprints
-from autotp_serving.ranks import join_control
-from autotp_serving.worker import start_worker
+from autotp_serving.worker.worker import start_worker
 
 
 def main() -> None:
@@ -26,17 +26,17 @@ def main() -> None:
     model_path, in_path, out_path = sys.argv[1:]
     job = json.loads(Path(in_path).read_text())
     config = ServingConfig(model_path=model_path, **job["settings"])
-    control = join_control(os.environ)
-    if control.size == 1:
+    group = join_group(os.environ)
+    if group.size == 1:
         planned = find_footprints(
             config, read_model_config(config), job["num_ranks"], 2048, on_cpu=True
         )
         found = [[item.weight_bytes, item.kv_bytes_per_block] for item in planned]
     else:
-        worker = start_worker(config, control)
-        page_bytes = worker.cache.num_bytes // worker.cache.num_blocks
-        found = control.all_gather([count_loaded(worker.model), page_bytes])
-    if control.rank == 0:
+        worker = start_worker(config, group)
+        block_bytes = worker.cache.num_bytes // worker.cache.num_blocks
+        found = group.all_gather([count_loaded(worker.model), block_bytes])
+    if group.rank == 0:
         Path(out_path).write_text(json.dumps(found))
 
 

@@ -9,11 +9,11 @@ import os
 import sys
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import join_group
 from autotp_serving.model.loader import read_model_config
 from autotp_serving.model.save import save_low_bit
-from autotp_serving.ranks import join_control
 
 if __name__ == "__main__":
     model_path, target, low_bit = sys.argv[1:]
     config = ServingConfig(model_path=model_path, save_low_bit=target, low_bit=low_bit)
-    save_low_bit(config, read_model_config(config), join_control(os.environ))
+    save_low_bit(config, read_model_config(config), join_group(os.environ))

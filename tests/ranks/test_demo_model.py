@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autotp_serving.tokenizer import HuggingFaceTokenizer
+from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 from tests.ranks.launch import ROOT, run_program
 
 DEMO = ROOT / "demo_model"
@@ -28,15 +28,15 @@ def prompts() -> list[list[int]]:
     """50 questions; every eighth comes after 1,000 to 1,300 tokens of other entries."""
     tokenizer = HuggingFaceTokenizer(DEMO)
     sample = json.loads((DEMO / "recall_sample.json").read_text())["random"]
-    draw = random.Random(11)
+    rng = random.Random(11)
     found = []
     for number in range(NUM_PROMPTS):
-        question = draw.choice(sample)["question"]
+        question = rng.choice(sample)["question"]
         text = question
         if number % 8 == 0:
-            length = draw.randint(1000, 1300)
+            length = rng.randint(1000, 1300)
             while len(tokenizer.encode(text)) < length:
-                other = draw.choice(sample)
+                other = rng.choice(sample)
                 text = f"{other['question']} {other['answer']}\n\n{text}"
         found.append(tokenizer.encode(text))
     return found

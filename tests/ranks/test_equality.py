@@ -17,11 +17,11 @@ pytestmark = pytest.mark.ranks
 
 def make_prompts(vocab_size: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of 1 to 700 tokens, pairs of them sharing a beginning, and their answer lengths."""
-    draw = random.Random(7)
+    rng = random.Random(7)
     lens = [1, 2, 15, 16, 17, 33, 64, 100, 250, 700]
-    prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lens]
-    prompts.append(prompts[-1][:640] + [draw.randrange(vocab_size) for _ in range(30)])
-    return prompts, [draw.randint(4, 40) for _ in prompts]
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in lens]
+    prompts.append(prompts[-1][:640] + [rng.randrange(vocab_size) for _ in range(30)])
+    return prompts, [rng.randint(4, 40) for _ in prompts]
 
 
 def list_shared_memory() -> set[str]:
@@ -93,7 +93,7 @@ def test_two_steps_in_flight_give_the_same_tokens(
 def test_an_int8_cache_gives_the_same_tokens_at_any_number_of_ranks(
     model_path: Path, tmp_path: Path
 ) -> None:
-    """A token's cache depends on that token and head alone: not on ranks, chunks, pages, batch."""
+    """A token's cache depends on that token and head alone: not on ranks, chunks, blocks, batch."""
     if torch.cuda.is_available() and torch.cuda.device_count() < 3:
         pytest.skip("3 ranks need as many CUDA cards")
     prompts, lens = make_prompts(256)

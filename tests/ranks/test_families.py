@@ -37,8 +37,8 @@ SETTINGS = {
 
 def make_prompts() -> list[list[int]]:
     """Prompts of one token, of less than a sliding window, a chunk, and more than either."""
-    draw = random.Random(3)
-    return [[draw.randrange(3, 320) for _ in range(length)] for length in (1, 2, 17, 40, 65, 130)]
+    rng = random.Random(3)
+    return [[rng.randrange(3, 320) for _ in range(length)] for length in (1, 2, 17, 40, 65, 130)]
 
 
 def run_jobs(jobs: list[dict[str, Any]], num_ranks: int, folder: Path) -> list[Any]:

@@ -25,7 +25,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ranks
 @pytest.mark.skipif(not INSTALLED, reason="ipex-llm is not installed")
 def test_one_and_two_ranks_answer_alike(model_path: Path, tmp_path: Path) -> None:
-    """ipex-llm rounds activations by blocks, which two ranks cut alike, so tokens are equal."""
+    """ipex-llm rounds activations by blocks, which two ranks shard alike, so tokens are equal."""
     prompts = [list(range(3, 3 + length)) for length in (1, 20, 90)]
     settings = {"max_model_len": 192, "max_num_batched_tokens": 48, "dtype": "float32"}
     job = {"model": str(model_path), "prompts": prompts, "max_tokens": 8}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import transformers
 
-from autotp_serving.model.known_shapes import DEFAULTS
+from autotp_serving.memory.known_shapes import DEFAULTS
 from tests.model.checkpoints import save_tiny_llama
 from tests.model.families import COMMON, FAMILIES
 from tests.ranks.launch import ROOT, run_program
@@ -51,7 +51,7 @@ def test_planned_ranks_are_those_loaded(
 ) -> None:
     settings = {"low_bit": low_bit, "device": "cpu", "kv_cache_memory": 2**24}
     if num_ranks == 2:
-        changes = changes | {"intermediate_size": 768}  # so that two ranks cut no block
+        changes = changes | {"intermediate_size": 768}  # so that two ranks split no block
     folder = save_tiny_llama(tmp_path / "model", **changes)
     planned, loaded = plan_and_load(folder, num_ranks, settings, tmp_path)
     assert planned == loaded
@@ -59,7 +59,7 @@ def test_planned_ranks_are_those_loaded(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_config_alone_says_what_the_cut_model_says(num_ranks: int, tmp_path: Path) -> None:
+def test_config_alone_says_what_the_sharded_model_says(num_ranks: int, tmp_path: Path) -> None:
     """Every family that is planned without torch; 3 ranks share 4 key/value heads unevenly."""
     for name, (config_class, changes) in FAMILIES.items():
         heads = {"num_key_value_heads": 4, "intermediate_size": 300} if num_ranks == 3 else {}

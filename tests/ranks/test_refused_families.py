@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from scripts.family_sweep import make_one, serve_all
 from tests.ranks.launch import ROOT
 from tests.ranks.test_families import IS_TRANSFORMERS_4
-from tools.family_sweep import make_one, serve_all
 
 pytestmark = [
     pytest.mark.ranks,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ranks
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The checkpoint converted while loading, and the folder saved at two ranks."""
     root = tmp_path_factory.mktemp("save")
-    # Rows that three ranks cut unevenly; columns that four can cut in blocks of 64.
+    # Rows that three ranks shard unevenly; columns that four can shard in blocks of 64.
     model = save_tiny_llama(root / "model", num_hidden_layers=2, head_dim=64, intermediate_size=768)
     program = Path(__file__).with_name("save_program.py")
     subprocess.run(

@@ -99,7 +99,7 @@ def test_each_missing_piece_is_one_line_with_its_cure(machine):
     result = machine.launch(ARC, "/m", DRY_RUN="1")
     assert result.returncode == 0
     warnings = lines(result.stderr, "WARNING")
-    for cure in ("pip install -r requirements-xpu.txt", "sycl-ls", "intel-oneapi-base-toolkit",
+    for cure in ("pip install -r requirements/xpu.txt", "sycl-ls", "intel-oneapi-base-toolkit",
                  "apt-get install numactl"):  # fmt: skip
         assert sum(cure in line for line in warnings) == 1, (cure, warnings)
     assert len(warnings) == 4

@@ -124,7 +124,7 @@ def test_run_tests_with_ipex_llm_has_an_environment_of_its_own(tree, tmp_path):
         (tree.root / path).mkdir(parents=True)
     first = tree.run("run_tests.sh", "--ipex-llm", "-x", IPEX_LLM_VENV=str(venv))
     assert first.returncode == 0, first.stderr
-    assert "installing requirements-ipex-llm.txt requirements-dev.txt" in first.stderr
+    assert "installing requirements/ipex-llm.txt requirements/dev.txt" in first.stderr
     assert "tests with ipex-llm: passed" in first.stderr
     words = (tree.record / "pytest").read_text().split()
     assert {"tests/low_bit", "tests/model", "tests/ranks/test_ipex_llm.py"} < set(words)

@@ -1,4 +1,4 @@
-"""run_multi_host.sh: what it asks of the machines, and the command that it ends in."""
+"""scripts/run_multi_host.sh: what it asks of the machines, and the command that it ends in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = "run_multi_host.sh"
+SCRIPT = "scripts/run_multi_host.sh"
 
 
 @pytest.fixture

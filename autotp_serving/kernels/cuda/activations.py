@@ -14,9 +14,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, load_kernel
 from autotp_serving.low_bit.formats import BLOCK
-
-from .nvrtc import Kernel, Long, load_kernel
 
 SOURCE = "activations.cu"
 TOKENS = 8

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp_serving.native_build import BuildError, cache_folder
+from autotp_serving.devices.build import BuildError, cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
+from autotp_serving.kernels.cuda.products import multiply
+from autotp_serving.kernels.cuda.tiles import CudaTensor
 from autotp_serving.low_bit.formats import find_format
-
-from .products import multiply
-from .tiles import CudaTensor
 
 NAMESPACE = "autotp"
 LINEAR = (

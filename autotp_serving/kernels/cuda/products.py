@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autotp_serving.devices.build import BuildError
+from autotp_serving.kernels.cpu.linear import find_levels
+from autotp_serving.kernels.cuda.activations import Activations, Rounding, quantize_tokens
+from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, Words, load_kernel
+from autotp_serving.kernels.cuda.tiles import ROWS, CudaTensor
 from autotp_serving.low_bit.formats import (
     BLOCK,
     FORMATS,
@@ -23,13 +28,7 @@ from autotp_serving.low_bit.formats import (
     num_blocks,
     split_code_bits,
 )
-from autotp_serving.low_bit.kernels.cpu import find_levels
 from autotp_serving.low_bit.numerics import decode
-from autotp_serving.native_build import BuildError
-
-from .activations import Activations, Rounding, quantize_tokens
-from .nvrtc import Kernel, Long, Words, load_kernel
-from .tiles import ROWS, CudaTensor
 
 logger = logging.getLogger(__name__)
 

@@ -118,7 +118,7 @@ def store_kernel(
 def store(key: Tensor, value: Tensor, slots: Tensor, pools: Pools) -> None:
     """Write rows of new tokens into their slots.
 
-    An int8 cache holds what `model/kv_pools.py`'s `quantize` gives, to the bit.
+    An int8 cache holds what `kernels/kv_pools.py`'s `quantize` gives, to the bit.
 
     Args:
         key, value: [num_tokens, num_kv_heads, head_dim], the last dimension contiguous; they may

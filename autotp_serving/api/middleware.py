@@ -1,0 +1,330 @@
+"""What every HTTP request passes through, whatever its route. Rank 0 only.
+
+The guard names the request, asks for the API key, sends away pages under foreign names, reads the
+body within its limits of size and time, ends the handler when the client leaves, and writes one
+line to the access log. Neither prompts nor keys reach the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from autotp_serving.api.api_keys import ApiKeys
+from autotp_serving.api.connections import FULL
+from autotp_serving.api.engine_client import Usage
+from autotp_serving.api.errors import error_response
+from autotp_serving.api.hosts import AllowedHosts
+
+logger = logging.getLogger("autotp_serving.access")
+
+MAX_LOGGED_PATH = 200
+MAX_JSON_VALUES = 1_000_000
+"""In one body: parsing that many takes about 0.1 s, in which nobody else is served."""
+BODY_SECONDS = 30.0
+BODY_BYTES_PER_SECOND = 16 * 2**10
+"""A body may take so many seconds, and one more for each so many bytes that have come of it."""
+CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+# Served without a key: what load balancers ask, and the page in which a person can type one.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+
+@dataclass
+class RequestRecord:
+    """What the access log tells of one HTTP request; handlers fill in `usage`.
+
+    `tenant` says whose it is; see `ApiKeys`.
+    """
+
+    request_id: str
+    arrival_time: float
+    tenant: str = ""
+    status: int = 0
+    is_answered: bool = False
+    usage: Usage = field(default_factory=Usage)
+
+
+class _BodyTooLarge(Exception):
+    """The body exceeds the limit."""
+
+
+class _BodyTooSlow(Exception):
+    """The body has not come in time."""
+
+
+class _TooManyValues(Exception):
+    """The body is small enough, and what is in it is too much to look at."""
+
+
+class _ClientLeft(Exception):
+    """The client closed the connection while it was still sending."""
+
+
+class RequestGuard:
+    """Outermost ASGI layer; plain ASGI, since wrapped responses would hide who left."""
+
+    def __init__(
+        self, app: ASGIApp, max_body_size: int, api_keys: ApiKeys, allowed_hosts: AllowedHosts
+    ) -> None:
+        self.app = app
+        self.max_body_size = max_body_size
+        self.api_keys = api_keys
+        self.allowed_hosts = allowed_hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = RequestRecord(f"req-{uuid.uuid4().hex}", time.monotonic())
+        scope.setdefault("state", {})["record"] = record
+        header = (b"x-request-id", record.request_id.encode("ascii"))
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            elif not message.get("more_body", False):
+                record.is_answered = True
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, send_named, record)
+        except Exception:
+            record.status = record.status or 500
+            raise
+        finally:
+            _log(scope, record)
+
+    def _find_refusal(self, scope: Scope, tenant: str | None) -> Response | None:
+        """What is answered to a request whose body need not be read."""
+        is_probe = scope["path"] in QUIET_PATHS
+        if scope["state"].get("is_spare") and not is_probe:
+            return error_response(
+                503, FULL, code="too_many_connections",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
+        stranger = self.allowed_hosts.find_stranger(scope["headers"])
+        if stranger is not None:
+            return error_response(
+                403,
+                f"a browser calls this server '{stranger[:MAX_LOGGED_PATH]}', which is none of its "
+                "names: use its address, or start it with --allowed-host NAME",
+                code="host_not_allowed",
+                headers={"Connection": "close"},
+            )
+        if tenant is None and scope["path"] not in OPEN_PATHS:
+            return _refuse_stranger(scope)
+        encoding = _find_encoding(scope)
+        if encoding is not None:
+            return error_response(
+                415,
+                f"the body is packed as '{encoding[:MAX_LOGGED_PATH]}': send it as it is, without "
+                "Content-Encoding",
+                code="unsupported_encoding",
+                headers={"Accept-Encoding": "identity", "Connection": "close"},
+            )
+        return None
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
+        tenant = self.api_keys.find_tenant(scope["headers"])
+        refusal = self._find_refusal(scope, tenant)
+        if refusal is not None:  # before the body is read: strangers cost no memory
+            await refusal(scope, receive, send)
+            return
+        record.tenant = tenant or ""
+        try:
+            body = await _read_body(scope, receive, self.max_body_size)
+        except _BodyTooLarge:
+            refusal = error_response(
+                413,
+                f"the body is larger than {self.max_body_size} bytes (--max-body-size)",
+                headers={"Connection": "close"},
+            )
+            await refusal(scope, receive, send)
+            return
+        except _BodyTooSlow:
+            refusal = error_response(
+                408,
+                f"the body came too slowly: it may take {BODY_SECONDS:g} s, and a second more for "
+                f"each {BODY_BYTES_PER_SECOND} bytes",
+                headers={"Connection": "close"},
+            )
+            await refusal(scope, receive, send)
+            return
+        except _TooManyValues:
+            refusal = error_response(413, f"the body holds more than {MAX_JSON_VALUES} values")
+            await refusal(scope, receive, send)
+            return
+        except _ClientLeft:
+            record.status = CLIENT_LEFT
+            return
+        _label_as_json(scope)
+        if scope["method"] == "HEAD":  # uvicorn, which knows what it was, leaves the body out
+            scope = scope | {"method": "GET"}
+        await _run_while_connected(self.app, scope, body, receive, send)
+        if not record.is_answered:
+            record.status = CLIENT_LEFT
+
+
+def _refuse_stranger(scope: Scope) -> Response:
+    shows_key = any(name == b"authorization" for name, _ in scope["headers"])
+    return error_response(
+        401,
+        # Clients tell a refused key by these words of OpenAI's.
+        "Incorrect API key provided: it is not known here"
+        if shows_key
+        else "this server wants an API key, sent as Authorization: Bearer KEY",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
+    )
+
+
+def _find_encoding(scope: Scope) -> str | None:
+    """How a body is packed, where it is not plain."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" or name == b"transfer-encoding":
+            for word in value.decode("latin-1").lower().split(","):
+                if word.strip() not in ("", "identity", "chunked"):
+                    return word.strip()
+    return None
+
+
+async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Read the whole request body.
+
+    Raises _BodyTooSlow when its time is over, _BodyTooLarge before holding more than `limit`, and
+    _TooManyValues at the end.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise _BodyTooLarge
+    chunks = []
+    size = 0
+    with _BodyTimer() as timer:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientLeft
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise _BodyTooLarge
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                break
+            timer.num_bytes = size
+    body = b"".join(chunks)
+    # Every value but the outermost has one of these before it; in texts they hardly ever abound.
+    if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
+        raise _TooManyValues
+    return body
+
+
+class _BodyTimer:
+    """Interrupts the task it is made in, by _BodyTooSlow, once a body takes too long.
+
+    Attributes:
+        num_bytes: that have come of it.
+    """
+
+    def __enter__(self) -> _BodyTimer:
+        self.num_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._start = self._loop.time()
+        self._is_late = False
+        self._timer = self._loop.call_later(BODY_SECONDS, self._check)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._is_late and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11):  # else whoever looks finds the task cancelled
+                self._task.uncancel()
+            raise _BodyTooSlow
+
+    def _check(self) -> None:
+        end = self._start + BODY_SECONDS + self.num_bytes / BODY_BYTES_PER_SECOND
+        if self._loop.time() < end:
+            self._timer = self._loop.call_at(end, self._check)
+        else:
+            self._is_late = True
+            self._task.cancel()
+
+
+def _label_as_json(scope: Scope) -> None:
+    """Call every body JSON: all our routes take nothing else, and curl -d says form.
+
+    Not for browsers, which always name an origin: foreign pages may send forms without asking.
+    """
+    is_browser = any(name == b"origin" for name, _ in scope["headers"])
+    if scope["method"] == "POST" and not is_browser:
+        others = [header for header in scope["headers"] if header[0] != b"content-type"]
+        scope["headers"] = [*others, (b"content-type", b"application/json")]
+
+
+async def _run_while_connected(
+    app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
+    """Run `app` on a body already read; cancel it if the client leaves before the answer's end.
+
+    Waiting for the disconnect here covers every phase of every route: tokenizing, queued, prefill,
+    decode, streaming or not. The handlers release what they hold when they are cancelled.
+    """
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+
+    async def receive_rest() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.shield(gone)
+        return {"type": "http.disconnect"}
+
+    work = asyncio.ensure_future(app(scope, receive_rest, send))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if scope["state"]["record"].is_answered:  # servers report the end as a disconnect too
+            await asyncio.wait((work,))
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.wait((work, gone))
+    if not work.cancelled() and (error := work.exception()) is not None:
+        raise error
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _log(scope: Scope, record: RequestRecord) -> None:
+    if scope["path"] in QUIET_PATHS and record.status == 200:
+        return
+    fields = {
+        "method": scope["method"],
+        # Decoded paths may hold line breaks, which would forge lines of this log.
+        "path": scope["path"].encode("unicode_escape").decode("ascii")[:MAX_LOGGED_PATH],
+        "status": record.status,
+        "seconds": round(time.monotonic() - record.arrival_time, 6),
+        "prompt_tokens": record.usage.num_prompt_tokens,
+        "output_tokens": record.usage.num_output_tokens,
+        "request_id": record.request_id,
+    }
+    line = "%s %s %d %.3fs in=%d out=%d %s"
+    arguments = tuple(fields.values())
+    if record.tenant:
+        fields["api_key"] = record.tenant  # its number, not the key
+        line += " (%s)"
+        arguments += (record.tenant,)
+    logger.info(line, *arguments, extra={"fields": fields})

@@ -1,0 +1,250 @@
+"""Body of /v1/chat/completions: every field is honoured or refused by name. Rank 0 only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from autotp_serving.api.openai.schemas import LABEL, OpenAIRequest
+from autotp_serving.api.openai.tool_schemas import (
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+from autotp_serving.api.schemas import StrictModel, Text, at_most, bounded, only
+from autotp_serving.request import MAX_LOGPROBS, RequestError
+from autotp_serving.structured_output import Reasoning, StructuredOutput, ToolCalls, ToolFormat
+
+MAX_MESSAGES = 2**14
+MAX_LABELS = 1024
+
+
+class TextPart(StrictModel):
+    """A piece of a message's content; images and audio are refused."""
+
+    type: Literal["text"] = Field(description="what the part is")
+    text: Text = Field(description="the part itself")
+
+
+class ChatMessage(StrictModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="who says it; developer is another word for system"
+    )
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="what is said, parts joined by lines; may be null beside tool_calls only"
+    )
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="what an earlier completion called"
+    )
+    tool_call_id: Text | None = Field(None, description="which call a tool's message answers")
+    name: Text | None = Field(None, description="for templates that tell speakers apart")
+
+    # Clients send a completion back as they got it, with its empty fields.
+    refusal: only() = None
+    annotations: only([]) = None
+    audio: only() = None
+    function_call: only() = None
+    reasoning_content: Text | None = Field(
+        None, description="reasoning of an earlier completion, for templates that read it"
+    )
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise RequestError("content", "is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError("tool_calls", "belongs to messages of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise RequestError(
+                "tool_call_id", "belongs to every message of a tool, and to no other"
+            )
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        # "developer" is OpenAI's newer word for "system"; no template knows it.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
+        if self.name:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
+Labels = Annotated[dict[Text, Text], at_most(MAX_LABELS)]
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: Messages = Field(description="the conversation so far")
+    max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
+    logprobs: bool | None = Field(None, description="give the tokens' logprobs; default false")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to list beside each; default 0"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="end the prompt with the completion's head; default true"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="go on with the last message's text"
+    )
+    chat_template_kwargs: Annotated[dict[Text, Any], at_most(MAX_LABELS), bounded()] | None = Field(
+        None, description="variables of the model's chat template"
+    )
+
+    metadata: Labels | None = Field(None, description=LABEL)
+    safety_identifier: Text | None = Field(None, description=LABEL)
+    prompt_cache_key: Text | None = Field(None, description=LABEL)
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), bounded()] | None = Field(
+        None, description="what may be called"
+    )
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="whether tools are called: not at all, if the model likes, at least one, "
+        "this one once, or some of these only; default: auto",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="more than one call in a completion; default true"
+    )
+    functions: only([]) = None
+    function_call: only("none", "auto") = None
+    modalities: only(["text"]) = None
+    audio: only() = None
+    prediction: only() = None
+    web_search_options: only() = None
+    moderation: only() = None
+    reasoning_effort: only() = None
+    verbosity: only("medium") = None
+    store: only(False) = None
+    service_tier: only("auto", "default") = None
+    prompt_cache_options: only() = None
+    prompt_cache_retention: only("in_memory") = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> ChatRequest:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestError("max_tokens", "and max_completion_tokens differ: send one")
+        if "tools" in (self.chat_template_kwargs or {}):
+            raise RequestError("chat_template_kwargs", "send tools in their own field")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> ChatRequest:
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        if not self.tools:
+            raise RequestError("tool_choice", "asks for a call, and there are no tools")
+        missing = self.chosen_tools - {tool.function.name for tool in self.tools}
+        if missing:
+            raise RequestError("tool_choice", f"'{min(missing)}' is not among the tools")
+        return self
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs", "is only allowed with logprobs: true")
+        return self
+
+    def logprob_params(self) -> dict[str, int | None]:
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def max_new_tokens(self, num_tokens_left: int) -> int:
+        """Most tokens to generate; `num_tokens_left` is what the model has left for them."""
+        return self.max_completion_tokens or self.max_tokens or max(1, num_tokens_left)
+
+    @property
+    def names_one_tool(self) -> bool:
+        """True when the completion has to be one call of a tool that `tool_choice` names."""
+        return isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def chosen_tools(self) -> set[str]:
+        """Names of the tools that `tool_choice` leaves; empty where it names none."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return {tool.function.name for tool in choice.allowed_tools.tools}
+        return {choice.function.name} if isinstance(choice, NamedTool) else set()
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Tools that the model may call in this completion."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        chosen = self.chosen_tools
+        return [tool for tool in tools if not chosen or tool.function.name in chosen]
+
+    @property
+    def requires_call(self) -> bool:
+        """True when the completion has to be calls and nothing else."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or self.names_one_tool
+
+    @property
+    def allows_one_call(self) -> bool:
+        """True when the completion may call one tool at most."""
+        return self.parallel_tool_calls is False or self.names_one_tool
+
+    def whole_structured_output(
+        self, tool_format: ToolFormat | None, reasoning: Reasoning | None
+    ) -> tuple[str, StructuredOutput] | None:
+        """The structured output, calls and reasoning included, and the field that asks for it.
+
+        Calls are held to a form where one has to come, where a tool is strict, and where the rest
+        of the completion is structured, which they could not break otherwise.
+
+        Args:
+            tool_format: how the model writes calls; None if it has not learned to.
+            reasoning: whether it may think before it answers.
+
+        Raises:
+            RequestError: naming the tool whose parameters are no object's.
+        """
+        field_name, structured_output = self.structured_output() or (
+            "tools",
+            StructuredOutput("text"),
+        )
+        tools = self.callable_tools
+        is_required = self.requires_call
+        is_strict = any(tool.function.strict for tool in tools)
+        calls = None
+        if tools and tool_format and (is_required or is_strict or structured_output.kind != "text"):
+            named = tuple(tool.function.as_callable() for tool in tools)
+            calls = ToolCalls(tool_format, named, is_required, self.allows_one_call)
+        if calls is None and structured_output.kind == "text":
+            return None
+        return field_name, replace(structured_output, calls=calls, reasoning=reasoning)
+
+    def template_options(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        # What a grammar sees to is none of the model's business, which call is its to make is.
+        shown = self.tools or [] if self.names_one_tool else self.callable_tools
+        tools = [
+            tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in shown
+        ]
+        return {
+            **(self.chat_template_kwargs or {}),
+            **({"tools": tools} if tools else {}),
+            "add_generation_prompt": self.add_generation_prompt is not False
+            and not self.continue_final_message,
+            "continue_final_message": bool(self.continue_final_message),
+        }

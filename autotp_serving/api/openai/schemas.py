@@ -1,0 +1,209 @@
+"""Request bodies of the OpenAI routes: every field is honoured or refused by name. Rank 0 only.
+
+A field typed with `only(...)` is known but not honoured: it may hold the values that ask for
+nothing, and any other value is answered 400. Null always means the default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator, model_validator
+
+from autotp_serving.api.sampling_fields import SamplingFields
+from autotp_serving.api.schemas import (
+    NonEmptyText,
+    Seed,
+    Stop,
+    StrictModel,
+    Text,
+    as_tuple,
+    check_unicode,
+    only,
+)
+from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
+from autotp_serving.structured_output import StructuredOutput
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 2**14
+LABEL = "for the caller's own books; asks nothing of the completion"
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+def _parse_prompts(value: Any) -> list[str | list[int]]:
+    """All prompts of a completion: text, a list of texts, token ids, or a list of such lists."""
+    if isinstance(value, str) or _is_list_of(int, value):
+        value = [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise ValueError(f"must be at most {MAX_PROMPTS} prompts, not {len(value)}")
+    if not _is_list_of(str, value) and not (
+        _is_list_of(list, value) and all(_is_list_of(int, part) for part in value)
+    ):
+        raise ValueError("must be text, a list of texts, token ids, or a list of token id lists")
+    if not all(value):
+        raise ValueError("must not be empty")
+    for prompt in value:
+        if isinstance(prompt, str):
+            check_unicode(prompt)
+    return value
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is kind for part in value)
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# For the documentation; the parser alone decides, and says what it wants in one sentence.
+PromptForms = (
+    NonEmptyText
+    | TokenIds
+    | Annotated[list[NonEmptyText], Field(min_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1)]
+)
+Prompts = Annotated[
+    list[str | list[int]], PlainValidator(_parse_prompts, json_schema_input_type=PromptForms)
+]
+
+
+class StreamOptions(StrictModel):
+    """What a stream tells beside its text."""
+
+    include_usage: bool | None = Field(None, description="end with a chunk that holds the usage")
+    include_obfuscation: only(False) = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: every chunk holds the usage so far"
+    )
+
+
+class OpenAIRequest(SamplingFields):
+    """What both OpenAI routes take."""
+
+    model: Text | None = Field(None, description="a name from /v1/models; default: the first")
+    n: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="completions per prompt; default 1"
+    )
+    stream: bool | None = Field(None, description="answer in server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
+    temperature: float | None = Field(
+        None, ge=0.0, le=100.0, description="what logits are divided by; 0 is greedy; default 1"
+    )
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this share; default 1"
+    )
+    top_k: int | None = Field(
+        None, ge=-1, description="keep so many likeliest tokens; 0 or -1 keeps all; default 0"
+    )
+    seed: Seed | None = Field(None, description="same seed and prompt, same text")
+    stop: Stop | None = Field(None, description="text at which to end; not returned")
+    ignore_eos: bool | None = Field(None, description="go on past the model's end token")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens to generate; default 16 for completions, what fits for chat",
+    )
+
+    user: Text | None = Field(None, description=LABEL)
+
+    use_beam_search: only(False) = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> OpenAIRequest:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options", "is only allowed with stream: true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Completions to each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """True when a stream must end with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def always_usage(self) -> bool:
+        """True when every chunk of a stream must hold the usage so far."""
+        options = self.stream_options
+        return self.include_usage and bool(options and options.continuous_usage_stats)
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions to generate for each prompt, of which the best may be picked."""
+        return self.num_choices
+
+    def logprob_params(self) -> dict[str, int | None]:
+        """Which logprobs are needed, in the words of SamplingParams."""
+        raise NotImplementedError
+
+    def sampling_params(
+        self, max_tokens: int, choice: int, structured_output: StructuredOutput | None
+    ) -> SamplingParams:
+        """The same in the engine's words, for one of the completions to a prompt."""
+        return SamplingParams(
+            **self.shared_params(max_tokens, structured_output),
+            **self.logprob_params(),
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            # Each completion samples with its own numbers, the same ones at each call.
+            seed=None if self.seed is None else self.seed + choice,
+            stop=as_tuple(self.stop),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of /v1/completions."""
+
+    prompt: Prompts = Field(
+        description="text, a list of texts, token ids, or a list of token id lists"
+    )
+    echo: bool | None = Field(None, description="put the prompt before the completion")
+    max_tokens: int | None = Field(
+        None, ge=0, description="most tokens to generate, 0 only with echo; default 16"
+    )
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="generate so many, return the n likeliest per token; default n",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="list so many likeliest tokens beside each; default: no logprobs",
+    )
+    suffix: only("") = None
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> CompletionRequest:
+        if self.num_sampled < self.num_choices:
+            raise RequestError("best_of", f"must be at least n, which is {self.num_choices}")
+        if self.num_sampled > self.num_choices and self.stream:
+            raise RequestError("best_of", "over n cannot be streamed: the best is known at the end")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens", "0 is only allowed with echo")
+        return self
+
+    @property
+    def num_sampled(self) -> int:
+        return self.best_of or self.num_choices
+
+    def logprob_params(self) -> dict[str, int | None]:
+        # To score a prompt is all that is left to do when no token is wanted.
+        scored = self.logprobs or 0 if self.max_tokens == 0 else self.logprobs
+        ranked = 0 if self.num_sampled > self.num_choices else None
+        return {
+            "logprobs": ranked if self.logprobs is None else self.logprobs,
+            "prompt_logprobs": scored if self.echo else None,
+        }
+
+    def max_new_tokens(self, num_tokens_left: int) -> int:
+        """Most tokens to generate; `num_tokens_left` is what the model has left for them."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(1, min(num_tokens_left, DEFAULT_COMPLETION_TOKENS))

@@ -1,0 +1,1 @@
+"""The ranks as a group: launch, channel, collectives, placement. Every rank."""

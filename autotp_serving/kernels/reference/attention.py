@@ -1,0 +1,209 @@
+"""Attention over the paged KV cache in portable torch, on any device. Every rank.
+
+The reference for faster kernels, and what runs where there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from autotp_serving.kernels.kv_pools import Pools
+from autotp_serving.model.batch_state import StepInputs
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One sequence that runs several tokens: rows [start, stop) of the flattened batch.
+
+    Attributes:
+        context_slots: [context_len] cache slots of its context, or None when the context is just
+            these rows, which are then used as they are, unless the cache rounds them: then a
+            prompt at once must see what it would see in pieces.
+    """
+
+    start: int
+    stop: int
+    context_len: int
+    context_slots: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """All sequences that run a single token, attended in one padded batch.
+
+    Attributes:
+        rows: [num_seqs] their rows in the flattened batch.
+        context_slots: [num_seqs, longest_context] cache slots, padded with the sequence's first.
+        context_lens: [num_seqs].
+    """
+
+    rows: torch.Tensor
+    context_slots: torch.Tensor
+    context_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PortableAttention:
+    """What is to be attended in one step: prompts one by one, single tokens together."""
+
+    prefills: tuple[Prefill, ...]
+    decodes: Decodes | None
+
+    @staticmethod
+    def of(inputs: StepInputs, block_size: int, is_int8: bool) -> PortableAttention:
+        """Find the cache slots of all contexts, on the inputs' device."""
+        device = inputs.slots.device
+        offsets = torch.arange(block_size, device=device)
+
+        def find_slots(tables: torch.Tensor) -> torch.Tensor:
+            """[..., num_blocks] to [..., num_blocks * block_size]."""
+            return (tables.long()[..., None] * block_size + offsets).flatten(-2)
+
+        prefills, decode_rows, decode_seqs = [], [], []
+        longest = start = 0
+        for index, (query_len, context_len) in enumerate(
+            zip(inputs.host_query_lens, inputs.host_context_lens, strict=True)
+        ):
+            stop = start + query_len
+            if query_len == 1:
+                decode_rows.append(start)
+                decode_seqs.append(index)
+                longest = max(longest, context_len)
+            else:
+                slots = None
+                if context_len > query_len or is_int8:
+                    num_blocks = -(-context_len // block_size)
+                    table = inputs.block_tables[inputs.rows[index : index + 1], :num_blocks]
+                    slots = find_slots(table)[0, :context_len]
+                prefills.append(Prefill(start, stop, context_len, slots))
+            start = stop
+        decodes = None
+        if decode_rows:
+            chosen = torch.tensor(decode_seqs, device=device)
+            num_blocks = -(-longest // block_size)
+            tables = inputs.block_tables[inputs.rows[chosen], :num_blocks]
+            slots = find_slots(tables)[:, :longest]
+            context_lens = inputs.context_lens[chosen].long()
+            # A NaN survives the mask, so what is masked must be this sequence's own: NaN of one
+            # request, or left behind by one, then spoils no other.
+            is_own = torch.arange(slots.shape[1], device=device) < context_lens[:, None]
+            slots = torch.where(is_own, slots, slots[:, :1])
+            decodes = Decodes(torch.tensor(decode_rows, device=device), slots, context_lens)
+        return PortableAttention(tuple(prefills), decodes)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        pools: Pools,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attend in one layer.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            new: the tokens' own keys and values, [num_tokens, num_kv_heads, head_dim].
+            pools: the layer's, with the new.
+
+        Returns:
+            [num_tokens, num_heads, value_head_dim].
+        """
+        output = query.new_empty((query.shape[0], query.shape[1], new[1].shape[-1]))
+        for prefill in self.prefills:
+            rows = slice(prefill.start, prefill.stop)
+            slots = prefill.context_slots
+            if slots is None:
+                key, value = (numbers[rows] for numbers in new)
+            else:
+                key, value = pools.read(slots, query.dtype)
+            output[rows] = _attend_prefill(
+                query[rows], key, value, scaling, sliding_window, softcap
+            )
+        if self.decodes is not None:
+            output[self.decodes.rows] = _attend_decodes(
+                query, pools, self.decodes, scaling, sliding_window, softcap
+            )
+        return output
+
+
+def _attend_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of the last query_len positions of a context.
+
+    Args:
+        query: [query_len, num_heads, head_dim].
+        key, value: [context_len, num_kv_heads, head_dim].
+
+    Returns:
+        [query_len, num_heads, head_dim].
+    """
+    query_len, context_len = query.shape[0], key.shape[0]
+    num_groups = query.shape[1] // key.shape[1]
+    query = query.transpose(0, 1)[None]
+    key = key.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
+    value = value.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
+    if query_len == context_len and sliding_window is None and softcap is None:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return output[0].transpose(0, 1)
+    key_position = torch.arange(context_len, device=query.device)
+    query_position = key_position[context_len - query_len :, None]
+    visible = key_position <= query_position
+    if sliding_window is not None:
+        visible &= key_position > query_position - sliding_window
+    return _attend_masked(query, key, value, visible, scaling, softcap)[0].transpose(0, 1)
+
+
+def _attend_decodes(
+    query: torch.Tensor,
+    pools: Pools,
+    decodes: Decodes,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One query per sequence; the heads that share a key/value head stand in as query rows.
+
+    Returns:
+        [num_decodes, num_heads, head_dim].
+    """
+    rows = query[decodes.rows]
+    num_seqs, num_heads, _ = rows.shape
+    key, value = (
+        numbers.transpose(1, 2) for numbers in pools.read(decodes.context_slots, query.dtype)
+    )
+    num_kv_heads = key.shape[1]
+    rows = rows.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, -1)
+    position = torch.arange(key.shape[2], device=query.device)
+    visible = position < decodes.context_lens[:, None]
+    if sliding_window is not None:
+        visible &= position >= decodes.context_lens[:, None] - sliding_window
+    output = _attend_masked(rows, key, value, visible[:, None, None], scaling, softcap)
+    return output.reshape(num_seqs, num_heads, -1)
+
+
+def _attend_masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention under a boolean mask; with a softcap by hand, because torch's has none."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+    logits = (query @ key.transpose(-1, -2)).float() * scaling
+    logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+    return weights.to(value.dtype) @ value

@@ -1,0 +1,79 @@
+"""The output head, split over the vocabulary. Every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class VocabParallelHead(nn.Module):
+    """Computes this rank's slice of the logits and hands every rank all of them.
+
+    AutoTP would split the input instead, and so round each logit once per rank. Split over the
+    vocabulary, logits are those of one rank, and a tied head is a view of the whole embedding
+    that every rank holds anyway.
+
+    Attributes:
+        weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
+        low_bit: a layer without bias that multiplies by the converted weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        has_bias: bool,
+        dtype: torch.dtype,
+        rank: int,
+        num_ranks: int,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.start = vocab_size * rank // num_ranks
+        self.stop = vocab_size * (rank + 1) // num_ranks
+        self._all_reduce = all_reduce
+        num_rows = self.stop - self.start
+        self.weight = nn.Parameter(
+            torch.empty((num_rows, hidden_size), dtype=dtype, device="meta"), requires_grad=False
+        )
+        self.low_bit: nn.Module | None = None
+        self.bias = None
+        if has_bias:
+            self.bias = nn.Parameter(
+                torch.empty(num_rows, dtype=dtype, device="meta"), requires_grad=False
+            )
+
+    def tie_to(self, embedding: torch.Tensor) -> None:
+        """Share the memory of the embedding, [vocab_size, hidden_size]."""
+        self.weight = nn.Parameter(embedding[self.start : self.stop], requires_grad=False)
+
+    def set_low_bit(self, linear: nn.Module) -> None:
+        """Let a converted weight, of this rank's rows, take the dense one's place."""
+        self.low_bit = linear
+        self.weight = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [..., hidden_size] to [..., vocab_size], equal on all ranks."""
+        if self.low_bit is None:
+            logits = functional.linear(hidden, self.weight, self.bias)
+        else:
+            logits = self.low_bit(hidden)
+            if self.bias is not None:
+                logits = logits + self.bias
+        return self.gather(logits)
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of the logits, [..., its rows], to all of them on every rank."""
+        if self.num_ranks == 1:
+            return logits
+        # An all-reduce with zeros elsewhere is a gather that works for uneven slices on every
+        # backend.
+        full = logits.new_zeros((*logits.shape[:-1], self.vocab_size))
+        full[..., self.start : self.stop] = logits
+        return self._all_reduce(full)

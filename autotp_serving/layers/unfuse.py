@@ -1,0 +1,130 @@
+"""Layers that AutoTP would shard wrongly or not at all, taken apart into ones it shards rightly.
+
+Every rank. Phi-3 computes queries, keys and values (and gate and up) by one matrix, a slice of
+whose rows is no rank's share of heads; transformers 5 keeps all experts of a layer in one 3-D
+parameter, which AutoTP leaves whole. Both become plain linear layers under the names of Llama's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+
+STACKED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts")
+
+
+class FusedOutput(nn.Module):
+    """Stands where the fused layer was: the outputs of its parts, side by side.
+
+    The parts are children of the same parent, so that AutoTP finds and replaces them there.
+
+    Attributes:
+        sizes: names of the parts, in order, and their rows on all ranks together.
+    """
+
+    def __init__(self, parent: nn.Module, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        # In a tuple, or the parent would become a child of its child.
+        self._parent = (parent,)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [..., hidden_size] to [..., this rank's rows of all parts]."""
+        (parent,) = self._parent
+        return torch.cat([getattr(parent, name)(hidden) for name in self.sizes], dim=-1)
+
+
+class Expert(nn.Module):
+    """One expert: a gated MLP."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act_fn = act_fn
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Experts(nn.ModuleList):
+    """All experts of a layer; one all-reduce over the ranks for all of them together."""
+
+    reduce: AllReduce | None = None
+
+    def forward(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Send each token through the experts that the router chose.
+
+        Args:
+            hidden: [num_tokens, hidden_size].
+            top_k_index, top_k_weights: [num_tokens, experts of one token].
+        """
+        out = torch.zeros_like(hidden)
+        for number in top_k_index.unique().tolist():
+            token, position = torch.where(top_k_index == number)
+            part = self[number](hidden[token]) * top_k_weights[token, position, None]
+            out.index_add_(0, token, part.to(out.dtype))
+        return out if self.reduce is None else self.reduce(out)
+
+
+def split_layers(model: nn.Module) -> None:
+    """Take apart what AutoTP cannot shard; before it runs, on the meta device."""
+    for name, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if kind == "Phi3Attention":
+            heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
+            sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+            _split_linear(
+                module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
+            )
+        elif kind == "Phi3MLP":
+            size = module.config.intermediate_size
+            _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
+        elif kind in STACKED_EXPERTS:
+            model.set_submodule(name, _split_experts(module))
+
+
+def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
+    fused = getattr(parent, fused_name)
+    for name, size in sizes.items():
+        part = nn.Linear(
+            fused.in_features, size, fused.bias is not None, "meta", fused.weight.dtype
+        )
+        parent.add_module(name, part)
+    setattr(parent, fused_name, FusedOutput(parent, sizes))
+
+
+def _split_experts(stacked: nn.Module) -> Experts:
+    num_experts, hidden_size, intermediate_size = stacked.down_proj.shape
+    with torch.device("meta"):
+        experts = Experts(
+            Expert(hidden_size, intermediate_size, stacked.act_fn) for _ in range(num_experts)
+        )
+    return experts.to(stacked.down_proj.dtype)
+
+
+def finish_split(model: nn.Module, num_ranks: int, all_reduce: AllReduce) -> None:
+    """Tell the parts what their share is; after AutoTP."""
+    for module in model.modules():
+        if type(module).__name__ == "Phi3Attention":
+            # It finds its queries by the config's count of heads, which is that of all ranks.
+            module.config = copy.copy(module.config)
+            module.config.num_attention_heads = _num_heads(module.q_proj, module.head_dim)
+            module.num_key_value_heads = _num_heads(module.k_proj, module.head_dim)
+        elif isinstance(module, Experts) and num_ranks > 1:
+            for expert in module:
+                expert.down_proj.mp_group = None
+            module.reduce = all_reduce
+
+
+def _num_heads(linear: nn.Module, head_dim: int) -> int:
+    return linear.weight.shape[0] // head_dim

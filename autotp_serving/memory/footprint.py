@@ -1,0 +1,247 @@
+"""What one rank's part of a model takes, told from shapes before any weight is read. Every rank.
+
+No torch: `--plan` answers before it could be imported. The shapes are those of a model on the meta
+device after AutoTP has sharded it (shards.py), or the same ones known beforehand (known_shapes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from autotp_serving.batch import MAX_SCORED_ROWS
+from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.launch import RankGroup
+from autotp_serving.low_bit.formats import Format
+from autotp_serving.low_bit.selection import LowBitSelection
+from autotp_serving.model.kv_sizes import count_head_bytes
+
+KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
+
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+"""The word for weights left dense, and the bytes of one."""
+
+
+def find_dtype_name(config: ServingConfig) -> str:
+    """Torch's name for the type of weights that stay dense, and of activations."""
+    if config.dtype == "auto":
+        return "float16" if config.low_bit == "fp16" else "bfloat16"
+    return config.dtype
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A parameter or stored buffer of one rank; `is_linear` of a linear layer's weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """One rank's model, sharded.
+
+    Attributes:
+        text_config: the model's config, or that of its text part.
+        tensors: in the order in which they are loaded, without the head's weight.
+        embedding_name: which of them is the embedding.
+        head: the output head's weight, which a tied one shares with the embedding.
+        dtype: torch's name for the type of dense weights and of activations.
+    """
+
+    text_config: Any
+    tensors: tuple[TensorShape, ...]
+    embedding_name: str
+    head: TensorShape
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one dense number."""
+        return DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: by kind and format.
+        kv_bytes_per_block: of one block over all layers.
+        activation_bytes: most that a step of max_num_batched_tokens holds at once, estimated.
+        load_bytes: most that this rank holds on the host while it loads, the process itself not
+            counted; on CPU that includes the weights already placed.
+    """
+
+    weights: dict[tuple[str, str], int]
+    kv_bytes_per_block: int
+    activation_bytes: int
+    load_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of the model: where it belongs, and its bytes as read and as kept."""
+
+    kind: str
+    format: str
+    read_bytes: int
+    kept_bytes: int
+    is_converted_here: bool
+
+
+def find_footprint(
+    shapes: ModelShapes,
+    checkpoint: Any,
+    low_bit: LowBitSelection,
+    config: ServingConfig,
+    group: RankGroup,
+    max_model_len: int,
+    on_cpu: bool,
+) -> Footprint:
+    """Add up this rank's shapes.
+
+    Args:
+        checkpoint: names tensors that are stored converted; None when there are none.
+        on_cpu: weights stay in host memory.
+    """
+    weights: dict[tuple[str, str], int] = {}
+    held = load_bytes = 0
+    for weight in _list_weights(shapes, checkpoint, low_bit):
+        key = weight.kind, weight.format
+        weights[key] = weights.get(key, 0) + weight.kept_bytes
+        # The mapped file and its copy; then the copy, the planes and the planes in the kernels'
+        # order.
+        steps = [2 * weight.read_bytes]
+        if weight.is_converted_here:
+            steps.append(weight.read_bytes + 2 * weight.kept_bytes)
+        load_bytes = max(load_bytes, held + max(steps))
+        held += weight.kept_bytes if on_cpu else 0
+    return Footprint(
+        weights={key: size for key, size in weights.items() if size},
+        kv_bytes_per_block=config.block_size * _count_kv_bytes(shapes, config, group),
+        activation_bytes=estimate_activations(shapes, config, group, max_model_len),
+        load_bytes=load_bytes,
+    )
+
+
+def _list_weights(
+    shapes: ModelShapes, checkpoint: Any, low_bit: LowBitSelection
+) -> Iterator[_Weight]:
+    """Every parameter and stored buffer in the loader's order; a converted head comes last."""
+
+    def weigh(kind: str, tensor: TensorShape, stored: Format | None, target: Format | None) -> Any:
+        format = stored or target
+        dense_name, itemsize = DTYPES[shapes.dtype]
+        dense = prod(tensor.shape) * itemsize
+        kept = dense if format is None else format.num_bytes(*tensor.shape)
+        return _Weight(
+            kind=kind,
+            format=dense_name if format is None else format.name,
+            read_bytes=dense if stored is None else kept,
+            kept_bytes=kept,
+            is_converted_here=format is not None,
+        )
+
+    def find_stored(name: str) -> Format | None:
+        return None if checkpoint is None else checkpoint.low_bit_format(name)
+
+    for tensor in shapes.tensors:
+        kind = "embedding" if tensor.name == shapes.embedding_name else _find_kind(tensor.name)
+        converts = tensor.is_linear and low_bit.converts_linear(tensor.name.rpartition(".")[0])
+        target = low_bit.linears if converts else None
+        yield weigh(kind, tensor, find_stored(tensor.name), target)
+    stored = find_stored(shapes.head.name)
+    is_tied = shapes.text_config.tie_word_embeddings
+    if stored is None and low_bit.head is None and is_tied:
+        return
+    yield weigh("head", shapes.head, stored, low_bit.head)
+
+
+def _find_kind(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    if any(part in name for part in ("mlp", "moe", "expert", "feed_forward")):
+        return "MLP"
+    return "other"
+
+
+def _count_kv_bytes(shapes: ModelShapes, config: ServingConfig, group: RankGroup) -> int:
+    """Bytes of one token's keys and values over all layers: AutoTP deals heads out in turn."""
+    text, head_dim = shapes.text_config, _head_dim(shapes.text_config)
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    own_heads = num_heads // group.size + (group.rank < num_heads % group.size)
+    is_int8 = config.kv_cache_dtype == "int8"
+    head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
+    return own_heads * head_bytes * text.num_hidden_layers
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def count_loaded(model: Any) -> int:
+    """Bytes of the weights of a model that is loaded; a tied head is a view of the embedding."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    is_view = head is not None and (
+        head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
+    )
+    buffers = (
+        value
+        for module in model.modules()
+        for name, value in module._buffers.items()
+        if value is not None and name not in module._non_persistent_buffers_set
+    )
+    held = sum(value.nbytes for value in (*model.parameters(), *buffers))
+    return held - (head.nbytes if is_view else 0)
+
+
+def estimate_activations(
+    shapes: ModelShapes, config: ServingConfig, group: RankGroup, max_model_len: int
+) -> int:
+    """Most bytes that one step holds at once, of the steps that a layer consists of.
+
+    Counted are the tensors that transformers' code holds at its widest points: the norm in
+    float32; queries, keys and values with the temporaries of their rotation, the context's keys
+    and values gathered for one sequence (of int8: codes, and codes times scales in float32) and
+    repeated per query head, and its mask; gate, up and
+    product of the MLP; logits with a float32 copy for sampling. Not counted: the allocator's
+    waste, and what kernels use inside.
+    """
+    text, size = shapes.text_config, shapes.itemsize
+    num_tokens, hidden = config.max_num_batched_tokens, text.hidden_size
+    head_dim, num_heads = _head_dim(text), text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    own_kv_heads = -(-num_kv_heads // group.size)
+    queries = own_kv_heads * (num_heads // num_kv_heads) * head_dim
+    keys = own_kv_heads * head_dim
+    wide = max(
+        (
+            tensor.shape[0]
+            for tensor in shapes.tensors
+            if _find_kind(tensor.name) == "MLP" and len(tensor.shape) == 2
+        ),
+        default=hidden,
+    )
+    num_rows = min(num_tokens, config.max_num_seqs + MAX_SCORED_ROWS)
+    copies = 1 if group.size == 1 else 2
+    norm = num_tokens * hidden * (2 * size + 8)
+    rotation = num_tokens * (2 * hidden + 4 * queries + 4 * keys) * size
+    gathered = 5 * keys if config.kv_cache_dtype == "int8" else 0
+    context = max_model_len * ((2 * keys + 2 * queries) * size + gathered)
+    mask = min(num_tokens, max_model_len) * max_model_len
+    attention = num_tokens * (2 * hidden + 2 * queries + 2 * keys) * size + context + mask
+    mlp = num_tokens * (2 * hidden + 3 * wide) * size
+    logits = num_rows * text.vocab_size * (copies * size + 4)
+    return max(norm, rotation, attention, mlp, logits)

@@ -1,0 +1,82 @@
+"""`--plan` for any family: transformers builds the model, AutoTP shards it. In rank 0's process.
+
+No weight is read and no device is needed. AutoTP shards a model without memory, once for each rank,
+in a process group that only pretends to have other members.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from autotp_serving.config import ServingConfig
+from autotp_serving.distributed.collectives import quiet_deepspeed
+from autotp_serving.distributed.launch import LocalRankGroup
+from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
+from autotp_serving.memory.footprint import Footprint, ModelShapes, find_footprint
+from autotp_serving.model.build import build_sharded_model, find_dtype
+from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.dummy import DummyCheckpoint
+from autotp_serving.model.shards import describe_shapes
+
+
+def find_footprints(
+    config: ServingConfig, model_config: Any, num_ranks: int, max_model_len: int, on_cpu: bool
+) -> list[Footprint]:
+    """The footprint of each rank."""
+    folder = Path(config.model_path)
+    checkpoint = (
+        Checkpoint(folder)
+        if (folder / MANIFEST_NAME).exists()
+        else DummyCheckpoint(folder, model_config, config.trust_remote_code)
+    )
+    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
+    footprints = []
+    for group in list_ranks(num_ranks):
+        shapes = shard_shapes(config, model_config, group)
+        footprints.append(
+            find_footprint(shapes, checkpoint, low_bit, config, group, max_model_len, on_cpu)
+        )
+    return footprints
+
+
+def list_ranks(num_ranks: int) -> list[LocalRankGroup]:
+    """A group on one host, of which only this process is there."""
+    return [LocalRankGroup(rank, num_ranks, rank, num_ranks) for rank in range(num_ranks)]
+
+
+def shard_shapes(config: ServingConfig, model_config: Any, group: LocalRankGroup) -> ModelShapes:
+    """The shapes of one rank's model, by AutoTP itself.
+
+    DeepSpeed keeps the groups of its first call, so a process can do this for one number of ranks.
+    """
+    if group.size > 1:
+        _pretend_rank(group)
+    model = build_sharded_model(
+        model_config,
+        find_dtype(config),
+        group,
+        lambda tensor: tensor,
+        config.trust_remote_code,
+    )
+    return describe_shapes(model)
+
+
+def _pretend_rank(group: LocalRankGroup) -> None:
+    """Be a rank of a group without other members: AutoTP asks only for its number and theirs."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with quiet_deepspeed():
+        import deepspeed
+        import deepspeed.comm.comm
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        # Nothing is summed, so nothing need be compiled for it.
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+        if not dist.is_initialized():
+            dist.init_process_group("fake", rank=0, world_size=group.size, store=FakeStore())
+        deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    deepspeed.comm.comm.cdb.get_rank = lambda *_, **__: group.rank

@@ -1,0 +1,126 @@
+"""`--plan`: what a model will take on each rank, from its config.json. In one process, rank 0's.
+
+No weight is read and no device is needed. Torch is imported only for a family that known_shapes.py
+does not know, for a folder that was saved low-bit, and to look at a card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.devices import DeviceError, open_device
+from autotp_serving.devices.base import Memory, has_card_files, read_host_memory
+from autotp_serving.distributed.launch import LocalRankGroup
+from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
+from autotp_serving.memory.budget import (
+    IMPORTED_BYTES,
+    MemoryBudget,
+    check_budget,
+    check_host_peaks,
+    find_budget,
+    find_host_peak,
+)
+from autotp_serving.memory.footprint import Footprint, find_dtype_name, find_footprint
+from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
+from autotp_serving.memory.plan_table import format_plan
+from autotp_serving.model.families import adapt_rope, check_heads, find_max_model_len
+from autotp_serving.model_folder import check_model_folder
+
+
+def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
+    """Print the plan.
+
+    Args:
+        num_ranks: ranks to plan for.
+        local_size: how many of them share a host.
+
+    Raises:
+        ConfigError: it does not fit; the plan has been printed then.
+    """
+    folder = Path(config.model_path)
+    check_model_folder(folder)
+    known = None if (folder / MANIFEST_NAME).exists() else read_known_config(folder)
+    if known is None:
+        from autotp_serving.model.loader import read_model_config
+
+        model_config = read_model_config(config)
+    else:
+        model_config = known
+        adapt_rope(known)
+    max_model_len = find_max_model_len(config, model_config)
+    check_heads(model_config, num_ranks)
+    kind, memory = find_memory(config)
+    on_cpu = kind == "cpu"
+    if known is None:
+        from autotp_serving.memory.meta_planner import find_footprints
+
+        footprints = find_footprints(config, model_config, num_ranks, max_model_len, on_cpu)
+    else:
+        footprints = find_known_footprints(config, known, num_ranks, max_model_len, on_cpu)
+    budgets = [
+        find_budget(footprint, config, memory, on_cpu, local_size, max_model_len)
+        for footprint in footprints
+    ]
+    blocks = min(budget.blocks for budget in budgets)
+    budgets = [replace(budget, blocks=blocks) for budget in budgets]
+    peaks = [find_host_peak(footprint, blocks, on_cpu, IMPORTED_BYTES) for footprint in footprints]
+    print(
+        format_plan(config, model_config, footprints, budgets, peaks, kind, memory, max_model_len)
+    )
+    refuse(config, footprints, budgets, peaks[:local_size], max_model_len)
+
+
+def refuse(
+    config: ServingConfig,
+    footprints: list[Footprint],
+    budgets: list[MemoryBudget],
+    local_peaks: list[int],
+    max_model_len: int,
+) -> None:
+    """Raise ConfigError for the first thing that does not fit."""
+    for rank, (footprint, budget) in enumerate(zip(footprints, budgets, strict=True)):
+        check_budget(footprint, budget, config, rank, max_model_len)
+    check_host_peaks(local_peaks, config)
+
+
+def find_memory(config: ServingConfig) -> tuple[str, Memory]:
+    """Kind and memory of the device to plan for, which need not be here.
+
+    Raises:
+        ConfigError: it is not here, and its memory is not given.
+    """
+    if config.device_memory is not None:
+        # A size that is given means a card, unless the processor is asked for by name.
+        kind = "a card" if config.device == "auto" else config.device
+        return kind, Memory(config.device_memory, config.device_memory)
+    if config.device == "cpu" or (config.device == "auto" and not has_card_files()):
+        return "cpu", read_host_memory()
+    try:
+        device = open_device(config.device, 0)
+    except DeviceError as error:
+        raise ConfigError(
+            f"--device {config.device}: {error} To plan without it, give --device-memory."
+        ) from error
+    return device.kind, device.memory()
+
+
+def find_known_footprints(
+    config: ServingConfig, known: Any, num_ranks: int, max_model_len: int, on_cpu: bool
+) -> list[Footprint]:
+    """The footprint of each rank, without torch.
+
+    Args:
+        known: of `read_known_config`.
+    """
+    low_bit = find_low_bit_selection(config, None)
+    footprints = []
+    for rank in range(num_ranks):
+        shapes = list_known_shapes(known, rank, num_ranks, find_dtype_name(config))
+        group = LocalRankGroup(rank, num_ranks, rank, num_ranks)
+        footprints.append(
+            find_footprint(shapes, None, low_bit, config, group, max_model_len, on_cpu)
+        )
+    return footprints

@@ -1,0 +1,226 @@
+"""A quicker forward pass on CPU for models whose layers are Llama's. Every rank.
+
+The modules are those that transformers built, AutoTP sharded and the loader filled; only the way
+through them is ours. Where transformers runs thirty small operations a layer, this runs eight:
+the norms with the sums before them, queries, keys and values by one product, rotation with the
+cache's writes, attention, gate and up by one product, and the gated activation. What each
+operation computes, and where it rounds to bfloat16, is as in transformers' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp_serving.batch import Batch
+from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
+from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
+from autotp_serving.kernels.cpu.linear import CpuMatmul
+from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
+from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.batch_state import StepInputs
+from autotp_serving.model.kv_cache import KVCache
+
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Whose layers are: norm, attention, sum, norm, gated MLP, sum."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm's weight [size] and epsilon."""
+
+    weight: Tensor
+    epsilon: float
+
+    @staticmethod
+    def of(module: nn.Module) -> Norm:
+        """Read it from a module of transformers."""
+        return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a pass needs of one decoder layer; products map [num_tokens, ...] to the same.
+
+    Attributes:
+        head_norms: of queries and of keys, and their epsilon, or None.
+    """
+
+    index: int
+    head_dim: int
+    scaling: float
+    sliding_window: int | None
+    input_norm: Norm
+    qkv: JoinedLinears
+    head_norms: tuple[Tensor, Tensor, float] | None
+    output: nn.Module
+    mlp_norm: Norm
+    gate_up: JoinedLinears
+    down: nn.Module
+
+    @staticmethod
+    def of(layer: nn.Module) -> Layer:
+        """Read it from a decoder layer of transformers."""
+        attention, mlp = layer.self_attn, layer.mlp
+        head_norms = None
+        if hasattr(attention, "q_norm"):
+            query, key = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+            head_norms = (query.weight, key.weight, query.epsilon)
+        return Layer(
+            index=attention.layer_idx,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+            sliding_window=find_window(attention),
+            input_norm=Norm.of(layer.input_layernorm),
+            qkv=join_linears(attention.q_proj, attention.k_proj, attention.v_proj),
+            head_norms=head_norms,
+            output=attention.o_proj,
+            mlp_norm=Norm.of(layer.post_attention_layernorm),
+            gate_up=join_linears(mlp.gate_proj, mlp.up_proj),
+            down=mlp.down_proj,
+        )
+
+    def to_native(self, cache: KVCache) -> NativeLayer | None:
+        """The layer for `NativeLayers`, or None where a product is not a low-bit kernel's."""
+        joined, finished = (self.qkv, self.gate_up), (self.output, self.down)
+        are_low_bit = all(isinstance(linear, LowBitLinear) for linear in finished)
+        if not are_low_bit or not all(
+            isinstance(product.matmul, CpuMatmul) for product in (*joined, *finished)
+        ):
+            return None
+        return NativeLayer(
+            qkv=Product(self.qkv.matmul, self.qkv.bias),
+            output=Product(self.output.matmul, finish=self.output.finish),
+            gate_up=Product(self.gate_up.matmul, self.gate_up.bias),
+            down=Product(self.down.matmul, finish=self.down.finish),
+            input_norm=(self.input_norm.weight, self.input_norm.epsilon),
+            mlp_norm=(self.mlp_norm.weight, self.mlp_norm.epsilon),
+            head_norms=self.head_norms,
+            pools=cache.layer(self.index),
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+        )
+
+
+class FusedForward:
+    """Runs steps as `PlainForward` does, quicker; made by `fuse`."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, ops: LayerOps, by_operation: bool) -> None:
+        decoder = model.model
+        self._cache = cache
+        self._ops = ops
+        self._embedding = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._layers = [Layer.of(layer) for layer in decoder.layers]
+        self._norm = Norm.of(decoder.norm)
+        self._head = model.get_output_embeddings()
+        native_layers = [] if by_operation else [layer.to_native(cache) for layer in self._layers]
+        self._native_layers = (
+            NativeLayers(ops, native_layers) if native_layers and all(native_layers) else None
+        )
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """See Forward."""
+        return 0
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        """See PlainForward."""
+        ops = self._ops
+        context = AttentionContext.of(inputs, self._cache)
+        hidden = self._embedding(inputs.token_ids)
+        cos, sin = self._rotary(hidden, inputs.positions[None])
+        rotary = (cos[0].contiguous(), sin[0].contiguous())
+        if self._native_layers is not None:
+            added = self._native_layers.run(hidden, rotary, context.slots, context.kernel)
+        else:
+            added = self._run_operations(hidden, rotary, context)
+        rows = inputs.logit_rows
+        hidden, added = hidden[rows], added[rows]
+        return self._head(ops.rms_norm(hidden, added, self._norm.weight, self._norm.epsilon))
+
+    def _run_operations(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        """Run the layers operation by operation; see `NativeLayers.run`."""
+        ops = self._ops
+        added = None
+        for layer in self._layers:
+            x = ops.rms_norm(hidden, added, layer.input_norm.weight, layer.input_norm.epsilon)
+            qkv = layer.qkv(x)
+            pools = self._cache.layer(layer.index)
+            ops.rotate_and_store(qkv, rotary, context.slots, pools, layer.head_norms)
+            heads = qkv.view(len(qkv), -1, layer.head_dim)
+            query = heads[:, : heads.shape[1] - 2 * pools.keys.shape[1]]
+            attended = context.kernel(query, pools, layer.scaling, layer.sliding_window)
+            added = layer.output(attended.view(len(qkv), -1))
+            x = ops.rms_norm(hidden, added, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
+            added = layer.down(ops.silu_multiply(layer.gate_up(x)))
+        return added
+
+
+def fuse(model: nn.Module, cache: KVCache, *, by_operation: bool = False) -> FusedForward | None:
+    """The quicker pass, or None where the model or the machine is not for it.
+
+    Args:
+        by_operation: run the operations of a layer one by one, so that each can be timed.
+    """
+    config = model.config
+    if config.model_type not in FAMILIES or not cache.has_kernel or config.hidden_act != "silu":
+        return None
+    ops = load_layer_ops()
+    if ops is None or not _has_fitting_sizes(model):
+        return None
+    return FusedForward(model, cache, ops, by_operation)
+
+
+@torch.inference_mode()
+def _has_fitting_sizes(model: nn.Module) -> bool:
+    """Whether the operations' vectors divide what they work on, by a look at the first layer."""
+    layer = Layer.of(model.model.layers[0])
+    hidden = torch.zeros(1, layer.input_norm.weight.numel(), dtype=model.dtype)
+    cos, _ = model.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64))
+    mlp_size = layer.gate_up(hidden).shape[1] // 2
+    rotates_all = cos.shape[-1] == layer.head_dim  # Phi-3 may rotate a part of a head only
+    return rotates_all and hidden.shape[1] % 16 == 0 and mlp_size % 16 == 0
+
+
+@dataclass(frozen=True)
+class JoinedLinears:
+    """Linear layers that share their input, as one product: their outputs side by side."""
+
+    matmul: Callable[[Tensor], Tensor]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [num_tokens, in_features] to [num_tokens, out_features of all]."""
+        out = self.matmul(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def join_linears(*linears: nn.Module) -> JoinedLinears:
+    """Join what one kernel can multiply; the others follow each other."""
+    if not _can_join(linears):
+        return JoinedLinears(lambda x: torch.cat([linear(x) for linear in linears], -1), None)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    matmul = make_matmul(*(linear.weight for linear in linears))
+    return JoinedLinears(matmul, torch.cat(biases) if biases else None)
+
+
+def _can_join(linears: tuple[nn.Module, ...]) -> bool:
+    """Whether their weights are multiplied by one kernel."""
+    return (
+        all(isinstance(linear, LowBitLinear) and linear.reduce is None for linear in linears)
+        and len({linear.weight.format for linear in linears}) == 1
+        and len({linear.bias is None for linear in linears}) == 1
+    )
+
+
+def find_window(attention: Any) -> int | None:
+    """How many positions a layer sees: Mistral's and Phi-3's attention ask the whole config."""
+    if attention.config.model_type in ("mistral", "phi3"):
+        return getattr(attention.config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)

@@ -1,1 +1,0 @@
-"""Kernels of the model's step on one kind of device. Every rank."""

@@ -1,0 +1,1 @@
+"""A rank's work: run batches on the loaded model, sample. Every rank."""

@@ -1,0 +1,180 @@
+"""Run batches on the model. `ModelRunner` on every rank, `LeadRunner` on rank 0."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from autotp_serving.batch import Batch, SampleInput, ScoreInput, StepResult
+from autotp_serving.devices import Device
+from autotp_serving.distributed.channel import StepChannel
+from autotp_serving.model.batch_state import BatchState, StepInputs
+from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
+from autotp_serving.worker.sampler import Sampled, Sampler
+
+STOP_MESSAGE = b""
+
+
+class Forward(Protocol):
+    """A way through the model's layers."""
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type."""
+        ...
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """How many sequences the batch's inputs are to be padded to; 0 for none."""
+        ...
+
+
+class ModelRunner:
+    """This rank's part of a step; what its steps cost is in `times`.
+
+    Args:
+        forward: the way through the model's layers.
+        state: what this rank keeps of the running sequences.
+        broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
+            the host knows every token before it is needed, as with one step in flight.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        state: BatchState,
+        times: StepTimes,
+        broadcast: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.times = times
+        self._forward = forward
+        self._state = state
+        self._broadcast = broadcast
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Run one forward pass; all ranks must do so together.
+
+        Returns:
+            Logits [num_logit_rows, vocab_size], in the model's type.
+        """
+        started = time.perf_counter()
+        logits = self._forward(self._state.apply(batch, self._forward.find_padded_size(batch)))
+        self.times.add_step(time.perf_counter() - started)
+        return logits
+
+    def share_tokens(self, batch: Batch, token_ids: torch.Tensor | None = None) -> None:
+        """Put the tokens that rank 0 chose into every rank's state, where steps overlap.
+
+        Args:
+            token_ids: [num_samples] int64, on rank 0.
+        """
+        if self._broadcast is None or not batch.sampled:
+            return
+        if token_ids is None:
+            device = self._state.last_token_ids.device
+            token_ids = torch.empty(len(batch.sampled), dtype=torch.int64, device=device)
+        self._broadcast(token_ids)
+        self._state.put_tokens(batch, token_ids[:, None])
+
+    def follow(self, channel: StepChannel) -> None:
+        """On ranks other than 0: obey batches until rank 0 says stop."""
+        while (message := channel.receive()) != STOP_MESSAGE:
+            batch = Batch.from_bytes(message)
+            self.run(batch)
+            self.share_tokens(batch)
+            channel.report(self.times.snapshot().to_bytes())
+        channel.stop_monitoring()
+
+
+class LeadRunner:
+    """Rank 0's runner: tells the other ranks, runs with them, samples. See `Runner`."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        cache: KVCache,
+        channel: StepChannel,
+        num_ranks: int,
+        device: Device,
+    ) -> None:
+        self.rank_times = [RankTimes() for _ in range(num_ranks)]
+        self._runner = runner
+        self._channel = channel
+        self._sampler = Sampler(device.fetch)
+        self._forwarded: tuple[Batch, torch.Tensor] | None = None
+        self._in_flight: deque[Sampled] = deque()
+        self._num_sent = 0
+        self.num_blocks = cache.num_blocks
+        self.block_size = cache.block_size
+        self.max_in_flight = device.max_in_flight
+
+    def forward(self, batch: Batch) -> None:
+        """See Runner.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
+        self._num_sent += 1
+        if len(self.rank_times) > 1:
+            self._channel.send(batch.to_bytes())
+        try:
+            self._forwarded = (batch, self._runner.run(batch))
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
+
+    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+        """See Runner; the logits are those of rank 0."""
+        assert self._forwarded is not None, "nothing was forwarded"
+        batch, logits = self._forwarded
+        self._forwarded = None
+        sampled = self._sampler.sample(logits, samples, scores)
+        try:
+            self._runner.share_tokens(batch, sampled.token_ids)
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
+        self._in_flight.append(sampled)
+
+    def collect(self) -> StepResult:
+        """See Runner."""
+        result = self._in_flight.popleft().wait()
+        self.rank_times[0] = self._runner.times.snapshot()
+        self._read_reports()
+        return result
+
+    def find_late_ranks(self) -> str:
+        """Who has not done the step under way, in words; for any thread, while it lasts."""
+        try:
+            self._read_reports()
+        except ConnectionError as error:
+            return str(error)
+        late = [
+            self._channel.name(rank)
+            for rank, times in enumerate(self.rank_times)
+            if rank and times.num_steps < self._num_sent
+        ]
+        # While others are late rank 0 may be waiting for them.
+        if len(late) > 1:
+            return f"{' and '.join(late)} have not reported; they or their neighbours hang"
+        return f"{late[0] if late else self._channel.name(0)} has not reported, it hangs"
+
+    def _read_reports(self) -> None:
+        for rank, report in self._channel.take_reports(LAYOUT.size).items():
+            self.rank_times[rank] = RankTimes.from_bytes(report)
+
+    def release(self, request_id: str) -> None:
+        """See Runner; the other ranks keep nothing but blocks."""
+        self._sampler.release(request_id)
+
+    def stop(self) -> None:
+        """Let the other ranks go."""
+        self._channel.stop_monitoring()
+        self._channel.send(STOP_MESSAGE)
+
+    def _name_loss(self, error: RuntimeError) -> Exception:
+        """A sum that lacks a rank names its socket at best: say which rank is gone."""
+        loss = self._channel.find_loss()
+        return error if loss is None else ConnectionError(loss)

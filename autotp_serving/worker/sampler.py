@@ -1,0 +1,106 @@
+"""Choose the next tokens from logits. Rank 0 only.
+
+The choice is a pure function of a row's logits, its sampling parameters, the tokens before it and
+one uniform number that belongs to the request and the position, so a request's text does not depend
+on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autotp_serving.batch import INVALID_TOKEN, SampleInput, ScoreInput, StepResult
+from autotp_serving.request import TokenLogprobs
+from autotp_serving.worker.logits_processors import LogitsProcessors
+from autotp_serving.worker.logprobs import Fetch, find_logprobs, score_prompts
+from autotp_serving.worker.sampling import sample_tokens
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A step's choice, on its way to the host.
+
+    Attributes:
+        token_ids: [num_rows] on the device, INVALID_TOKEN where logits were not finite.
+        host_token_ids: waits for them.
+        asked: rows that asked for logprobs.
+        logprobs: waits for theirs; None when nobody asked.
+        scores: for each prompt part that is scored, waits for its logprobs.
+    """
+
+    token_ids: torch.Tensor
+    host_token_ids: Callable[[], torch.Tensor]
+    asked: list[int]
+    logprobs: Callable[[], list[TokenLogprobs]] | None
+    scores: list[Callable[[], list[TokenLogprobs]]]
+
+    def wait(self) -> StepResult:
+        """Wait until all is here."""
+        token_ids = [[token] for token in self.host_token_ids().tolist()]
+        scores = [score() for score in self.scores]
+        if self.logprobs is None:
+            return StepResult(token_ids, (), scores)
+        found = dict(zip(self.asked, self.logprobs(), strict=True))
+        logprobs = [[found[row]] if row in found else None for row in range(len(token_ids))]
+        return StepResult(token_ids, logprobs, scores)
+
+
+class Sampler:
+    """Samples a step's rows, and keeps what penalties need from one step to the next.
+
+    Args:
+        fetch: begins to copy a tensor to the host.
+    """
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self._logits_processors = LogitsProcessors()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        logits: torch.Tensor,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+    ) -> Sampled:
+        """Begin to choose one token per row, and to score the prompts in the rows after those.
+
+        Args:
+            logits: [num_rows, vocab_size], any floating type.
+            samples: sampling inputs of the first rows, in the same order.
+            scores: what is known of the other rows.
+        """
+        scored = score_prompts(logits[len(samples) :], scores, self._fetch) if scores else []
+        best, token_ids = logits[: len(samples)].max(dim=-1)
+        rows = [row for row, sample in enumerate(samples) if not sample.is_plain]
+        if rows:
+            picked = [samples[row] for row in rows]
+            index = torch.tensor(rows, device=logits.device)
+            token_ids[index] = self._choose(logits[index].float(), picked)
+        token_ids = token_ids.where(best.isfinite(), INVALID_TOKEN)
+        asked = [row for row in rows if samples[row].params.logprobs is not None]
+        logprobs = None
+        if asked:
+            index = torch.tensor(asked, device=logits.device)
+            num_top = [samples[row].params.logprobs for row in asked]
+            logprobs = find_logprobs(logits[index], token_ids[index], num_top, self._fetch)
+        return Sampled(token_ids, self._fetch(token_ids), asked, logprobs, scored)
+
+    def release(self, request_id: str) -> None:
+        """Forget what is kept for a request."""
+        self._logits_processors.release(request_id)
+
+    def _choose(self, logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
+        """Choose a token for each row that is not plain; `logits` are a copy in float32."""
+        logits = self._logits_processors.apply(logits, samples)
+        rows = [row for row, sample in enumerate(samples) if not sample.params.is_greedy]
+        if len(rows) == len(samples):
+            return sample_tokens(logits, samples)
+        token_ids = logits.argmax(-1)
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            token_ids[index] = sample_tokens(logits[index], [samples[row] for row in rows])
+        return token_ids

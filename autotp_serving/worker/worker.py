@@ -1,0 +1,150 @@
+"""From a config to a model that is ready to run: join the ranks, load, size the cache. Every rank.
+
+Shared by the server and by offline use; nothing here knows of HTTP or of scheduling.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.devices import DeviceError, open_device
+from autotp_serving.distributed.agreement import check_agreement
+from autotp_serving.distributed.channel import StepChannel
+from autotp_serving.distributed.collectives import broadcast_tokens, close_doors, join_collectives
+from autotp_serving.distributed.launch import RankGroup
+from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
+from autotp_serving.memory.probe import count_blocks, probe_model
+from autotp_serving.memory.start_check import StartCheck
+from autotp_serving.model.batch_state import BatchState
+from autotp_serving.model.families import check_heads, find_max_model_len
+from autotp_serving.model.forward import PlainForward
+from autotp_serving.model.fused_layers import fuse
+from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.step_times import StepTimes
+from autotp_serving.worker.runner import Forward, LeadRunner, ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank, loaded and ready.
+
+    Attributes:
+        model: this rank's shard, in transformers' modules.
+        max_model_len: most tokens of a prompt and its completion together.
+        vocab_size: tokens that the model has an embedding and logits for.
+        lead: what the engine drives; on rank 0 only.
+    """
+
+    model: nn.Module
+    cache: KVCache
+    runner: ModelRunner
+    lead: LeadRunner | None
+    channel: StepChannel
+    max_model_len: int
+    vocab_size: int
+
+
+def bind_to_placement(group: RankGroup) -> None:
+    """Go to this rank's cores before it loads, with a thread for each; all ranks must call it.
+
+    OMP_NUM_THREADS, where it is set, has the last word on the threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # only Linux has it
+        return
+    own = frozenset(os.sched_getaffinity(0))
+    here = socket.gethostname()
+    ranks = group.all_gather((here, group.rank, own))
+    local = sorted((rank, mask) for host, rank, mask in ranks if host == here)
+    masks = [mask for _, mask in local]
+    index = [rank for rank, _ in local].index(group.rank)
+    placement = find_placement(read_topology(own), masks, index)
+    if placement.cpus is not None:
+        pin_to_cpus(placement.cpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(placement.threads)
+    threads = torch.get_num_threads()
+    logger.info("Rank %d %s, %d thread(s)", group.rank, placement.describe(), threads)
+
+
+def choose_forward(
+    model: nn.Module,
+    cache: KVCache,
+    state: BatchState,
+    config: ServingConfig,
+    max_model_len: int,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    group: RankGroup,
+) -> Forward:
+    """The quickest way through the model's layers that takes them; all ranks must call it."""
+    if cache.device.type == "cuda" and config.profile is None:
+        from autotp_serving.model.gpu_forward import open_gpu_forward
+
+        quick = open_gpu_forward(model, cache, state, config, max_model_len, all_reduce, group)
+        if quick is not None:
+            return quick
+    fused = fuse(model, cache, by_operation=config.profile is not None)
+    return fused or PlainForward(model, cache)
+
+
+def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
+    """Load this rank's part of the model; all ranks must call it.
+
+    Raises:
+        ConfigError: in one line, with the cure.
+        GroupFailure: another rank could not start.
+    """
+    model_config = read_model_config(config)
+    check_heads(model_config, group.size)
+    max_model_len = find_max_model_len(config, model_config)
+    try:
+        device = open_device(config.device, group.local_rank)
+    except DeviceError as error:
+        raise ConfigError(f"--device {config.device}: {error}") from error
+    times = StepTimes()
+    all_reduce = join_collectives(group, device.kind, device.backend, times)
+    if device.kind == "cpu":
+        bind_to_placement(group)
+    check_agreement(config, group)
+    checker = StartCheck(config, group, device, max_model_len)
+    model = load_model(
+        config, model_config, group, device.torch_device, all_reduce, checker.check_plan
+    )
+    shape, activation_bytes = probe_model(model, config, device, max_model_len)
+    num_blocks = count_blocks(config, shape, activation_bytes, device, group, max_model_len)
+    cache = KVCache(shape, num_blocks, device.torch_device)
+    checker.report_measured(model, num_blocks * shape.bytes_per_block)
+    state = BatchState(
+        config.max_num_seqs,
+        -(-max_model_len // config.block_size),
+        config.block_size,
+        device.torch_device,
+    )
+    forward = choose_forward(model, cache, state, config, max_model_len, all_reduce, group)
+    broadcast = None
+    if device.max_in_flight > 1:
+        broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
+    runner = ModelRunner(forward, state, times, broadcast)
+    channel = StepChannel(group)
+    close_doors(group, device.kind)
+    lead = None
+    if group.rank == 0:
+        lead = LeadRunner(runner, cache, channel, group.size, device)
+    if config.profile is not None:
+        from autotp_serving.worker.profiler import StepProfiler
+
+        folder = Path(config.profile)
+        StepProfiler(folder, group.rank, device, runner, lead).attach(model)
+    vocab_size = model.get_output_embeddings().vocab_size
+    return Worker(model, cache, runner, lead, channel, max_model_len, vocab_size)

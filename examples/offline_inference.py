@@ -1,0 +1,52 @@
+"""Answer prompts in a script, without HTTP; every rank runs this same file.
+
+    python examples/offline_inference.py    # the demo model, one process
+    mpirun -np 2 python examples/offline_inference.py --model MODEL --low-bit sym_int4
+
+Prompts come from --prompts FILE, one a line; without it, a few samples are answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from autotp_serving import LLM, SamplingParams
+from autotp_serving.config import ConfigError
+from autotp_serving.distributed.launch import GroupFailure, LaunchError
+from autotp_serving.request import RequestError
+
+SAMPLES = ["What is AI?", "Define dog.", "What does run mean?", "Tell me about the moon."]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load, answer, print. Returns the exit code: 2 when it cannot start."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    demo = Path(__file__).parents[1] / "demo_model"
+    parser.add_argument("--model", default=str(demo), help="checkpoint folder (default: demo)")
+    parser.add_argument("--low-bit", default="bf16", help="weight format (default: bf16)")
+    parser.add_argument("--prompts", type=Path, help="file with one prompt a line")
+    parser.add_argument("--max-tokens", type=int, default=64, help="most tokens an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    options = parser.parse_args(argv)
+    try:
+        prompts = options.prompts.read_text().splitlines() if options.prompts else SAMPLES
+        params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature)
+        with LLM(options.model, low_bit=options.low_bit) as llm:
+            started = time.perf_counter()
+            answers = llm.generate(prompts, params)
+            seconds = time.perf_counter() - started
+    except (ConfigError, GroupFailure, LaunchError, RequestError, OSError) as error:
+        print(f"examples/offline_inference.py: error: {error}", file=sys.stderr)
+        return 2
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"{prompt!r} -> {answer.text!r} ({answer.finish_reason})")
+    num_tokens = sum(len(answer.token_ids) for answer in answers)
+    print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
