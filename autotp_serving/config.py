@@ -171,8 +171,7 @@ class ServingConfig:
     )
     compile_timeout: float = setting(
         2.0,
-        "seconds of processor time that compiling the form of a completion may take; more is answered "
-        "400",
+        "seconds of processor time that compiling a structured output may take; more is a 400",
         unit="SECONDS",
     )
     template_timeout: float = setting(

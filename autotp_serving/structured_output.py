@@ -79,7 +79,7 @@ class Guide(Protocol):
     """Follows one completion through its structured output."""
 
     error: str | None
-    """Why no completion can be ended any more; None while it can. The structured output is to blame."""
+    """Why the structured output can be followed no more; None while it can."""
 
     @property
     def is_ready(self) -> bool:

@@ -1,6 +1,7 @@
 """The rooms of the package: which may import which, and what no room may import at all.
 
-Read from the source, so lazy imports count too; `TYPE_CHECKING` blocks do not.
+Read from the source, so lazy imports count too; `TYPE_CHECKING` blocks do not. README's table of
+the rooms is made from the same list, so that neither can be false: `python -m tests.test_imports`.
 """
 
 from __future__ import annotations
@@ -17,42 +18,81 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "autotp_serving"
 
-# Modules at the top that are no base; any other is, and stays so without being named here.
-TOP_ROOMS = {
-    "ranks": "ranks",
-    "channel": "ranks",
-    "watch": "ranks",
-    "stand_in": "ranks",
-    "agreement": "ranks",
-    "collectives": "ranks",
-    "listeners": "ranks",
-    "worker": "wiring",
-    "llm": "wiring",
-    "__init__": "wiring",
+
+@dataclass(frozen=True)
+class Room:
+    """A folder of the package, or the modules at its top.
+
+    Attributes:
+        job: what it is for, as README has it.
+        may_import: other rooms.
+    """
+
+    job: str
+    may_import: tuple[str, ...]
+
+
+BASE = (
+    "config",
+    "command_line",
+    "request",
+    "structured_output",
+    "batch",
+    "step_times",
+    "logs",
+    "model_folder",
+)
+ROOMS = {
+    "base": Room("words that all share: " + ", ".join(f"`{name}`" for name in BASE), ()),
+    "devices": Room(
+        "cpu, cuda, xpu: memory and what else a device can do; compiled code", ("base",)
+    ),
+    "low_bit": Room("weight formats as bytes: quantize, dequantize, pack, select", ("base",)),
+    "kernels": Room(
+        "ways to compute, per device: `cpu/`, `cuda/`, `triton/`, portable `reference/`, ipex-llm",
+        ("low_bit", "devices", "base"),
+    ),
+    "layers": Room(
+        "low-bit linears, output head, fused layers taken apart, experts",
+        ("kernels", "low_bit", "base"),
+    ),
+    "distributed": Room(
+        "the ranks as a group: launch, channel, collectives, placement, agreement",
+        ("devices", "base"),
+    ),
+    "model": Room(
+        "checkpoint, shards, loader, families, self-check, attention, KV cache, save",
+        ("layers", "kernels", "distributed", "low_bit", "devices", "base"),
+    ),
+    "memory": Room(
+        "what a model takes and whether it fits: `--plan`, checks at start, cache size",
+        ("model", "kernels", "distributed", "low_bit", "devices", "base"),
+    ),
+    "worker": Room(
+        "a rank's work: runner, sampler, logits processors, logprobs, profiler",
+        ("memory", "model", "layers", "kernels", "distributed", "low_bit", "devices", "base"),
+    ),
+    "engine": Room(
+        "scheduler, blocks, batch builder, output processor, tokenizer, grammar", ("base",)
+    ),
+    "api": Room(
+        "HTTP: app, middleware, metrics, native routes, chat page; `openai/`", ("engine", "base")
+    ),
+    "llm": Room(
+        "the engine in a script, without HTTP", ("worker", "engine", "distributed", "base")
+    ),
 }
-ALLOWED = {
-    "base": {"base"},
-    "ranks": {"ranks", "base"},
-    "devices": {"devices", "base"},
-    "low_bit": {"low_bit", "kernels", "devices", "base"},
-    "kernels": {"kernels", "low_bit", "devices", "base"},
-    "model": {"model", "kernels", "low_bit", "devices", "ranks", "base"},
-    "engine": {"engine", "base"},
-    "api": {"api", "engine", "base"},
-    "wiring": {"wiring", "model", "kernels", "low_bit", "devices", "ranks", "engine", "base"},
-}
-FOLDERS = {"api", "engine", "model", "kernels", "low_bit", "devices"}
+FOLDERS = set(ROOMS) - {"base", "llm"}
 WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed", "triton"}
 LAZY_EXCEPTIONS = {
-    "tokenizer.py": {"transformers"},
-    "chat_template.py": {"transformers"},
-    "native_build.py": {"torch"},
+    "engine/tokenizer.py": {"transformers"},
+    "engine/chat_template.py": {"transformers"},
 }
-STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structure.py", "batch.py"}
+STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structured_output.py", "batch.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py"},
-    "deepspeed": {"collectives.py", "model/build.py", "memory/meta_planner.py"},
+    "deepspeed": {"distributed/collectives.py", "model/build.py", "memory/meta_planner.py"},
     "ipex_llm": {"kernels/ipex_llm.py"},
     "oneccl_bindings_for_pytorch": {"devices/xpu.py"},
     "intel_extension_for_pytorch": set(),
@@ -60,6 +100,7 @@ VENDORS = {
     "torchao": set(),
     "bigdl": set(),
 }
+TABLE_START, TABLE_END = "<!-- layout: python -m tests.test_imports -->", "<!-- end of layout -->"
 
 
 @dataclass(frozen=True)
@@ -102,7 +143,9 @@ def list_imports(source: str, path: str) -> Iterator[Import]:
 
 def find_room(parts: tuple[str, ...]) -> str:
     """The room of a module of the package, from the names after the package's."""
-    return parts[0] if parts[0] in FOLDERS else TOP_ROOMS.get(parts[0], "base")
+    if parts[0] in FOLDERS:
+        return parts[0]
+    return "llm" if parts[0] in ("llm", "__init__") else "base"
 
 
 def find_mistakes(path: str, source: str) -> list[str]:
@@ -121,7 +164,7 @@ def find_mistakes(path: str, source: str) -> list[str]:
         if item.top == PACKAGE:
             target = find_room(tuple(item.name.split(".")[1:]))
             is_version = item.name == f"{PACKAGE}.__version__"
-            if target not in ALLOWED[room] and not is_version:
+            if target not in (room, *ROOMS[room].may_import) and not is_version:
                 blame(f"{room} may not reach into {target}")
         if item.top in ("serving", "tests", "benchmark", "benchmarks"):
             blame("the package stands without them")
@@ -145,8 +188,30 @@ def find_mistakes(path: str, source: str) -> list[str]:
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
+def format_layout() -> str:
+    """README's table of the package."""
+    lines = ["| in `autotp_serving/` | job | may import |", "|---|---|---|"]
+    for name, room in ROOMS.items():
+        where = {"base": "the top", "llm": "`llm.py`"}.get(name, f"`{name}/`")
+        allowed = ", ".join(room.may_import) or "standard library, PyYAML"
+        never = "; never torch" if name in WITHOUT_TORCH else ""
+        lines.append(f"| {where} | {room.job} | {allowed}{never} |")
+    return "\n".join(lines)
+
+
+def test_readme_shows_this_layout() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(TABLE_START)[1].split(TABLE_END)[0]
+    assert shown.strip() == format_layout(), "run: python -m tests.test_imports"
+
+
 def test_every_folder_is_a_room() -> None:
     assert {path.parent.name for path in (ROOT / PACKAGE).glob("*/*.py")} == FOLDERS
+
+
+def test_the_base_is_what_it_is_said_to_be() -> None:
+    top = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
+    assert top == {*BASE, "llm", "__init__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
@@ -161,33 +226,36 @@ def test_no_room_reaches_where_it_must_not(path: Path) -> None:
     [
         ("api/app.py", "import torch"),
         ("api/app.py", "def f():\n    import torch.nn"),
-        ("api/app.py", f"from {PACKAGE}.model import runner"),
-        ("api/app.py", f"from {PACKAGE}.model.runner import ModelRunner"),
-        ("api/app.py", f"from {PACKAGE} import worker"),
-        ("api/app.py", f"from {PACKAGE}.channel import StepChannel"),
+        ("api/openai/routes.py", f"from {PACKAGE}.model import loader"),
+        ("api/app.py", f"from {PACKAGE}.worker.runner import ModelRunner"),
+        ("api/app.py", f"from {PACKAGE}.worker import worker"),
+        ("api/app.py", f"from {PACKAGE}.distributed.channel import StepChannel"),
         ("engine/engine.py", f"from {PACKAGE}.api.app import build_app"),
         ("engine/engine.py", "from transformers import AutoTokenizer"),
-        ("tokenizer.py", "import transformers"),
-        ("tokenizer.py", "def f():\n    import torch"),
+        ("engine/tokenizer.py", "import transformers"),
+        ("engine/tokenizer.py", "def f():\n    import torch"),
         ("brand_new.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
         ("brand_new.py", f"import {PACKAGE}.engine.engine"),
         ("config.py", "import yaml"),
         ("batch.py", "def f():\n    import numpy"),
         ("devices/cpu.py", "import psutil"),
-        ("devices/cpu.py", f"from {PACKAGE}.ranks import RankGroup"),
-        ("layers/low_bit_linear.py", f"from {PACKAGE}.model.loader import load_model"),
-        ("layers/low_bit_linear.py", "from ..model import loader"),
+        ("devices/cpu.py", f"from {PACKAGE}.distributed.launch import RankGroup"),
+        ("low_bit/tensor.py", f"from {PACKAGE}.kernels.cpu import tiles"),
+        ("kernels/cpu/linear.py", f"from {PACKAGE}.model.loader import load_model"),
         ("kernels/cpu/linear.py", "from ...model.loader import load_model"),
-        ("kernels/triton/store.py", f"from {PACKAGE}.model.kv_pools import Pools"),
+        ("kernels/triton/store.py", f"from {PACKAGE}.model.kv_cache import Pools"),
         ("engine/engine.py", "import triton"),
+        ("layers/low_bit_linear.py", "from ..model import loader"),
+        ("model/loader.py", f"from {PACKAGE}.memory.footprint import find_footprint"),
+        ("model/loader.py", f"from {PACKAGE}.worker.runner import ModelRunner"),
         ("worker/runner.py", f"from {PACKAGE}.engine import Engine"),
         ("worker/runner.py", "def f():\n    import deepspeed"),
-        ("collectives.py", "import deepspeed"),
-        ("collectives.py", f"from {PACKAGE}.model.build import build"),
+        ("distributed/collectives.py", "import deepspeed"),
+        ("distributed/collectives.py", f"from {PACKAGE}.model.build import build"),
         ("layers/low_bit_linear.py", "def f():\n    from ipex_llm import optimize_model"),
         ("model/build.py", "def f():\n    import torchao"),
-        ("worker.py", f"from {PACKAGE}.api.app import build_app"),
-        ("worker.py", "import serving"),
+        ("worker/worker.py", f"from {PACKAGE}.api.app import build_app"),
+        ("worker/worker.py", "import serving"),
     ],
 )
 def test_the_rule_sees(path: str, source: str) -> None:
@@ -200,11 +268,17 @@ def test_the_rule_sees(path: str, source: str) -> None:
         ("api/app.py", f"from {PACKAGE} import __version__"),
         ("api/app.py", f"from {PACKAGE}.engine import Engine\nimport fastapi"),
         ("api/app.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("tokenizer.py", "def f():\n    from transformers import AutoTokenizer"),
-        ("kernels/cpu/linear.py", "from ..tensor import LowBitTensor\nfrom . import tiles"),
-        ("collectives.py", "def f():\n    import deepspeed.comm"),
-        ("worker/runner.py", f"import torch\nfrom {PACKAGE}.channel import StepChannel"),
-        ("worker.py", f"from {PACKAGE}.model.loader import load_model"),
+        ("engine/tokenizer.py", "def f():\n    from transformers import AutoTokenizer"),
+        (
+            "kernels/cpu/linear.py",
+            "from ...low_bit.tensor import LowBitTensor\nfrom . import tiles",
+        ),
+        ("distributed/collectives.py", "def f():\n    import deepspeed.comm"),
+        (
+            "worker/runner.py",
+            f"import torch\nfrom {PACKAGE}.distributed.channel import StepChannel",
+        ),
+        ("worker/worker.py", f"from {PACKAGE}.model.loader import load_model"),
     ],
 )
 def test_the_rule_lets_pass(path: str, source: str) -> None:
@@ -215,10 +289,17 @@ def test_the_control_side_runs_without_torch() -> None:
     """What is said above of the source, seen at run time, third parties' imports included."""
     code = (
         f"import sys, {PACKAGE}.api.app, {PACKAGE}.api.server, {PACKAGE}.engine, "
-        f"{PACKAGE}.tokenizer, {PACKAGE}.command_line\n"
+        f"{PACKAGE}.engine.tokenizer, {PACKAGE}.command_line\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(TABLE_START)
+    after = rest.split(TABLE_END)[1]
+    readme.write_text(f"{before}{TABLE_START}\n{format_layout()}\n{TABLE_END}{after}")

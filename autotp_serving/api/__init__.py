@@ -1,1 +1,1 @@
-"""The HTTP room: routes, schemas, guard, metrics, chat page. Rank 0 only, never torch."""
+"""HTTP: app, middleware, schemas, native routes, metrics, chat page. Rank 0 only, never torch."""

@@ -75,7 +75,7 @@ class StepChannel:
             self._pulses[0] = self._greet(address, secret, group.size + group.rank)
 
     def _greet(self, address: tuple[str, int], secret: bytes, number: int) -> socket.socket:
-        """Connect to rank 0: as number `rank` for batches, as number `size + rank` for the pulse."""
+        """Connect to rank 0: as number `rank` for batches, as `size + rank` for the pulse."""
         connection = self._connect(address)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         probe_peer(connection)

@@ -1,4 +1,4 @@
-"""Notice that another rank is gone or stopped, also from inside a collective that never ends. Every rank.
+"""Notice that another rank is gone or stopped, even from inside a collective. Every rank.
 
 A thread sleeps in the kernel until a connection of the step channel ends. A process that dies
 closes its own; that a host has fallen silent (link cut, power lost) the kernel finds by probing it.

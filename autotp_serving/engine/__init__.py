@@ -1,4 +1,4 @@
-"""The engine room: which request runs when, in which blocks, and what text comes of it.
+"""The engine: which request runs when, in which blocks, and what text comes of it.
 
 Rank 0 only, plain Python over integers, never torch.
 """

@@ -1,4 +1,4 @@
-"""Compiles structured outputs for rank 0 and remembers them, what cannot be compiled included. Rank 0 only.
+"""Compiles structured outputs and remembers them, those that cannot be included. Rank 0 only.
 
 What is not known to be simple is tried in the sandbox; this process repeats only what passed there,
 in threads with more stack.
@@ -55,7 +55,7 @@ OUT_OF_MEMORY = "grammars in use take all the memory that there is for them"
 
 
 class GrammarCompiler:
-    """Compiles structured outputs in threads of its own and remembers the results, failures included.
+    """Compiles structured outputs in threads of its own; remembers results, failures included.
 
     Args:
         tokenizer: whose tokens the completions are made of.

@@ -34,7 +34,7 @@ class _NotSimpleError(Exception):
 
 
 def is_simple(structured_output: StructuredOutput) -> bool:
-    """True if compiling the structured output and following a completion are known to be little work."""
+    """True if compiling it and following a completion are known to be little work."""
     schemas = (
         [tool.schema for tool in structured_output.calls.tools] if structured_output.calls else []
     )

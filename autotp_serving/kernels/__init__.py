@@ -1,1 +1,1 @@
-"""Ways to compute what a model asks for, one folder for each kind of device. Every rank."""
+"""Ways to compute a layer on one kind of device, each with its portable reference. Every rank."""

@@ -1,1 +1,1 @@
-"""Low-bit weights: formats (bytes), linear modules, kernels per device. Runs on every rank."""
+"""Low-bit weights as bytes: formats, numerics, packing, which layers. Every rank."""

@@ -16,52 +16,9 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.low_bit.formats import Format
 from autotp_serving.low_bit.selection import LowBitSelection
-from autotp_serving.model.kv_sizes import count_head_bytes
+from autotp_serving.model.shapes import DTYPES, ModelShapes, TensorShape, count_head_bytes
 
 KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
-
-DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
-"""The word for weights left dense, and the bytes of one."""
-
-
-def find_dtype_name(config: ServingConfig) -> str:
-    """Torch's name for the type of weights that stay dense, and of activations."""
-    if config.dtype == "auto":
-        return "float16" if config.low_bit == "fp16" else "bfloat16"
-    return config.dtype
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    """A parameter or stored buffer of one rank; `is_linear` of a linear layer's weight."""
-
-    name: str
-    shape: tuple[int, ...]
-    is_linear: bool
-
-
-@dataclass(frozen=True)
-class ModelShapes:
-    """One rank's model, sharded.
-
-    Attributes:
-        text_config: the model's config, or that of its text part.
-        tensors: in the order in which they are loaded, without the head's weight.
-        embedding_name: which of them is the embedding.
-        head: the output head's weight, which a tied one shares with the embedding.
-        dtype: torch's name for the type of dense weights and of activations.
-    """
-
-    text_config: Any
-    tensors: tuple[TensorShape, ...]
-    embedding_name: str
-    head: TensorShape
-    dtype: str
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one dense number."""
-        return DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from autotp_serving.config import ConfigError
-from autotp_serving.memory.footprint import ModelShapes, TensorShape
+from autotp_serving.model.shapes import ModelShapes, TensorShape
 from autotp_serving.model.sizes import check_sizes
 from autotp_serving.model_folder import read_object
 

@@ -14,10 +14,11 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
-from autotp_serving.memory.footprint import Footprint, ModelShapes, find_footprint
+from autotp_serving.memory.footprint import Footprint, find_footprint
 from autotp_serving.model.build import build_sharded_model, find_dtype
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
+from autotp_serving.model.shapes import ModelShapes
 from autotp_serving.model.shards import describe_shapes
 
 

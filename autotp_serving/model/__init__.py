@@ -1,1 +1,1 @@
-"""The model room: load this rank's shard, run batches over a paged cache, sample."""
+"""The model: read this rank's shard, build it, attend over a paged KV cache. Every rank."""

@@ -14,9 +14,9 @@ from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.unfuse import finish_split, split_layers
-from autotp_serving.memory.footprint import find_dtype_name
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import check_heads, check_sharding, refuse_by_name
+from autotp_serving.model.shapes import find_dtype_name
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from autotp_serving.devices import huge_pages
 from autotp_serving.kernels.cpu.attention import can_attend, pool_shapes, store
 from autotp_serving.kernels.kv_pools import Pools
-from autotp_serving.model.kv_sizes import count_head_bytes
+from autotp_serving.model.shapes import count_head_bytes
 
 
 @dataclass(frozen=True)

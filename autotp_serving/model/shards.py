@@ -13,8 +13,8 @@ from torch import nn
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.low_bit.selection import is_linear
-from autotp_serving.memory.footprint import ModelShapes, TensorShape
 from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.shapes import ModelShapes, TensorShape
 
 logger = logging.getLogger(__name__)
 

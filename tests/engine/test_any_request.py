@@ -139,7 +139,8 @@ class Maker:
             chosen[rng.choice(sorted(possible))] = rng.choice(JUNK)
         if rng.random() < 0.2:
             chosen["structured_output"] = rng.choice((
-                StructuredOutput("regex", "[a-z]{3,9}"), StructuredOutput("json_object"), StructuredOutput("text"),
+                StructuredOutput("regex", "[a-z]{3,9}"), StructuredOutput("json_object"),
+                StructuredOutput("text"),
                 StructuredOutput("choice", '["yes", "no~"]'), StructuredOutput("regex", "("),
                 StructuredOutput("grammar", f'start: "a" <[{NUM_ROWS + 3}]>'),
                 StructuredOutput("grammar", f'start: "a" <[{NUM_ROWS - 1}]>'),

@@ -111,7 +111,7 @@ async def fill_schema(http: httpx.AsyncClient, rng: random.Random) -> None:
 
 async def match_regex(http: httpx.AsyncClient, rng: random.Random) -> None:
     """An answer in the form of a regular expression."""
-    pattern = f"[a-f]{{{draw.randint(1, 40)}}}-[0-9]{{1,{rng.randint(1, 9)}}}"
+    pattern = f"[a-f]{{{rng.randint(1, 40)}}}-[0-9]{{1,{rng.randint(1, 9)}}}"
     body = {"prompt": "A code: ", "max_tokens": 100, "temperature": 1.0, "guided_regex": pattern}
     choice = await _choose(http, "/v1/completions", body)
     if choice["finish_reason"] == "stop":

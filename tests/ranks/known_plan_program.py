@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from autotp_serving.config import ServingConfig
-from autotp_serving.memory.footprint import ModelShapes
 from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
 from autotp_serving.memory.meta_planner import list_ranks, shard_shapes
 from autotp_serving.model.loader import read_model_config
+from autotp_serving.model.shapes import ModelShapes
 
 
 def compare(known: ModelShapes, sharded: ModelShapes) -> str:

@@ -1,1 +1,1 @@
-"""Kernels that multiply by low-bit weights on one kind of device. Every rank."""
+"""Kernels for CPUs with AVX2 or more, from csrc/, compiled at first use. Every rank on CPU."""

@@ -11,13 +11,16 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from autotp_serving.devices.build import BuildError, best_isa, build_library, isa_flags
 from autotp_serving.kernels.kv_pools import Pools
-from autotp_serving.model.batch_state import StepInputs
+
+if TYPE_CHECKING:
+    from autotp_serving.model.batch_state import StepInputs
 
 logger = logging.getLogger(__name__)
 

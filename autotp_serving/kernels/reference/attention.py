@@ -6,12 +6,15 @@ The reference for faster kernels, and what runs where there is none.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from autotp_serving.kernels.kv_pools import Pools
-from autotp_serving.model.batch_state import StepInputs
+
+if TYPE_CHECKING:
+    from autotp_serving.model.batch_state import StepInputs
 
 
 @dataclass(frozen=True)

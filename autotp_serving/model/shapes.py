@@ -1,0 +1,65 @@
+"""What a model consists of, as shapes and sizes. Every rank; no torch, as --plan is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autotp_serving.config import ServingConfig
+
+DTYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+"""The word for weights left dense, and the bytes of one."""
+
+SCALE_BYTES = 4
+"""Of the float32 that a token's key, or value, of one head is multiplied by in an int8 cache."""
+
+
+def find_dtype_name(config: ServingConfig) -> str:
+    """Torch's name for the type of weights that stay dense, and of activations."""
+    if config.dtype == "auto":
+        return "float16" if config.low_bit == "fp16" else "bfloat16"
+    return config.dtype
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """A parameter or stored buffer of one rank; `is_linear` of a linear layer's weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """One rank's model, sharded.
+
+    Attributes:
+        text_config: the model's config, or that of its text part.
+        tensors: in the order in which they are loaded, without the head's weight.
+        embedding_name: which of them is the embedding.
+        head: the output head's weight, which a tied one shares with the embedding.
+        dtype: torch's name for the type of dense weights and of activations.
+    """
+
+    text_config: Any
+    tensors: tuple[TensorShape, ...]
+    embedding_name: str
+    head: TensorShape
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one dense number."""
+        return DTYPES[self.dtype][1]
+
+
+def count_head_bytes(key_dim: int, value_dim: int, itemsize: int, is_int8: bool) -> int:
+    """Bytes of one token's key and value of one head.
+
+    Args:
+        itemsize: bytes of one activation, which the cache holds as they are unless `is_int8`.
+    """
+    if is_int8:
+        return key_dim + value_dim + 2 * SCALE_BYTES
+    return (key_dim + value_dim) * itemsize
