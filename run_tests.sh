@@ -41,7 +41,8 @@ if [[ ${1:-} == --ipex-llm ]]; then
     setup_venv requirements/ipex-llm.txt requirements/dev.txt
     # What depends on transformers or on the provider: formats, layers, checkpoints, sharding. Paths
     # among the arguments take the place of these.
-    core=(tests/low_bit tests/model tests/engine tests/api/test_native.py tests/api/test_openai.py
+    core=(tests/low_bit tests/kernels tests/layers tests/model tests/memory tests/worker tests/engine
+        tests/api/test_native.py tests/api/test_openai.py
         tests/ranks/test_ipex_llm.py tests/ranks/test_equality.py tests/ranks/test_families.py)
     for word in "$@"; do
         if [[ -e ${word%%::*} ]]; then core=(); fi

@@ -13,10 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from autotp_serving import LLM, SamplingParams
-from autotp_serving.config import ConfigError
-from autotp_serving.distributed.launch import GroupFailure, LaunchError
-from autotp_serving.request import RequestError
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package is used from this checkout, not installed
+
+from autotp_serving import LLM, SamplingParams  # noqa: E402
+from autotp_serving.config import ConfigError  # noqa: E402
+from autotp_serving.distributed.launch import GroupFailure, LaunchError  # noqa: E402
+from autotp_serving.request import RequestError  # noqa: E402
 
 SAMPLES = ["What is AI?", "Define dog.", "What does run mean?", "Tell me about the moon."]
 
@@ -24,7 +27,7 @@ SAMPLES = ["What is AI?", "Define dog.", "What does run mean?", "Tell me about t
 def main(argv: list[str] | None = None) -> int:
     """Load, answer, print. Returns the exit code: 2 when it cannot start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    demo = Path(__file__).parents[1] / "demo_model"
+    demo = ROOT / "demo_model"
     parser.add_argument("--model", default=str(demo), help="checkpoint folder (default: demo)")
     parser.add_argument("--low-bit", default="bf16", help="weight format (default: bf16)")
     parser.add_argument("--prompts", type=Path, help="file with one prompt a line")
@@ -36,14 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature)
         with LLM(options.model, low_bit=options.low_bit) as llm:
             started = time.perf_counter()
-            answers = llm.generate(prompts, params)
+            completions = llm.generate(prompts, params)
             seconds = time.perf_counter() - started
     except (ConfigError, GroupFailure, LaunchError, RequestError, OSError) as error:
-        print(f"examples/offline_inference.py: error: {error}", file=sys.stderr)
+        print(f"offline_inference.py: error: {error}", file=sys.stderr)
         return 2
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"{prompt!r} -> {answer.text!r} ({answer.finish_reason})")
-    num_tokens = sum(len(answer.token_ids) for answer in answers)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(f"{prompt!r} -> {completion.text!r} ({completion.finish_reason})")
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
     print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s")
     return 0
 

@@ -114,7 +114,7 @@ setup_venv() {
             pip_install ${index:+--index-url "$index"} "$torch"
         fi
         for file in "$@"; do files+=(-r "$file"); done
-        say "installing $name (a few minutes the first time)"
+        say "installing ${*#"$ROOT"/} (a few minutes the first time)"
         pip_install "${files[@]}"
         printf '%s\n' "$key" >"$stamp_file"
     fi

@@ -5,4 +5,5 @@ import sys
 from pathlib import Path
 
 print("benchmark_vllm_throughput.py is a link to benchmarks/throughput.py", file=sys.stderr)
-runpy.run_path(str(Path(__file__).with_name("benchmarks/throughput.py")), run_name="__main__")
+script = Path(__file__).parent / "benchmarks" / "throughput.py"
+runpy.run_path(str(script), run_name="__main__")

@@ -5,4 +5,5 @@ import sys
 from pathlib import Path
 
 print("vllm_offline_inference.py is a link to examples/offline_inference.py", file=sys.stderr)
-runpy.run_path(str(Path(__file__).with_name("examples/offline_inference.py")), run_name="__main__")
+script = Path(__file__).parent / "examples" / "offline_inference.py"
+runpy.run_path(str(script), run_name="__main__")

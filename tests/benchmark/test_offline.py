@@ -90,23 +90,17 @@ def test_flags_that_cannot_be_honoured_are_named(words, message):
 
 
 def test_upstreams_spellings_work(capsys):
-    words = [
-        "--model",
-        DEMO,
-        "--load-in-low-bit",
-        "sym_int8",
-        "--enable-chunked-prefill",
+    words = ["--model", DEMO, "--load-in-low-bit", "sym_int8", "--enable-chunked-prefill"]
+    words += [
         "-tp",
         "2",
-    ]
-    words += [
         "--enforce-eager",
         "--trust-remote-code",
         "--dtype",
         "float16",
         "--gpu-memory-utilization=0.85",
     ]
-    config = parse_serving_flags(words, "benchmarks/throughput.py")
+    config = parse_serving_flags(words, "benchmarks.throughput")
     assert (config.low_bit, config.tensor_parallel_size, config.dtype) == ("sym_int8", 2, "float16")
     assert config.trust_remote_code and config.gpu_memory_utilization == 0.85
     assert config.enforce_eager
@@ -205,7 +199,7 @@ def test_the_last_line_is_json_on_two_ranks_and_each_leaves_a_profile(tmp_path):
 
 def test_a_bad_start_is_one_line(capsys):
     assert throughput.main(["--model", "/nowhere", "--backend", "mii"]) == 2
-    assert capsys.readouterr().err.startswith("benchmarks/throughput.py: error: --backend mii: ")
+    assert capsys.readouterr().err.startswith("benchmarks.throughput: error: --backend mii: ")
 
 
 def test_a_number_of_ranks_that_were_not_started_is_refused(capsys):

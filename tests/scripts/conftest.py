@@ -32,6 +32,7 @@ class ScriptTree:
             shutil.copy(script, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         (self.root / "requirements.txt").write_text("# nothing to install\n")
+        (self.root / "requirements").mkdir()
         (self.root / "requirements/dev.txt").write_text("# nothing to install\n")
         (self.root / "requirements/ipex-llm.txt").write_text("# nothing to install\n")
         (self.root / "demo_model").mkdir()
