@@ -108,6 +108,8 @@ def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     check_tls(config)
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, group)
+    runner = worker.lead
+    assert runner is not None, "only rank 0 leads"
     tokenizer = HuggingFaceTokenizer(
         Path(config.model_path),
         trust_remote_code=config.trust_remote_code,
@@ -117,12 +119,12 @@ def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     sandbox.start()
     engine = EngineClient(
         lambda deliver: Engine(
-            worker.lead,
+            runner,
             tokenizer,
             config,
             worker.max_model_len,
             deliver,
-            find_late_ranks=worker.lead.find_late_ranks,
+            find_late_ranks=runner.find_late_ranks,
         ),
         config.request_timeout,
     )
@@ -136,7 +138,7 @@ def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     ignore_signals()  # uvicorn has let go of them, and the end is near
     if exit_code or not engine.engine.shutdown():
         group.abort()
-    worker.lead.stop()
+    runner.stop()
     return exit_code
 
 

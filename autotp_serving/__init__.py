@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return SamplingParams
     if name == "StructuredOutput":
-        from autotp_serving.request import StructuredOutput
+        from autotp_serving.structured_output import StructuredOutput
 
         return StructuredOutput
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

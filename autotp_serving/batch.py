@@ -200,7 +200,11 @@ class Runner(Protocol):
     num_blocks: int
     block_size: int
     max_in_flight: int
-    rank_times: Sequence[RankTimes]
+
+    @property
+    def rank_times(self) -> Sequence[RankTimes]:
+        """See above."""
+        ...
 
     def forward(self, batch: Batch) -> None:
         """Begin a step on all ranks: its logits."""

@@ -27,12 +27,10 @@ def parse_args(argv: list[str] | None = None) -> ServingConfig:
     path = settings.pop("config", None)
     if path is not None:
         settings = _read_file(path, parser) | settings
-    return ServingConfig(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in settings.items()
-        }
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return ServingConfig(**fields)
 
 
 class _Parser(argparse.ArgumentParser):

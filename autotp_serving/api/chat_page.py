@@ -48,5 +48,6 @@ def content_policy(page: bytes) -> str:
 
 
 def _hash_of(page: bytes, tag: str) -> str:
-    text = re.search(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)[1]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+    found = re.search(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
+    assert found is not None, f"the page has no <{tag}>"
+    return f"'sha256-{base64.b64encode(hashlib.sha256(found[1]).digest()).decode()}'"

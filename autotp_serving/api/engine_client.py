@@ -154,6 +154,7 @@ class EngineClient:
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Take the outputs of one step; called on the engine thread."""
+        assert self._loop is not None, "bind the event loop first"
         try:
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
         except RuntimeError:  # the loop has closed: the server has stopped, no one reads
@@ -196,6 +197,7 @@ class EngineClient:
         seconds = self._request_timeout
         if seconds is None:
             return None
+        assert self._loop is not None, "bind the event loop first"
 
         def end_late() -> None:
             message = f"the request took longer than {seconds:g} s (--request-timeout)"

@@ -148,8 +148,8 @@ def _render_engine(
     for reason, count in stats.num_finished.items():
         yield _sample("request_success_total", {**labels, "finished_reason": reason}, count)
     yield from _head("admission_rejections_total", "Requests refused at the door.", "counter")
-    for reason, count in num_refused.items():
-        yield _sample("admission_rejections_total", {**labels, "reason": reason}, count)
+    for cause, count in num_refused.items():
+        yield _sample("admission_rejections_total", {**labels, "reason": cause}, count)
 
 
 def _render_ranks(rank_times: Sequence[RankTimes], labels: Mapping[str, str]) -> Iterator[str]:

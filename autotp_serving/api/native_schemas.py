@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 from pydantic import Field
 
 from autotp_serving.api.sampling_fields import SamplingFields
@@ -29,9 +31,13 @@ class GenerateRequest(SamplingFields):
         "default: no logprobs",
     )
     echo: bool = Field(False, description="put the prompt before the completion, and its logprobs")
-    n: only(1) = Field(None, description="a reply holds one completion: use /v1/completions")
-    best_of: only(1) = Field(None, description="a reply holds one completion: use /v1/completions")
-    use_beam_search: only(False) = None
+    n: Annotated[Any, only(1)] = Field(
+        None, description="a reply holds one completion: use /v1/completions"
+    )
+    best_of: Annotated[Any, only(1)] = Field(
+        None, description="a reply holds one completion: use /v1/completions"
+    )
+    use_beam_search: Annotated[Any, only(False)] = None
 
     def sampling_params(self, structured_output: StructuredOutput | None) -> SamplingParams:
         """The same in the engine's words. Raises RequestError naming a field out of range."""

@@ -81,7 +81,7 @@ class SamplingFields(StructuredOutputFields):
         """
         if self.min_tokens and self.min_tokens > max_tokens:
             raise RequestError("min_tokens", f"is over the {max_tokens} tokens to generate at most")
-        given = {
+        given: dict[str, Any] = {
             "min_p": self.min_p,
             "min_tokens": self.min_tokens,
             "frequency_penalty": self.frequency_penalty,

@@ -7,8 +7,10 @@ end at their first mistake, and what has too many entries is refused before any 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
+from annotated_types import GroupedMetadata
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -115,18 +117,27 @@ def check_bounds(value: Any) -> None:
     raise ValueError(f"must be nested at most {MAX_DEPTH} levels deep")
 
 
-def only(*values: Any) -> Any:
-    """The type of a field that is not supported yet: null or one of `values`."""
-    allowed = (None, *values)
+class _Only(GroupedMetadata):
+    """See `only`."""
 
-    def check(value: Any) -> Any:
-        for one in allowed:
+    def __init__(self, allowed: tuple[Any, ...]) -> None:
+        self.allowed = allowed
+
+    def check(self, value: Any) -> Any:
+        for one in self.allowed:
             # Booleans equal numbers in Python, not in JSON.
             if isinstance(value, bool) == isinstance(one, bool) and value == one:
                 return value
         raise ValueError("is not supported yet: leave it out")
 
-    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
+    def __iter__(self) -> Iterator[object]:
+        yield AfterValidator(self.check)
+        yield WithJsonSchema({"enum": list(self.allowed)})
+
+
+def only(*values: Any) -> GroupedMetadata:
+    """Marks a field that is not supported yet: it may be null or one of `values`."""
+    return _Only((None, *values))
 
 
 def as_tuple(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -72,7 +72,9 @@ class _Patience:
 
     def __enter__(self) -> _Patience:
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None, "responses run in tasks"
+        self._task = task
         self._since: float | None = None
         self._timer = self._loop.call_later(PATIENCE_SECONDS, self._check)
         return self

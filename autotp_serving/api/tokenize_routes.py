@@ -55,7 +55,7 @@ def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
             )
         else:
             tokens = await admission.encode_chat(
-                [message.for_template() for message in body.messages],
+                [message.for_template() for message in body.messages or ()],
                 {"add_generation_prompt": body.add_generation_prompt},
                 is_listed=True,
             )

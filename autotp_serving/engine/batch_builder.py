@@ -107,6 +107,6 @@ def _add_scores(step: Step, sequence: Sequence, start: int, end: int, first_row:
     if first >= last:
         return range(0)
     targets = sequence.token_ids[first + 1 : last + 1]
-    step.scores.append(ScoreInput(targets, sequence.params.prompt_logprobs))
+    step.scores.append(ScoreInput(targets, sequence.params.prompt_logprobs or 0))
     step.scored.append(sequence)
     return range(first_row + first - start, first_row + last - start)

@@ -75,7 +75,9 @@ class BlockManager:
             if block is None:
                 break
             blocks.append(block)
-            content = self._content_of[block]
+            known = self._content_of[block]
+            assert known is not None, f"block {block} is found without a content"
+            content = known
         return blocks
 
     def num_needed(self, num_tokens: int, matched: Sequence[int]) -> int:

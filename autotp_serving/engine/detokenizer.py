@@ -43,6 +43,7 @@ class IncrementalDecoder:
     ) -> None:
         self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._window = self._find_tail(prompt_token_ids)
+        self._num_old = self._num_emitted = 0
         self._begin_window(len(self._window))
 
     def add(self, token_id: int) -> str:

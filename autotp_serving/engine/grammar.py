@@ -16,13 +16,16 @@ import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotp_serving.engine.sandbox import list_vocabulary
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.engine.tokenizer import Tokenizer, is_panic
 from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
 from autotp_serving.structured_output import StructuredOutput
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 MIN_GRAMMAR_BYTES = 2**20
 
@@ -45,7 +48,7 @@ TRIED_SLOW_SECONDS = 0.005
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
 
-JSON_OPTIONS = {"whitespace_pattern": WHITESPACE}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
 
 REASONING = {
     "begun": r"start: reasoning /[ \n]{0,4}/ @answer",
@@ -330,7 +333,7 @@ class MatcherGuide:
         try:
             if self._matcher.is_error() or not self._matcher.consume_token(token_id):
                 self.error = TOO_COMPLEX
-            is_complete = self._matcher.is_stopped()
+            is_complete: bool = self._matcher.is_stopped()
         except BaseException as error:
             self._give_up(error)
             return True
@@ -411,6 +414,7 @@ def _content(structured_output: StructuredOutput) -> dict[str, Any]:
 
 def _only(grammars: str) -> dict[str, Any]:
     """The one grammar in a list that llguidance wrote."""
+    grammar: dict[str, Any]
     (grammar,) = json.loads(grammars)["grammars"]
     return grammar
 

@@ -116,9 +116,9 @@ class Scheduler:
         """
         chunks = self._choose_chunks()
         if not chunks and not self._in_flight:
-            late = [one for one in self.running if not one.is_ready]
+            late = [one.guide for one in self.running if not one.is_ready and one.guide]
             if late:
-                late[0].guide.wait(MAX_GUIDE_WAIT_SECONDS)
+                late[0].wait(MAX_GUIDE_WAIT_SECONDS)
                 chunks = self._choose_chunks()
         if not chunks:
             return None
@@ -144,8 +144,8 @@ class Scheduler:
         self._num_score_rows_left = MAX_SCORED_ROWS
         if self.running and self.running[-1].num_unscheduled_tokens > 1:
             budget = self._add_prefill(chunks, self.running[-1], budget)
-        while budget > 0 and (sequence := self._admit()):
-            budget = self._add_prefill(chunks, sequence, budget)
+        while budget > 0 and (admitted := self._admit()):
+            budget = self._add_prefill(chunks, admitted, budget)
         return chunks
 
     def update(self, step: Step, result: StepResult) -> list[Progress]:

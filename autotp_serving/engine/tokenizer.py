@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
                 "download its tokenizer files again, or install the version of transformers that "
                 "wrote them"
             ) from error
-        self._inner = getattr(self._outer, "backend_tokenizer", None)
+        self._inner: Any = getattr(self._outer, "backend_tokenizer", None)
         if self._inner is None:
             raise ConfigError(
                 f"the tokenizer of '{folder}' has no fast implementation: add a tokenizer.json "
@@ -145,7 +145,9 @@ class HuggingFaceTokenizer:
             for number, one in added.items()
             if one.special and one.content not in TAGS_OF_TEXT and number < self.vocab_size
         )
-        self._added = {number: one.content.encode() for number, one in added.items()}
+        self._added: dict[int, bytes] = {
+            number: one.content.encode() for number, one in added.items()
+        }
         self._is_byte_level = '"ByteLevel"' in json.dumps(
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
         )
@@ -172,7 +174,8 @@ class HuggingFaceTokenizer:
         """See Tokenizer."""
         # The batch call lets other threads run meanwhile, encode() holds the interpreter's lock.
         (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding.ids
+        token_ids: list[int] = encoding.ids
+        return token_ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """See Tokenizer. For as long as the template likes: see `template`."""
@@ -195,7 +198,8 @@ class HuggingFaceTokenizer:
         """See Tokenizer."""
         if skip_special_tokens:
             token_ids = [token for token in token_ids if token not in self.special_token_ids]
-        return self._inner.decode(list(token_ids), skip_special_tokens=False)
+        text: str = self._inner.decode(list(token_ids), skip_special_tokens=False)
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""

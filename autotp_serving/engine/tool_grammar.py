@@ -28,7 +28,8 @@ def arguments_schema(tool: CallableTool) -> dict[str, Any]:
     guidance: dict[str, Any] = {"whitespace_pattern": r"\x20"}
     if not tool.is_strict:
         guidance["lenient"] = True
-    return json.loads(tool.schema) | {"x-guidance": guidance}
+    schema: dict[str, Any] = json.loads(tool.schema)
+    return schema | {"x-guidance": guidance}
 
 
 def write_calls(calls: ToolCalls, *, has_content: bool, has_llama_tag: bool) -> str:

@@ -47,10 +47,10 @@ class ChatMessage(StrictModel):
     name: Text | None = Field(None, description="for templates that tell speakers apart")
 
     # Clients send a completion back as they got it, with its empty fields.
-    refusal: only() = None
-    annotations: only([]) = None
-    audio: only() = None
-    function_call: only() = None
+    refusal: Annotated[Any, only()] = None
+    annotations: Annotated[Any, only([])] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
     reasoning_content: Text | None = Field(
         None, description="reasoning of an earlier completion, for templates that read it"
     )
@@ -124,19 +124,19 @@ class ChatRequest(OpenAIRequest):
     parallel_tool_calls: bool | None = Field(
         None, description="more than one call in a completion; default true"
     )
-    functions: only([]) = None
-    function_call: only("none", "auto") = None
-    modalities: only(["text"]) = None
-    audio: only() = None
-    prediction: only() = None
-    web_search_options: only() = None
-    moderation: only() = None
-    reasoning_effort: only() = None
-    verbosity: only("medium") = None
-    store: only(False) = None
-    service_tier: only("auto", "default") = None
-    prompt_cache_options: only() = None
-    prompt_cache_retention: only("in_memory") = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only()] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    store: Annotated[Any, only(False)] = None
+    service_tier: Annotated[Any, only("auto", "default")] = None
+    prompt_cache_options: Annotated[Any, only()] = None
+    prompt_cache_retention: Annotated[Any, only("in_memory")] = None
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> ChatRequest:
@@ -164,7 +164,7 @@ class ChatRequest(OpenAIRequest):
             raise RequestError("top_logprobs", "is only allowed with logprobs: true")
         return self
 
-    def logprob_params(self) -> dict[str, int | None]:
+    def logprob_params(self) -> dict[str, Any]:
         return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
     def max_new_tokens(self, num_tokens_left: int) -> int:

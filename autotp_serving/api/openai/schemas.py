@@ -45,7 +45,8 @@ def _parse_prompts(value: Any) -> list[str | list[int]]:
     for prompt in value:
         if isinstance(prompt, str):
             check_unicode(prompt)
-    return value
+    prompts: list[str | list[int]] = value
+    return prompts
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
@@ -69,7 +70,7 @@ class StreamOptions(StrictModel):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = Field(None, description="end with a chunk that holds the usage")
-    include_obfuscation: only(False) = None
+    include_obfuscation: Annotated[Any, only(False)] = None
     continuous_usage_stats: bool | None = Field(
         None, description="with include_usage: every chunk holds the usage so far"
     )
@@ -104,7 +105,7 @@ class OpenAIRequest(SamplingFields):
 
     user: Text | None = Field(None, description=LABEL)
 
-    use_beam_search: only(False) = None
+    use_beam_search: Annotated[Any, only(False)] = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> OpenAIRequest:
@@ -133,7 +134,7 @@ class OpenAIRequest(SamplingFields):
         """Completions to generate for each prompt, of which the best may be picked."""
         return self.num_choices
 
-    def logprob_params(self) -> dict[str, int | None]:
+    def logprob_params(self) -> dict[str, Any]:
         """Which logprobs are needed, in the words of SamplingParams."""
         raise NotImplementedError
 
@@ -177,7 +178,7 @@ class CompletionRequest(OpenAIRequest):
         le=MAX_LOGPROBS,
         description="list so many likeliest tokens beside each; default: no logprobs",
     )
-    suffix: only("") = None
+    suffix: Annotated[Any, only("")] = None
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> CompletionRequest:
@@ -193,7 +194,7 @@ class CompletionRequest(OpenAIRequest):
     def num_sampled(self) -> int:
         return self.best_of or self.num_choices
 
-    def logprob_params(self) -> dict[str, int | None]:
+    def logprob_params(self) -> dict[str, Any]:
         # To score a prompt is all that is left to do when no token is wanted.
         scored = self.logprobs or 0 if self.max_tokens == 0 else self.logprobs
         ranked = 0 if self.num_sampled > self.num_choices else None

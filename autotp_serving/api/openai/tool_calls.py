@@ -211,6 +211,7 @@ class ToolCallParser:
     def _finish_call(self) -> list[Delta]:
         """The object is complete: count it, or give it back as text."""
         reader, self._reader = self._reader, None
+        assert reader is not None, "no call has begun"
         if reader.is_call:
             self.num_calls += 1
             return []

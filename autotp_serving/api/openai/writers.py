@@ -78,7 +78,7 @@ class ChoiceWriter:
         tokenizer: Tokenizer,
         always_usage: bool,
     ) -> None:
-        self._head = head
+        self._head = dict(head)
         self._requests = requests
         self._tokenizer = tokenizer
         self._choices = {request.request_id: index for index, request in enumerate(requests)}
