@@ -23,11 +23,6 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [_digest(key.encode("ascii")) for key in dict.fromkeys(keys)]
 
-    @property
-    def are_required(self) -> bool:
-        """True when a request must show a key."""
-        return bool(self._digests)
-
     def find_tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
         """Whose request this is: a name that tells nothing of the key; None for nobody we know.
 

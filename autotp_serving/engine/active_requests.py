@@ -43,11 +43,6 @@ class ActiveRequests:
         """The request of this id, None if it is not active."""
         return self._requests.get(request_id)
 
-    @property
-    def num_of_tenants(self) -> dict[str, int]:
-        """How many each tenant has that has any."""
-        return dict(self._num_of)
-
     def add(self, request: Request) -> None:
         """Let a request in.
 

@@ -7,7 +7,6 @@ whatever the tile size, device or sharding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,27 +67,6 @@ class LowBitTensor:
         planes = {name: plane[start:stop] for name, plane in self.canonical().planes.items()}
         return LowBitTensor(self.format, (stop - start, self.shape[1]), planes)
 
-    def slice_cols(self, start: int, stop: int) -> LowBitTensor:
-        """Columns `start` to `stop` as views (see `contiguous`).
-
-        Both must be multiples of 64 or the end of the row; raises LowBitError otherwise.
-        """
-        rows, cols = self.shape
-        if start % BLOCK or (stop % BLOCK and stop != cols):
-            raise LowBitError(f"columns {start} to {stop} of {cols} would split a block of {BLOCK}")
-        first, last = start // BLOCK, num_blocks(stop)
-        source = self.canonical().planes
-        planes = {
-            name: source[name][:, first * entries : last * entries]
-            for name, _, entries in self.format.planes
-        }
-        return LowBitTensor(self.format, (rows, stop - start), planes)
-
-    def contiguous(self) -> LowBitTensor:
-        """The same with planes that kernels can walk in one stride; copies only what is not."""
-        planes = {name: plane.contiguous() for name, plane in self.canonical().planes.items()}
-        return LowBitTensor(self.format, self.shape, planes)
-
     def to(self, device: torch.device | str) -> LowBitTensor:
         """The same on `device`."""
         planes = {name: plane.to(device) for name, plane in self.canonical().planes.items()}
@@ -97,26 +75,6 @@ class LowBitTensor:
     def to_dict(self, prefix: str) -> dict[str, Tensor]:
         """The planes as `prefix.plane`, for safetensors; format and shape travel as metadata."""
         return {f"{prefix}.{name}": plane for name, plane in self.canonical().planes.items()}
-
-    @staticmethod
-    def from_dict(
-        tensors: dict[str, Tensor], prefix: str, format: Format, shape: tuple[int, int]
-    ) -> LowBitTensor:
-        """Undo `to_dict`. Raises LowBitError when planes are missing or do not fit."""
-        names = [plane.name for plane in format.planes]
-        missing = [name for name in names if f"{prefix}.{name}" not in tensors]
-        if missing:
-            raise LowBitError(f"{prefix} lacks the {format.name} planes {', '.join(missing)}")
-        return LowBitTensor(format, shape, {name: tensors[f"{prefix}.{name}"] for name in names})
-
-
-def concat_rows(tensors: Sequence[LowBitTensor]) -> LowBitTensor:
-    """Stack weights of one format and one number of columns, for siblings that share an input."""
-    first = tensors[0]
-    planes = {
-        name: torch.cat([t.canonical().planes[name] for t in tensors]) for name in first.planes
-    }
-    return LowBitTensor(first.format, (sum(t.shape[0] for t in tensors), first.shape[1]), planes)
 
 
 def quantize(weight: Tensor, format: Format, *, tile: int | None = None) -> LowBitTensor:

@@ -151,7 +151,7 @@ def test_keys_come_from_flag_file_and_environment(tmp_path: Path):
     for key in ("k", "file-key", "other", "env-key", "env-two"):
         assert keys.find_tenant(headers(key)) is not None
     assert keys.find_tenant(headers("# ours")) is None
-    assert keys.are_required and not load().are_required
+    assert keys.find_tenant([]) is None and load().find_tenant([]) == ""
 
 
 def test_an_empty_source_does_not_open_the_server(tmp_path: Path):

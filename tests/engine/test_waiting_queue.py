@@ -83,7 +83,7 @@ def test_a_flood_of_one_key_does_not_hold_up_another():
     # Two running ahead of it, and one of the flood between each two of its own.
     assert max(order.index(f"calm{num}") for num in range(3)) < 9
     bench.assert_clean()
-    assert not bench.engine._active.num_of_tenants
+    assert not bench.engine._active._num_of
 
 
 def test_a_key_over_its_share_is_refused_while_another_gets_in():
@@ -100,7 +100,7 @@ def test_a_key_over_its_share_is_refused_while_another_gets_in():
     with pytest.raises(ShareFullError) as caught:
         bench.submit("a6", max_tokens=2, tenant="a")
     assert caught.value.num_finishes == 4, "6 held, 3 free"
-    assert bench.engine._active.num_of_tenants == {"a": 6, "b": 3}
+    assert bench.engine._active._num_of == {"a": 6, "b": 3}
     assert Counter(request.tenant for request in bench.engine._active) == {"a": 6, "b": 3}
     bench.run()
     bench.submit("a6", max_tokens=2, tenant="a")

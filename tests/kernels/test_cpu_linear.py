@@ -25,7 +25,7 @@ from autotp_serving.kernels.cpu.tiles import TiledTensor, tile
 from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
 from autotp_serving.low_bit.formats import FORMATS, Format, LowBitError, num_blocks
 from autotp_serving.low_bit.numerics import largest_weight
-from autotp_serving.low_bit.tensor import LowBitTensor, concat_rows, dequantize, quantize
+from autotp_serving.low_bit.tensor import LowBitTensor, dequantize, quantize
 from tests.compiler import can_compile, needs_compiler
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
@@ -230,8 +230,6 @@ def test_tiles_are_the_same_bytes(format: Format, rows: int, cols: int) -> None:
         assert torch.equal(back.planes[name], plane)
     assert torch.equal(dequantize(tiled), dequantize(tensor))
     assert torch.equal(dequantize(tiled.slice_rows(1, 4)), dequantize(tensor)[1:4])
-    stacked = concat_rows([tiled, tile(tensor)])
-    assert torch.equal(dequantize(stacked), dequantize(concat_rows([tensor, tensor])))
 
 
 def test_layer_keeps_one_copy_and_saves_the_formats_order() -> None:

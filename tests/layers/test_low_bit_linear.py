@@ -57,14 +57,13 @@ def test_any_tiling_gives_the_same(tile: int) -> None:
 def test_row_parallel_halves_add_up() -> None:
     """Two ranks' column slices, summed by `reduce`, then the bias once."""
     torch.manual_seed(0)
-    tensor, bias, x = (
-        quantize(torch.randn(16, 192), FORMATS["fp6"]),
-        torch.ones(16),
-        torch.randn(192),
+    weight, bias, x = torch.randn(16, 192), torch.ones(16), torch.randn(192)
+    whole, left, right = (
+        quantize(part, FORMATS["fp6"]) for part in (weight, weight[:, :128], weight[:, 128:])
     )
-    second = LowBitLinear(tensor.slice_cols(128, 192))
-    first = LowBitLinear(tensor.slice_cols(0, 128), bias, reduce=lambda out: out + second(x[128:]))
-    torch.testing.assert_close(first(x[:128]), LowBitLinear(tensor, bias)(x))
+    second = LowBitLinear(right)
+    first = LowBitLinear(left, bias, reduce=lambda out: out + second(x[128:]))
+    torch.testing.assert_close(first(x[:128]), LowBitLinear(whole, bias)(x))
 
 
 def test_no_tokens() -> None:

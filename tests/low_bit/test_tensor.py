@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from autotp_serving.low_bit.formats import FORMATS, Format, LowBitError
 from autotp_serving.low_bit.numerics import decode
 from autotp_serving.low_bit.packing import pack, unpack
-from autotp_serving.low_bit.tensor import LowBitTensor, concat_rows, dequantize, quantize
+from autotp_serving.low_bit.tensor import LowBitTensor, dequantize, quantize
 
 # Root mean square error relative to normally distributed weights.
 RELATIVE_ERROR = {
@@ -107,18 +107,8 @@ def test_a_slice_is_the_quantized_slice(format: Format) -> None:
     weight = make_weight(12, 320)
     whole = quantize(weight, format)
     assert_same(whole.slice_rows(3, 7), quantize(weight[3:7], format))
-    assert_same(whole.slice_cols(64, 192), quantize(weight[:, 64:192], format))
-    assert torch.equal(dequantize(whole.slice_cols(64, 192)), dequantize(whole)[:, 64:192])
-    assert whole.slice_cols(64, 192).contiguous().planes["codes"].is_contiguous()
-    assert_same(concat_rows([whole.slice_rows(0, 5), whole.slice_rows(5, 12)]), whole)
-
-
-def test_a_slice_must_not_split_a_block() -> None:
-    tensor = quantize(make_weight(2, 200), FORMATS["sym_int4"])
-    assert tensor.slice_cols(128, 200).shape == (2, 72)
-    for start, stop in ((32, 64), (0, 100)):
-        with pytest.raises(LowBitError, match=f"columns {start} to {stop} of 200 would split"):
-            tensor.slice_cols(start, stop)
+    columns = quantize(weight[:, 64:192], format)
+    assert torch.equal(dequantize(columns), dequantize(whole)[:, 64:192])
 
 
 @every_format
@@ -182,19 +172,19 @@ def test_safetensors_and_back(format: Format, tmp_path) -> None:
     tensor = quantize(make_weight(4, 100), format)
     save_file(tensor.to_dict("layer.weight"), tmp_path / "low_bit.safetensors")
     tensors = load_file(tmp_path / "low_bit.safetensors")
-    assert_same(LowBitTensor.from_dict(tensors, "layer.weight", format, (4, 100)), tensor)
+    planes = {name.removeprefix("layer.weight."): plane for name, plane in tensors.items()}
+    assert_same(LowBitTensor(format, (4, 100), planes), tensor)
 
 
 def test_foreign_planes_are_named() -> None:
-    sym_int4, nf4 = FORMATS["sym_int4"], FORMATS["asym_int4"]
-    tensors = quantize(make_weight(4, 128), sym_int4).to_dict("layer")
-    with pytest.raises(LowBitError, match="layer lacks the asym_int4 planes mins"):
-        LowBitTensor.from_dict(tensors, "layer", nf4, (4, 128))
+    sym_int4, asym_int4 = FORMATS["sym_int4"], FORMATS["asym_int4"]
+    planes = quantize(make_weight(4, 128), sym_int4).planes
+    with pytest.raises(LowBitError, match="asym_int4 has planes codes, scales, mins, not codes"):
+        LowBitTensor(asym_int4, (4, 128), planes)
     with pytest.raises(LowBitError, match=r"plane codes .* must be uint8 5 x 64, not"):
-        LowBitTensor.from_dict(tensors, "layer", sym_int4, (5, 128))
-    tensors["layer.scales"] = tensors["layer.scales"].float()
+        LowBitTensor(sym_int4, (5, 128), planes)
     with pytest.raises(LowBitError, match=r"plane scales .* must be float16 4 x 2, not"):
-        LowBitTensor.from_dict(tensors, "layer", sym_int4, (4, 128))
+        LowBitTensor(sym_int4, (4, 128), planes | {"scales": planes["scales"].float()})
 
 
 @pytest.mark.skipif(not ACCELERATORS, reason="no accelerator here")
