@@ -1,7 +1,7 @@
 """What one rank's part of a model takes, told from shapes before any weight is read. Every rank.
 
 No torch: `--plan` answers before it could be imported. The shapes are those of a model on the meta
-device after AutoTP has sharded it (shards.py), or the same ones known beforehand (known_shapes.py).
+device after AutoTP has sharded it (`model/shards.py`), or those known before (`known_shapes.py`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ constexpr int64_t kWorthSharing = 1 << 15;
 
 }  // namespace
 
-// A weight as kernels/cpu.py describes it; the same fields in the same order.
+// A weight as kernels/cpu/linear.py describes it; the same fields in the same order.
 struct AutotpWeight {
     int64_t rows, cols;
     const uint8_t* codes;
