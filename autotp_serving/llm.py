@@ -144,12 +144,14 @@ class LLM:
 
     def _make_request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """Tokenize one prompt and compile its structured output. Raises as `generate` does."""
+        is_array = hasattr(prompt, "__array__")
+        token_ids: Sequence[int]
         if isinstance(prompt, str):
             try:
                 token_ids = self.tokenizer.encode(prompt)
             except (UnicodeEncodeError, TypeError) as error:
                 raise RequestError("prompt", "is not valid Unicode text") from error
-        elif isinstance(prompt, Sequence) or hasattr(prompt, "__array__"):
+        elif is_array or isinstance(prompt, Sequence):
             token_ids = prompt
         else:
             raise RequestError("prompt", "must be a text or a list of token ids")

@@ -28,8 +28,8 @@ class RequestError(ValueError):
 def _check_type(field_name: str, value: Any, kind: type) -> None:
     """Refuse a value of another type; True and False are no numbers."""
     if not isinstance(value, kind) or isinstance(value, bool):
-        words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
-        raise RequestError(field_name, f"must be {words}, not {value!r:.50}")
+        words: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "a text"}
+        raise RequestError(field_name, f"must be {words[kind]}, not {value!r:.50}")
 
 
 def check_tokens(field_name: str, token_ids: Iterable[int], vocab_size: int) -> None:

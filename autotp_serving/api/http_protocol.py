@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +20,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from autotp_serving.api.connections import FULL, WAIT_SECONDS, CpuPlacement
 from autotp_serving.api.errors import render_refusal
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
 
 MAX_HEAD_BYTES = 256 * 2**10
 """Of address and headers, and of whatever else comes without being part of a body."""
@@ -76,7 +79,8 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(**options)
         self.parser = self._make_parser()
         self._place = place
-        self._connection: asyncio.Transport | None = None
+        self._connection: asyncio.Transport  # from `connection_made` on, as uvicorn's own is
+        self._closing_transport: ClosingTransport
         self._num_head_bytes = 0
         self._gets_on = False
         self._has_started = False  # the head of a request
@@ -95,10 +99,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     # The connection
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._connection = transport
-        self.transport = ClosingTransport(transport, self)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._connection = cast(asyncio.Transport, transport)  # a stream's is no less
+        super().connection_made(self._connection)
+        self._closing_transport = ClosingTransport(self._connection, self)
+        self.transport = cast(asyncio.Transport, self._closing_transport)  # all that uvicorn needs
         self._place.give_way = self._give_way
         self._place.expire = self._expire
 
@@ -107,7 +112,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_stuck_timer()
         super().connection_lost(exc)
-        self.transport.let_go(self._connection)
+        self._closing_transport.let_go(self._connection)
 
     def is_closing(self) -> bool:
         """Whether no more than the rest of an answer goes out."""
@@ -259,13 +264,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     # What goes out
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         if self._place.is_spare:
             cycle.scope["state"]["is_spare"] = True
             cycle.keep_alive = False
         if cycle.scope["http_version"] != "1.1":
-            app = partial(_answer_without_chunks, app, cycle)
+            # Starlette describes the same calls in types of its own.
+            plainly = partial(_answer_without_chunks, cast(ASGIApp, app), cycle)
+            app = cast("ASGI3Application", plainly)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -276,7 +283,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     # A client that sends no more
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's, uvicorn has less
         """Keep the other half open for an answer that is still to come.
 
         A client that has left altogether sends the same as one that has only finished sending. Its
@@ -295,7 +302,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _probe(self) -> None:
         cycle = self._running
-        if cycle.response_complete or self.is_closing():
+        if cycle is None or cycle.response_complete or self.is_closing():
             return
         if cycle.response_started:
             if cycle.chunked_encoding:

@@ -170,7 +170,7 @@ class RequestGuard:
             return
         _label_as_json(scope)
         if scope["method"] == "HEAD":  # uvicorn, which knows what it was, leaves the body out
-            scope = scope | {"method": "GET"}
+            scope = {**scope, "method": "GET"}
         await _run_while_connected(self.app, scope, body, receive, send)
         if not record.is_answered:
             record.status = CLIENT_LEFT
@@ -193,9 +193,10 @@ def _find_encoding(scope: Scope) -> str | None:
     """How a body is packed, where it is not plain."""
     for name, value in scope["headers"]:
         if name == b"content-encoding" or name == b"transfer-encoding":
-            for word in value.decode("latin-1").lower().split(","):
-                if word.strip() not in ("", "identity", "chunked"):
-                    return word.strip()
+            encodings: list[str] = value.decode("latin-1").lower().split(",")
+            for encoding in map(str.strip, encodings):
+                if encoding not in ("", "identity", "chunked"):
+                    return encoding
     return None
 
 
@@ -240,7 +241,9 @@ class _BodyTimer:
     def __enter__(self) -> _BodyTimer:
         self.num_bytes = 0
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
         self._start = self._loop.time()
         self._is_late = False
         self._timer = self._loop.call_later(BODY_SECONDS, self._check)

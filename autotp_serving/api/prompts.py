@@ -161,7 +161,7 @@ class PromptEncoder:
         data = (messages, options, self._longest * max_tokens)
         job = self._sandbox.submit("render", data, size, self._seconds)
         try:
-            text = await asyncio.wrap_future(job)
+            text: str | int = await asyncio.wrap_future(job)
         except RefusalError as error:
             raise _refuse_chat(str(error)) from error
         except SandboxError as error:

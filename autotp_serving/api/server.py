@@ -10,6 +10,7 @@ import socket
 import ssl
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -128,7 +129,7 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._first_signal_time = 0.0
-        self._places: Places | None = None
+        self._places: Places  # from `startup` on
         self._failed_time = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -137,9 +138,10 @@ class _Server(uvicorn.Server):
         self._places = Places(find_max_connections(), self._loop.time)
         await super().startup([])
         context = self.config.ssl
-        self.servers = [
+        acceptors = [
             Acceptor(sock, self._places, self._make_protocol, context) for sock in sockets or ()
         ]
+        self.servers = cast(list[asyncio.Server], acceptors)  # uvicorn only closes and awaits them
         if self.started:  # given a socket, uvicorn leaves this line to its caller
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
             scheme = "https" if self.config.is_ssl else "http"

@@ -8,7 +8,7 @@ a process that may be ended (`engine.sandbox`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 MAX_REASON_LEN = 300
 
@@ -64,11 +64,13 @@ class ChatTemplate:
             for message in messages
         ]
         try:
-            (text,), _ = render_jinja_template(
+            rendered = render_jinja_template(
                 [conversation],
                 chat_template=self.find_source("tools" in options),
                 **{**self.special_tokens, **options},
             )
+            # It says that it returns a text.
+            (text,), _ = cast(tuple[list[str], list[Any]], rendered)
         except MemoryError:
             raise
         except RecursionError as error:

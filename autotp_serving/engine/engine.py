@@ -222,8 +222,8 @@ class Engine:
             self._read_inbox(wait)
             started = time.perf_counter()
             step = self._schedule()
-            if step is not None or self._in_flight:
-                oldest = self._in_flight[0] if self._in_flight else step
+            oldest = self._in_flight[0] if self._in_flight else step
+            if oldest is not None:
                 self.watchdog.begin(oldest.num_tokens)
                 try:
                     while step is not None:

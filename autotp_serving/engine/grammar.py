@@ -16,6 +16,7 @@ import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from autotp_serving.engine.sandbox import list_vocabulary
@@ -220,7 +221,7 @@ def try_structure(vocabulary: Vocabulary, structured_output: StructuredOutput) -
 def _pick(mask: bytes, number: int) -> int | None:
     """Some token that a mask allows, another one for each number."""
     start = number * 7919 % len(mask)
-    for index in (*range(start, len(mask)), *range(start)):
+    for index in chain(range(start, len(mask)), range(start)):
         if mask[index]:
             return index * 8 + (mask[index].bit_length() - 1)
     return None
@@ -345,10 +346,11 @@ class MatcherGuide:
         """The next tokens, in this thread."""
         self._started = time.monotonic()
         try:
-            return self._matcher.compute_bitmask()
+            mask: bytes = self._matcher.compute_bitmask()
         except BaseException as error:
             self._give_up(error)
             return self._grammar.first_mask
+        return mask
 
     def _give_up(self, error: BaseException) -> None:
         if not is_panic(error):

@@ -177,6 +177,8 @@ class _Helper:
                 close_fds=True,
                 env=environ,
             )
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
         self._setup: bytes | None = marshal.dumps(setup)
         self._ready_lock = threading.Lock()
         self.ready_time = 0.0
@@ -194,8 +196,8 @@ class _Helper:
             if self._setup is None:
                 return
             try:
-                self._process.stdin.write(self._setup)
-                self._process.stdin.close()
+                self._stdin.write(self._setup)
+                self._stdin.close()
                 self._ask(marshal.dumps(("ping", 1.0, None)), 1.0, START_SECONDS)
             except (OSError, _HelperGoneError, SandboxError) as error:
                 self.close()
@@ -251,7 +253,7 @@ class _Helper:
             self._process.kill()
             self._process.wait(5.0)
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._stdin.close()
 
 
 def list_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:

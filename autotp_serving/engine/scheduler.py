@@ -163,9 +163,9 @@ class Scheduler:
             if sequence.finish_reason is None:
                 sequence.num_computed_tokens += query_len
                 self._register_full_blocks(sequence)
-        for sequence, logprobs in zip(step.scored, result.scores, strict=True):
-            sequence.prompt_logprobs.extend(logprobs)
-            is_nan = any(math.isnan(one.logprob) for one in logprobs)
+        for sequence, scores in zip(step.scored, result.scores, strict=True):
+            sequence.prompt_logprobs.extend(scores)
+            is_nan = any(math.isnan(one.logprob) for one in scores)
             if is_nan and sequence.finish_reason is None:
                 self._fail(sequence, INVALID_NUMBERS)
         for sequence in step.read:

@@ -41,7 +41,8 @@ class GuardedGuide:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a panic of a library in Rust is no Exception
-            return self._note_fault()
+            self._note_fault()
+            return None
 
     def wait(self, seconds: float) -> None:
         """See Guide."""

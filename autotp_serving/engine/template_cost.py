@@ -61,7 +61,7 @@ class _Checker:
         if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NUM_NODES:
             raise _CostlyError
         self._namespaces: set[str] = set()
-        self._values: dict[str, list[nodes.Expr]] = {}
+        self._values: dict[str, list[nodes.Node]] = {}
         self._targets = {
             name.name for loop in tree.find_all(nodes.For) for name in _names(loop.target)
         }
@@ -79,12 +79,12 @@ class _Checker:
         for child in self._tree.iter_child_nodes():
             self._check(child, None)
 
-    def _note_assignment(self, target: nodes.Node, value: nodes.Expr) -> None:
+    def _note_assignment(self, target: nodes.Node, value: nodes.Node) -> None:
         if isinstance(target, nodes.NSRef):
             self._values.setdefault(f"{target.name}.{target.attr}", []).append(value)
         elif not isinstance(target, nodes.Name):
             raise _CostlyError
-        elif _called_function(value) == "namespace":
+        elif isinstance(value, nodes.Call) and _called_function(value) == "namespace":
             self._namespaces.add(target.name)
             if value.args or value.dyn_args or value.dyn_kwargs:
                 raise _CostlyError
@@ -127,7 +127,7 @@ class _Checker:
             return node.attr not in ("previtem", "nextitem") and _is_path(node)
         return self._variable(node) in self._numbers
 
-    def _grows(self, value: nodes.Expr) -> bool:
+    def _grows(self, value: nodes.Node) -> bool:
         """True if a value may be longer than each of its parts."""
         parts = [value, *value.find_all(nodes.Expr)]
         return any(
@@ -163,7 +163,7 @@ class _Checker:
             self._check_loop(node, targets)
             return
         if targets is not None and isinstance(node, nodes.Output | nodes.Assign | nodes.If):
-            parts = node.nodes if isinstance(node, nodes.Output) else []
+            parts: list[nodes.Node] = [*node.nodes] if isinstance(node, nodes.Output) else []
             parts = [node.node] if isinstance(node, nodes.Assign) else parts
             parts = [node.test] if isinstance(node, nodes.If) else parts
             for part in parts:
@@ -233,8 +233,9 @@ class _Checker:
 
 def _called_function(node: nodes.Node) -> str | None:
     """The name of the function that a node calls, if it does and that is no method."""
-    is_call = isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name)
-    return node.node.name if is_call else None
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name):
+        return node.node.name
+    return None
 
 
 def _check_arguments(node: nodes.Filter | nodes.Test | nodes.Call, is_cheap: bool) -> None:
@@ -249,7 +250,7 @@ def _check_arguments(node: nodes.Filter | nodes.Test | nodes.Call, is_cheap: boo
         raise _CostlyError
 
 
-def _is_path(node: nodes.Node) -> bool:
+def _is_path(node: nodes.Node | None) -> bool:
     """True for a variable or a part of it, and for what the template's author wrote down."""
     if isinstance(node, nodes.Getattr | nodes.Getitem):
         is_plain = isinstance(node, nodes.Getattr) or isinstance(node.arg, nodes.Const)

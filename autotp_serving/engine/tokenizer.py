@@ -182,9 +182,10 @@ class HuggingFaceTokenizer:
         if self.template is not None:
             return self.template.render(messages, options)
         try:
-            return self._outer.apply_chat_template(list(messages), tokenize=False, **options)
+            text: str = self._outer.apply_chat_template(list(messages), tokenize=False, **options)
         except Exception as error:  # code that came with the model
             raise ChatTemplateError(describe_error(error)) from error
+        return text
 
     def check_chat(self, options: Mapping[str, Any]) -> None:
         """See Tokenizer."""

@@ -97,6 +97,7 @@ class StepWatchdog:
 
     def end(self) -> None:
         """It has ended."""
+        assert self._step is not None
         started, _, num_tokens = self._step
         self._step = None
         self._limits.learn(num_tokens, time.monotonic() - started)
