@@ -58,7 +58,7 @@ def _do_nothing() -> None:
     """What a place without a connection does."""
 
 
-class CpuPlacement:
+class Place:
     """One connection's place among all.
 
     Attributes:
@@ -95,14 +95,14 @@ class Places:
     """All places, and in the order of their patience those that wait for a request."""
 
     def __init__(self, max_places: int, now: Callable[[], float], num_spare: int = NUM_SPARE):
-        self.taken: set[CpuPlacement] = set()
-        self.waiting: dict[CpuPlacement, float] = {}
+        self.taken: set[Place] = set()
+        self.waiting: dict[Place, float] = {}
         self.now = now
         self._max_places = max_places
         self._num_spare = num_spare
         self._quiet_until = 0.0
 
-    def take(self) -> CpuPlacement | None:
+    def take(self) -> Place | None:
         """A place for a connection that has just arrived; None where none is to be had."""
         is_spare = len(self.taken) >= self._max_places
         if is_spare:
@@ -115,7 +115,7 @@ class Places:
                 give_way()
             elif len(self.taken) >= self._max_places + self._num_spare:
                 return None
-        place = CpuPlacement(self, is_spare=is_spare)
+        place = Place(self, is_spare=is_spare)
         self.taken.add(place)
         place.wait()
         return place
@@ -157,7 +157,7 @@ class Acceptor:
         self,
         sock: socket.socket,
         places: Places,
-        make_protocol: Callable[[CpuPlacement], asyncio.Protocol],
+        make_protocol: Callable[[Place], asyncio.Protocol],
         context: ssl.SSLContext | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -211,7 +211,7 @@ class Acceptor:
             self._tasks[task] = connection
             task.add_done_callback(self._tasks.pop)
 
-    async def _hand_over(self, connection: socket.socket, place: CpuPlacement) -> None:
+    async def _hand_over(self, connection: socket.socket, place: Place) -> None:
         """Make a connection the protocol's, after TLS has been agreed on, if it is wanted."""
         try:
             await self._loop.connect_accepted_socket(
@@ -231,5 +231,5 @@ class Acceptor:
         if self._context is None:
             with contextlib.suppress(OSError):  # it has left, or reads nothing
                 connection.send(render_refusal(503, FULL, code="too_many_connections"))
-                # What has come is read, or the kernel would take the completion back.
+                # What has come is read, or the kernel would take the answer back.
                 connection.recv(2**16)

@@ -18,7 +18,7 @@ import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from autotp_serving.api.connections import FULL, WAIT_SECONDS, CpuPlacement
+from autotp_serving.api.connections import FULL, WAIT_SECONDS, Place
 from autotp_serving.api.errors import render_refusal
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
         options: uvicorn's own.
     """
 
-    def __init__(self, *, place: CpuPlacement, **options: Any) -> None:
+    def __init__(self, *, place: Place, **options: Any) -> None:
         super().__init__(**options)
         self.parser = self._make_parser()
         self._place = place

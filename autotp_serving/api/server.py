@@ -15,7 +15,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from autotp_serving.api.connections import Acceptor, CpuPlacement, Places, find_max_connections
+from autotp_serving.api.connections import Acceptor, Place, Places, find_max_connections
 from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.http_protocol import HttpProtocol
 from autotp_serving.api.stalled_clients import cut_all, cut_stalled
@@ -152,7 +152,7 @@ class _Server(uvicorn.Server):
                 self.config.port,
             )
 
-    def _make_protocol(self, place: CpuPlacement) -> HttpProtocol:
+    def _make_protocol(self, place: Place) -> HttpProtocol:
         return HttpProtocol(
             place=place,
             config=self.config,

@@ -111,7 +111,7 @@ class Sandbox:
             seconds: of processor time that it may take.
 
         Returns:
-            A future that has the completion, or raises RefusalError, SandboxError or
+            A future that has the answer, or raises RefusalError, SandboxError or
             SandboxBusyError.
         """
         submitted = time.monotonic()

@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, CpuPlacement, Places
+from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
 from autotp_serving.api.http_protocol import HttpProtocol
 from tests.api.conftest import LiveServer
 
@@ -335,7 +335,7 @@ def test_a_connection_leaves_nothing_for_the_collector() -> None:
         state = ServerState()
         protocols = []
 
-        def make(place: CpuPlacement) -> HttpProtocol:
+        def make(place: Place) -> HttpProtocol:
             protocol = HttpProtocol(place=place, config=config, server_state=state, app_state={})
             protocols.append(weakref.ref(protocol))
             return protocol
