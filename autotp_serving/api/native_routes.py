@@ -1,4 +1,4 @@
-"""The native routes, /generate/ and /generate_stream/, as the seed page has them. Rank 0 only."""
+"""The native routes, /generate/ and /generate_stream/, as ipex-llm's guide has them. Rank 0 only."""
 
 from __future__ import annotations
 

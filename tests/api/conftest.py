@@ -85,7 +85,7 @@ class LiveServer:
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[LiveServer]:
-    """A server of the seed page's size: 8 sequences at once, a few milliseconds a step."""
+    """As many at once as in ipex-llm's guide: 8 sequences at once, a few milliseconds a step."""
     server = LiveServer({"delay": 0.002, "max_model_len": 4096, "config": {"port": 0}})
     yield server
     server.stop()

@@ -1,4 +1,4 @@
-"""Real clients against a real server: the seed page's lines, leaving clients, load, shutdown."""
+"""Real clients against a real server: the lines of ipex-llm's guide, leaving clients, load, shutdown."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_client_that_leaves_the_queue_never_runs(
 
 
 def test_64_streams_of_mixed_lengths_complete(live: LiveServer) -> None:
-    """Issue 2, proof 3, at the HTTP end: each its own length, pages back to zero."""
+    """At the HTTP end: each has its own length, and all blocks come back."""
 
     async def stream(http: httpx.AsyncClient, index: int) -> int:
         num_predict = 1 + index % 37

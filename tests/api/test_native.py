@@ -1,4 +1,4 @@
-"""The native routes over the real engine: shapes, options, and a test per refusal of issue 2."""
+"""The native routes over the real engine: shapes, options, and a test per refusal."""
 
 from __future__ import annotations
 

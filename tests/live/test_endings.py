@@ -89,7 +89,7 @@ def test_ctrl_c_while_loading_ends_all_ranks(
 def test_a_killed_rank_ends_streams_and_group(
     rank: int, start: Callable[..., Launch], model_flags: list[str]
 ) -> None:
-    """Issue 2, proof 5: clients know within 5 s, and mpirun's exit code says so."""
+    """Clients know within 5 s, and mpirun's exit code says so."""
     server = start(mpirun(2), *model_flags, program=(FAULTY, "linger")).wait_ready()
     pid = server.rank_pids()[rank]
     with ThreadPoolExecutor(1) as pool:

@@ -22,7 +22,7 @@ MOST_IDLE_SHARE = 0.03
 
 
 def test_64_streams_of_mixed_lengths_each_have_their_own(server: Launch) -> None:
-    """Issue 2, proof 3: 8 at a time, none is lost or cut, and every KV block comes back."""
+    """8 at a time, none is lost or cut, and every KV block comes back."""
 
     async def stream(http: httpx.AsyncClient, index: int) -> None:
         n_predict = 1 + index * 7 % 37
@@ -63,7 +63,7 @@ def test_a_client_that_leaves_frees_its_pages_and_disturbs_nobody(server: Launch
 
 
 def test_an_idle_server_rests(server: Launch) -> None:
-    """Issue 2, proof 4: under 3 % of a core per rank. CPU time, so other load does not matter."""
+    """Under 3 % of a core per rank. CPU time, so other load does not matter."""
     server.generate("warm", 4)
     server.wait_idle()
     time.sleep(0.5)

@@ -17,7 +17,7 @@ from autotp_serving.low_bit.formats import (
 from .native_layout import NATIVE_FORMATS
 
 
-def test_issue_names_are_all_there() -> None:
+def test_all_names_are_there() -> None:
     wanted = (
         "sym_int4 asym_int4 sym_int5 asym_int5 sym_int8 nf4 nf3 fp4 fp6 fp8 fp8_e4m3 fp8_e5m2 "
         "woq_int4 bf16 fp16"
