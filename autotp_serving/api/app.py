@@ -20,7 +20,8 @@ from autotp_serving.api.hosts import find_allowed_hosts
 from autotp_serving.api.middleware import RequestGuard
 from autotp_serving.api.native_routes import native_routes
 from autotp_serving.api.openai.completion_parser import CompletionParsers
-from autotp_serving.api.openai.routes import ModelNames, openai_routes
+from autotp_serving.api.openai.model_names import ModelNames
+from autotp_serving.api.openai.routes import openai_routes
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig

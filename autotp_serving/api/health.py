@@ -16,38 +16,54 @@ from autotp_serving.api.readiness import Readiness
 
 def health_routes(engine: EngineClient, model_name: str) -> APIRouter:
     """Routes about the server itself."""
+    routes = HealthRoutes(engine, model_name)
     router = APIRouter(tags=["server"], redirect_slashes=False)
-    readiness = Readiness(engine)
+    router.add_api_route("/health", routes.health, methods=["GET"])
+    router.add_api_route("/ready", routes.ready, methods=["GET"])
+    router.add_api_route("/version", routes.version, methods=["GET"])
+    router.add_api_route(
+        "/metrics", routes.metrics, methods=["GET"], response_class=PlainTextResponse
+    )
+    return router
 
-    @router.get("/health")
-    async def health() -> Response:
+
+class HealthRoutes:
+    """The handlers of these routes. Their docstrings are the descriptions in the OpenAPI schema.
+
+    Args:
+        engine: whose health it is.
+        model_name: a label of the metrics.
+    """
+
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
+        self._client = engine
+        self._model_name = model_name
+        self._readiness = Readiness(engine)
+
+    async def health(self) -> Response:
         """200 while the engine is alive; 503 with the cause once it has failed."""
-        if engine.engine.failure is not None:
-            raise ApiError(503, engine.engine.failure, code="engine_failed")
-        status = "draining" if engine.is_draining else "ok"
-        return JSONResponse({"status": status, **asdict(engine.engine.stats())})
+        engine = self._client.engine
+        if engine.failure is not None:
+            raise ApiError(503, engine.failure, code="engine_failed")
+        status = "draining" if self._client.is_draining else "ok"
+        return JSONResponse({"status": status, **asdict(engine.stats())})
 
-    @router.get("/ready")
-    async def ready() -> dict[str, str | float]:
+    async def ready(self) -> dict[str, str | float]:
         """200 if a step went through all ranks lately, or goes through now; else 503."""
-        age = await readiness.check()
+        age = await self._readiness.check()
         return {"status": "ready", "seconds_since_last_step": round(age, 3)}
 
-    @router.get("/version")
-    async def version() -> dict[str, str]:
+    async def version(self) -> dict[str, str]:
         """The server's version."""
         return {"version": __version__}
 
-    @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def metrics(self) -> Response:
         """Figures for Prometheus."""
         text = render(
-            engine.engine.stats(),
-            engine.latencies,
-            engine.num_refused,
-            engine.engine.rank_times,
-            model_name,
+            self._client.engine.stats(),
+            self._client.latencies,
+            self._client.num_refused,
+            self._client.engine.rank_times,
+            self._model_name,
         )
         return Response(text, media_type=CONTENT_TYPE)
-
-    return router

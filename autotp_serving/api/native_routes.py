@@ -1,4 +1,4 @@
-"""The native routes, /generate/ and /generate_stream/, as ipex-llm's guide has them. Rank 0 only."""
+"""The native routes, /generate/ and /generate_stream/, as in ipex-llm's guide. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -27,29 +27,44 @@ LINES: dict[int | str, dict[str, Any]] = {
 
 def native_routes(engine: EngineClient, admission: Admission) -> APIRouter:
     """Both routes, each under both spellings of its path; neither redirects."""
+    routes = NativeRoutes(engine, admission)
     router = APIRouter(tags=["native"], redirect_slashes=False)
+    router.add_api_route(
+        "/generate/", routes.generate, methods=["POST"], response_model=GenerateReply
+    )
+    router.add_api_route("/generate", routes.generate, methods=["POST"], include_in_schema=False)
+    router.add_api_route(
+        "/generate_stream/",
+        routes.generate_stream,
+        methods=["POST"],
+        response_class=Response,
+        responses=LINES,
+    )
+    router.add_api_route(
+        "/generate_stream", routes.generate_stream, methods=["POST"], include_in_schema=False
+    )
+    return router
 
-    async def admit(body: GenerateRequest, request: Request) -> list[EngineRequest]:
-        admission.check_named_tokens(body)
-        wanted = body.structured_output()
-        grammar = await admission.compile(wanted)
-        return admission.admit(
-            await admission.encode(body.prompt),
-            [body.sampling_params(wanted and wanted[1])],
-            request.state.record,
-            length_field="n_predict",
-            grammar=grammar,
-        )
 
-    @router.post("/generate", include_in_schema=False)
-    @router.post("/generate/", response_model=GenerateReply)
-    async def generate(body: GenerateRequest, request: Request) -> Response:
+class NativeRoutes:
+    """The handlers of these routes. Their docstrings are the descriptions in the OpenAPI schema.
+
+    Args:
+        engine: runs what was admitted.
+        admission: makes requests of bodies.
+    """
+
+    def __init__(self, engine: EngineClient, admission: Admission) -> None:
+        self._engine = engine
+        self._admission = admission
+
+    async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and reply once, when the text is complete."""
-        requests = await admit(body, request)
-        writer = LineWriter(body, requests[0], admission.tokenizer)
+        requests = await self._admit(body, request)
+        writer = LineWriter(body, requests[0], self._admission.tokenizer)
         text: list[str] = []
         logprobs: list[dict[str, Any]] = []
-        with engine.open(requests, request.state.record.usage) as stream:
+        with self._engine.open(requests, request.state.record.usage) as stream:
             async for outputs in stream:
                 for output in outputs:
                     text.append(writer.text(output))
@@ -59,15 +74,23 @@ def native_routes(engine: EngineClient, admission: Admission) -> APIRouter:
         whole = reply(0, "".join(text), last.finish_reason)
         return JSONResponse(whole if body.logprobs is None else whole | {"logprobs": logprobs})
 
-    @router.post("/generate_stream", include_in_schema=False)
-    @router.post("/generate_stream/", response_class=Response, responses=LINES)
-    async def generate_stream(body: GenerateRequest, request: Request) -> Response:
+    async def generate_stream(self, body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt and reply in lines: a JSON object per token, then a last one."""
-        requests = await admit(body, request)
-        writer = LineWriter(body, requests[0], admission.tokenizer)
-        return TokenStreamResponse(engine, requests, writer, media_type=LINE_TYPE)
+        requests = await self._admit(body, request)
+        writer = LineWriter(body, requests[0], self._admission.tokenizer)
+        return TokenStreamResponse(self._engine, requests, writer, media_type=LINE_TYPE)
 
-    return router
+    async def _admit(self, body: GenerateRequest, request: Request) -> list[EngineRequest]:
+        self._admission.check_named_tokens(body)
+        wanted = body.structured_output()
+        grammar = await self._admission.compile(wanted)
+        return self._admission.admit(
+            await self._admission.encode(body.prompt),
+            [body.sampling_params(wanted and wanted[1])],
+            request.state.record,
+            length_field="n_predict",
+            grammar=grammar,
+        )
 
 
 def reply(index: int, content: str | None, finish_reason: str | None) -> dict[str, Any]:

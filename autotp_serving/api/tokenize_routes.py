@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.openai.chat_schemas import Messages
-from autotp_serving.api.openai.routes import ModelNames
+from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.schemas import StrictModel, Text
 from autotp_serving.request import RequestError
 
@@ -43,12 +43,29 @@ class DetokenizeRequest(StrictModel):
 
 def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
     """Both routes."""
+    routes = TokenRoutes(admission, names)
     router = APIRouter(tags=["tokens"], redirect_slashes=False)
+    router.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
+    router.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
+    return router
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+
+class TokenRoutes:
+    """The handlers of these routes. Their docstrings are the descriptions in the OpenAPI schema.
+
+    Args:
+        admission: tokenizes.
+        names: of the model.
+    """
+
+    def __init__(self, admission: Admission, names: ModelNames) -> None:
+        self._admission = admission
+        self._names = names
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         """Tokens of a prompt or of a conversation."""
-        names.check(body.model)
+        admission = self._admission
+        self._names.check(body.model)
         if body.prompt is not None:
             tokens = await admission.encode(
                 body.prompt, add_special_tokens=body.add_special_tokens, is_listed=True
@@ -61,14 +78,12 @@ def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
             )
         return {"tokens": tokens, "count": len(tokens), "max_model_len": admission.max_model_len}
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
         """Text of some tokens."""
-        names.check(body.model)
+        admission = self._admission
+        self._names.check(body.model)
         if len(body.tokens) > admission.max_listed_tokens:
             limit = admission.max_listed_tokens
             raise RequestError("tokens", f"must be at most {limit}, not {len(body.tokens)}")
         admission.check_tokens(body.tokens, "tokens")
         return {"prompt": admission.tokenizer.decode(body.tokens)}
-
-    return router

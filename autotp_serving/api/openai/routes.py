@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.engine_client import EngineClient
-from autotp_serving.api.errors import ApiError
 from autotp_serving.api.openai.chat_schemas import ChatRequest
 from autotp_serving.api.openai.completion_parser import CompletionParsers
+from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.schemas import CompletionRequest, OpenAIRequest
 from autotp_serving.api.openai.writers import ChatWriter, ChoiceWriter, CompletionWriter
 from autotp_serving.api.streaming_response import TokenStreamResponse
-from autotp_serving.config import ServingConfig
 from autotp_serving.request import Request as EngineRequest
 from autotp_serving.request import SamplingParams
 from autotp_serving.structured_output import StructuredOutput
@@ -30,74 +26,58 @@ WHOLE_OR_EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class ModelNames:
-    """The names under which the one model is served."""
-
-    def __init__(self, config: ServingConfig, max_model_len: int) -> None:
-        self.names = config.model_names
-        # As vLLM's clients call a model that was given no other name; shown to nobody.
-        self._path = None if config.served_model_name else config.model_path.rstrip("/")
-        self._max_model_len = max_model_len
-        self._created = int(time.time())
-        setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
-        self.fingerprint = f"fp_{hashlib.sha256(setup.encode()).hexdigest()[:12]}"
-
-    def check(self, name: str | None) -> str:
-        """The name to answer with. Raises ApiError 404 for a name that is not served."""
-        if name is None:
-            return self.names[0]
-        if name not in self.names and name.rstrip("/") != self._path:
-            raise ApiError(
-                404,
-                f"model: '{name}' is not served here; served: {', '.join(self.names)}",
-                param="model",
-                code="model_not_found",
-            )
-        return name
-
-    def card(self, name: str) -> dict[str, Any]:
-        """What /v1/models tells of a name."""
-        return {
-            "id": self.check(name),
-            "object": "model",
-            "created": self._created,
-            "owned_by": "autotp-serving",
-            "max_model_len": self._max_model_len,
-        }
-
-    def head(self, body: OpenAIRequest, request_id: str, prefix: str) -> dict[str, Any]:
-        """Fields that start every reply."""
-        return {
-            "id": request_id.replace("req-", prefix),
-            "created": int(time.time()),
-            "model": self.check(body.model),
-            "system_fingerprint": self.fingerprint,
-        }
-
-
 def openai_routes(
     engine: EngineClient, admission: Admission, names: ModelNames, parsers: CompletionParsers
 ) -> APIRouter:
     """The routes under /v1."""
+    routes = OpenAIRoutes(engine, admission, names, parsers)
     router = APIRouter(prefix="/v1", tags=["openai"], redirect_slashes=False)
+    router.add_api_route(
+        "/completions",
+        routes.completions,
+        methods=["POST"],
+        response_class=Response,
+        responses=WHOLE_OR_EVENTS,
+    )
+    router.add_api_route(
+        "/chat/completions",
+        routes.chat_completions,
+        methods=["POST"],
+        response_class=Response,
+        responses=WHOLE_OR_EVENTS,
+    )
+    router.add_api_route("/models", routes.models, methods=["GET"])
+    router.add_api_route("/models/{name:path}", routes.model, methods=["GET"])
+    return router
 
-    async def answer(
-        body: OpenAIRequest, request: Request, requests: list[EngineRequest], writer: ChoiceWriter
-    ) -> Response:
-        if body.stream:
-            return TokenStreamResponse(
-                engine, requests, writer.events, tail=writer.end, media_type=EVENT_TYPE
-            )
-        with engine.open(requests, request.state.record.usage) as stream:
-            async for outputs in stream:
-                writer.collect(outputs)
-        return JSONResponse(writer.reply())
 
-    @router.post("/completions", response_class=Response, responses=WHOLE_OR_EVENTS)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+class OpenAIRoutes:
+    """The handlers of these routes. Their docstrings are the descriptions in the OpenAPI schema.
+
+    Args:
+        engine: runs what was admitted.
+        admission: makes requests of bodies.
+        names: of the model.
+        parsers: of reasoning and tool calls in what the model writes.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        admission: Admission,
+        names: ModelNames,
+        parsers: CompletionParsers,
+    ) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._names = names
+        self._parsers = parsers
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
+        admission = self._admission
         record = request.state.record
-        head = names.head(body, record.request_id, "cmpl-")
+        head = self._names.head(body, record.request_id, "cmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(
             len(body.prompt), body.num_sampled, "best_of" if body.best_of else "n"
@@ -111,12 +91,12 @@ def openai_routes(
             max_tokens = body.max_new_tokens(admission.num_tokens_left(token_ids))
             requests += admission.admit(
                 token_ids,
-                sampling(body, max_tokens, wanted),
+                _make_choices(body, max_tokens, wanted),
                 record,
                 first_choice=len(requests),
                 grammar=grammar,
             )
-            echo = prompt_text(prompt) if body.echo else ""
+            echo = self._text_of(prompt) if body.echo else ""
             echoes += [echo] * body.num_sampled
         writer = CompletionWriter(
             head,
@@ -129,23 +109,13 @@ def openai_routes(
             has_logprobs=body.logprobs is not None,
             num_kept=(body.num_choices, body.num_sampled),
         )
-        return await answer(body, request, requests, writer)
+        return await self._answer(body, request, requests, writer)
 
-    def sampling(
-        body: OpenAIRequest, max_tokens: int, wanted: tuple[str, StructuredOutput] | None
-    ) -> list[SamplingParams]:
-        structured_output = wanted and wanted[1]
-        choices = range(body.num_sampled)
-        return [body.sampling_params(max_tokens, choice, structured_output) for choice in choices]
-
-    def prompt_text(prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else admission.tokenizer.decode(prompt)
-
-    @router.post("/chat/completions", response_class=Response, responses=WHOLE_OR_EVENTS)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
+        admission, parsers = self._admission, self._parsers
         record = request.state.record
-        head = names.head(body, record.request_id, "chatcmpl-")
+        head = self._names.head(body, record.request_id, "chatcmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(1, body.num_sampled)
         names_called = {tool.function.name for tool in body.callable_tools}
@@ -160,7 +130,7 @@ def openai_routes(
         max_tokens = body.max_new_tokens(admission.num_tokens_left(token_ids))
         requests = admission.admit(
             token_ids,
-            sampling(body, max_tokens, wanted),
+            _make_choices(body, max_tokens, wanted),
             record,
             prompt_field="messages",
             length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
@@ -179,16 +149,41 @@ def openai_routes(
                 for _ in requests
             ],
         )
-        return await answer(body, request, requests, writer)
+        return await self._answer(body, request, requests, writer)
 
-    @router.get("/models")
-    async def models() -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """The names under which the model is served."""
-        return {"object": "list", "data": [names.card(name) for name in names.names]}
+        return {"object": "list", "data": [self._names.card(name) for name in self._names.names]}
 
-    @router.get("/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> dict[str, Any]:
         """One of these names."""
-        return names.card(name)
+        return self._names.card(name)
 
-    return router
+    async def _answer(
+        self,
+        body: OpenAIRequest,
+        request: Request,
+        requests: list[EngineRequest],
+        writer: ChoiceWriter,
+    ) -> Response:
+        """Run what was admitted, and reply as a whole or in events."""
+        if body.stream:
+            return TokenStreamResponse(
+                self._engine, requests, writer.events, tail=writer.end, media_type=EVENT_TYPE
+            )
+        with self._engine.open(requests, request.state.record.usage) as stream:
+            async for outputs in stream:
+                writer.collect(outputs)
+        return JSONResponse(writer.reply())
+
+    def _text_of(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._admission.tokenizer.decode(prompt)
+
+
+def _make_choices(
+    body: OpenAIRequest, max_tokens: int, wanted: tuple[str, StructuredOutput] | None
+) -> list[SamplingParams]:
+    """How to sample each completion to one prompt."""
+    structured_output = wanted and wanted[1]
+    choices = range(body.num_sampled)
+    return [body.sampling_params(max_tokens, choice, structured_output) for choice in choices]

@@ -1,0 +1,57 @@
+"""The names of the one model, and what replies tell of it. Rank 0."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from autotp_serving import __version__
+from autotp_serving.api.errors import ApiError
+from autotp_serving.api.openai.schemas import OpenAIRequest
+from autotp_serving.config import ServingConfig
+
+
+class ModelNames:
+    """The names under which the one model is served."""
+
+    def __init__(self, config: ServingConfig, max_model_len: int) -> None:
+        self.names = config.model_names
+        # As vLLM's clients call a model that was given no other name; shown to nobody.
+        self._path = None if config.served_model_name else config.model_path.rstrip("/")
+        self._max_model_len = max_model_len
+        self._created = int(time.time())
+        setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
+        self.fingerprint = f"fp_{hashlib.sha256(setup.encode()).hexdigest()[:12]}"
+
+    def check(self, name: str | None) -> str:
+        """The name to answer with. Raises ApiError 404 for a name that is not served."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names and name.rstrip("/") != self._path:
+            raise ApiError(
+                404,
+                f"model: '{name}' is not served here; served: {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What /v1/models tells of a name."""
+        return {
+            "id": self.check(name),
+            "object": "model",
+            "created": self._created,
+            "owned_by": "autotp-serving",
+            "max_model_len": self._max_model_len,
+        }
+
+    def head(self, body: OpenAIRequest, request_id: str, prefix: str) -> dict[str, Any]:
+        """Fields that start every reply."""
+        return {
+            "id": request_id.replace("req-", prefix),
+            "created": int(time.time()),
+            "model": self.check(body.model),
+            "system_fingerprint": self.fingerprint,
+        }
