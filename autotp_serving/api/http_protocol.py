@@ -1,25 +1,28 @@
 """uvicorn's reading of HTTP, with bounds and with what it leaves out. Rank 0 only.
 
 Bounds: how many bytes a head may have, how long a connection may be without a request, how long
-what a refused client still sends is read. Left out by uvicorn: an upgrade that nobody has to take
-up (`Upgrade: h2c`), HTTP/1.0, which knows no chunks, and clients that close their own half of the
-connection and still read the other.
+what a refused client still sends is read. Left out by uvicorn: other versions of HTTP
+(`http_versions`), and clients that close their own half of the connection and still read the other
+(`half_closed`).
+
+Past 250 lines, since uvicorn's protocol is one class, and each of these is a change of what it does
+with the same few fields.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import httptools
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from autotp_serving.api.connections import FULL, WAIT_SECONDS, Place
 from autotp_serving.api.errors import render_refusal
+from autotp_serving.api.half_closed import HalfClosedWatch
+from autotp_serving.api.http_versions import answer_without_chunks, write_head_without_upgrade
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -32,20 +35,6 @@ LINGER_SECONDS = 2.0
 
 STUCK_SECONDS = 120.0
 """A client that takes nothing of what is written for so long has left."""
-
-HALF_CLOSED_SECONDS = 0.25
-"""A client that has closed its half gets an answer that is ready by then; later ones it has to be
-there for."""
-
-FIRST_LOOK_SECONDS = 0.05
-LONGEST_LOOK_SECONDS = 5.0
-TCP_CLOSED = 7
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-LEADING_ZERO = b"0"
-"""Of the next chunk's length."""
-
-HOP_HEADERS = frozenset({b"upgrade", b"http2-settings"})
 
 
 class ClosingTransport:
@@ -88,7 +77,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_deaf = False
         self._is_lingering = False
         self._running: RequestResponseCycle | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | HalfClosedWatch | None = None
         self._stuck_timer: asyncio.TimerHandle | None = None
 
     def _make_parser(self) -> httptools.HttpRequestParser:
@@ -231,15 +220,10 @@ class HttpProtocol(HttpToolsProtocol):
         if method == b"CONNECT":
             self._refuse(405, "this server is no proxy: it does not take CONNECT")
             return
-        lines = [method + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()]
-        for name, value in self.headers:
-            if name == b"connection":
-                words = [word.strip() for word in value.lower().split(b",")]
-                value = b", ".join(word for word in words if word not in HOP_HEADERS)
-            if name not in HOP_HEADERS:
-                lines.append(name + b": " + value)
+        version = self.parser.get_http_version().encode()
+        head = write_head_without_upgrade(method, self.url, version, self.headers)
         self.parser = self._make_parser()
-        self._feed(b"\r\n".join([*lines, b"", rest]))
+        self._feed(head + rest)
 
     def on_message_begin(self) -> None:
         self._has_started = True
@@ -271,7 +255,7 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.keep_alive = False
         if cycle.scope["http_version"] != "1.1":
             # Starlette describes the same calls in types of its own.
-            plainly = partial(_answer_without_chunks, cast(ASGIApp, app), cycle)
+            plainly = partial(answer_without_chunks, cast(ASGIApp, app), cycle)
             app = cast("ASGI3Application", plainly)
         super()._start_asgi_task(cycle, app)
 
@@ -284,12 +268,7 @@ class HttpProtocol(HttpToolsProtocol):
     # A client that sends no more
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's, uvicorn has less
-        """Keep the other half open for an answer that is still to come.
-
-        A client that has left altogether sends the same as one that has only finished sending. Its
-        kernel answers the next piece of data by a reset, so in a while it is sent one that means
-        nothing.
-        """
+        """Keep the other half open for an answer that is still to come, while it can be read."""
         cycle = self.cycle
         if self._is_lingering or cycle is None or cycle.response_complete or cycle.more_body:
             return None
@@ -297,48 +276,5 @@ class HttpProtocol(HttpToolsProtocol):
             return None  # TLS ends as a whole
         self._is_deaf = True
         cycle.keep_alive = False
-        self._timer = self.loop.call_later(HALF_CLOSED_SECONDS, self._probe)
+        self._timer = HalfClosedWatch(self._connection, self.is_closing, lambda: self._running)
         return True
-
-    def _probe(self) -> None:
-        cycle = self._running
-        if cycle is None or cycle.response_complete or self.is_closing():
-            return
-        if cycle.response_started:
-            if cycle.chunked_encoding:
-                self._connection.write(LEADING_ZERO)
-        elif cycle.scope["http_version"] == "1.1":
-            self._connection.write(CONTINUE)
-        self._look_again(FIRST_LOOK_SECONDS)
-
-    def _look(self, seconds: float) -> None:
-        """End what nobody is there to read; a connection that reads no more is not told itself."""
-        sock = self._connection.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSED:
-                self._look_again(min(2 * seconds, LONGEST_LOOK_SECONDS))
-                return
-        self._connection.abort()
-
-    def _look_again(self, seconds: float) -> None:
-        self._timer = self.loop.call_later(seconds, self._look, seconds)
-
-
-async def _answer_without_chunks(
-    app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """Send an answer whose length is not known beforehand up to the connection's end."""
-    is_endless = False
-
-    async def send_plainly(message: Message) -> None:
-        nonlocal is_endless
-        if message["type"] == "http.response.start":
-            names = {name.lower() for name, _ in message.get("headers", ())}
-            is_endless = b"content-length" not in names
-            if is_endless:
-                cycle.chunked_encoding = False
-        elif is_endless:  # to uvicorn each piece is all that it waits for
-            cycle.expected_content_length = len(message.get("body", b""))
-        await send(message)
-
-    await app(scope, receive, send_plainly)

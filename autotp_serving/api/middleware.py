@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -20,17 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from autotp_serving.api.api_keys import ApiKeys
 from autotp_serving.api.connections import FULL
 from autotp_serving.api.engine_client import Usage
-from autotp_serving.api.errors import error_response
+from autotp_serving.api.errors import ApiError, error_response
 from autotp_serving.api.hosts import AllowedHosts
+from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
 
 logger = logging.getLogger("autotp_serving.access")
 
 MAX_LOGGED_PATH = 200
-MAX_JSON_VALUES = 1_000_000
-"""In one body: parsing that many takes about 0.1 s, in which nobody else is served."""
-BODY_SECONDS = 30.0
-BODY_BYTES_PER_SECOND = 16 * 2**10
-"""A body may take so many seconds, and one more for each so many bytes that have come of it."""
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Served without a key: what load balancers ask, and the page in which a person can type one.
@@ -50,22 +45,6 @@ class RequestRecord:
     status: int = 0
     is_answered: bool = False
     usage: Usage = field(default_factory=Usage)
-
-
-class _BodyTooLarge(Exception):
-    """The body exceeds the limit."""
-
-
-class _BodyTooSlow(Exception):
-    """The body has not come in time."""
-
-
-class _TooManyValues(Exception):
-    """The body is small enough, and what is in it is too much to look at."""
-
-
-class _ClientLeft(Exception):
-    """The client closed the connection while it was still sending."""
 
 
 class RequestGuard:
@@ -122,7 +101,7 @@ class RequestGuard:
             )
         if tenant is None and scope["path"] not in OPEN_PATHS:
             return _refuse_stranger(scope)
-        encoding = _find_encoding(scope)
+        encoding = find_encoding(scope)
         if encoding is not None:
             return error_response(
                 415,
@@ -143,29 +122,12 @@ class RequestGuard:
             return
         record.tenant = tenant or ""
         try:
-            body = await _read_body(scope, receive, self.max_body_size)
-        except _BodyTooLarge:
-            refusal = error_response(
-                413,
-                f"the body is larger than {self.max_body_size} bytes (--max-body-size)",
-                headers={"Connection": "close"},
-            )
+            body = await read_body(scope, receive, self.max_body_size)
+        except ApiError as error:
+            refusal = error_response(error.status, error.message, headers=error.headers)
             await refusal(scope, receive, send)
             return
-        except _BodyTooSlow:
-            refusal = error_response(
-                408,
-                f"the body came too slowly: it may take {BODY_SECONDS:g} s, and a second more for "
-                f"each {BODY_BYTES_PER_SECOND} bytes",
-                headers={"Connection": "close"},
-            )
-            await refusal(scope, receive, send)
-            return
-        except _TooManyValues:
-            refusal = error_response(413, f"the body holds more than {MAX_JSON_VALUES} values")
-            await refusal(scope, receive, send)
-            return
-        except _ClientLeft:
+        except ClientLeftError:
             record.status = CLIENT_LEFT
             return
         _label_as_json(scope)
@@ -187,82 +149,6 @@ def _refuse_stranger(scope: Scope) -> Response:
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
     )
-
-
-def _find_encoding(scope: Scope) -> str | None:
-    """How a body is packed, where it is not plain."""
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" or name == b"transfer-encoding":
-            encodings: list[str] = value.decode("latin-1").lower().split(",")
-            for encoding in map(str.strip, encodings):
-                if encoding not in ("", "identity", "chunked"):
-                    return encoding
-    return None
-
-
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Read the whole request body.
-
-    Raises _BodyTooSlow when its time is over, _BodyTooLarge before holding more than `limit`, and
-    _TooManyValues at the end.
-    """
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit:
-            raise _BodyTooLarge
-    chunks = []
-    size = 0
-    with _BodyTimer() as timer:
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientLeft
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > limit:
-                raise _BodyTooLarge
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                break
-            timer.num_bytes = size
-    body = b"".join(chunks)
-    # Every value but the outermost has one of these before it; in texts they hardly ever abound.
-    if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
-        raise _TooManyValues
-    return body
-
-
-class _BodyTimer:
-    """Interrupts the task it is made in, by _BodyTooSlow, once a body takes too long.
-
-    Attributes:
-        num_bytes: that have come of it.
-    """
-
-    def __enter__(self) -> _BodyTimer:
-        self.num_bytes = 0
-        self._loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._start = self._loop.time()
-        self._is_late = False
-        self._timer = self._loop.call_later(BODY_SECONDS, self._check)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._timer.cancel()
-        if self._is_late and kind is asyncio.CancelledError:
-            if sys.version_info >= (3, 11):  # else whoever looks finds the task cancelled
-                self._task.uncancel()
-            raise _BodyTooSlow
-
-    def _check(self) -> None:
-        end = self._start + BODY_SECONDS + self.num_bytes / BODY_BYTES_PER_SECOND
-        if self._loop.time() < end:
-            self._timer = self._loop.call_at(end, self._check)
-        else:
-            self._is_late = True
-            self._task.cancel()
 
 
 def _label_as_json(scope: Scope) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from autotp_serving.api import connections, http_protocol, middleware
+from autotp_serving.api import connections, http_protocol, request_body
 from autotp_serving.api.api_keys import load_api_keys
 from autotp_serving.api.app import build_app
 from autotp_serving.api.engine_client import EngineClient
@@ -100,7 +100,7 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     settings = options.get("config", {})
     if "seconds" in options:
-        connections.WAIT_SECONDS = middleware.BODY_SECONDS = options.pop("seconds")
+        connections.WAIT_SECONDS = request_body.BODY_SECONDS = options.pop("seconds")
         http_protocol.STUCK_SECONDS = connections.WAIT_SECONDS
     if "files" in options:
         num_files = options.pop("files")

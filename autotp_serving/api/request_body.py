@@ -1,0 +1,114 @@
+"""A request's body, read within limits of size, time and number of values. Rank 0 only."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from starlette.types import Receive, Scope
+
+from autotp_serving.api.errors import ApiError
+
+MAX_JSON_VALUES = 1_000_000
+"""In one body: parsing that many takes about 0.1 s, in which nobody else is served."""
+BODY_SECONDS = 30.0
+BODY_BYTES_PER_SECOND = 16 * 2**10
+"""A body may take so many seconds, and one more for each so many bytes that have come of it."""
+
+
+class ClientLeftError(Exception):
+    """The client closed the connection while it was still sending."""
+
+
+def find_encoding(scope: Scope) -> str | None:
+    """How a body is packed, where it is not plain."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" or name == b"transfer-encoding":
+            encodings: list[str] = value.decode("latin-1").lower().split(",")
+            for encoding in map(str.strip, encodings):
+                if encoding not in ("", "identity", "chunked"):
+                    return encoding
+    return None
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Read the whole request body.
+
+    Args:
+        limit: bytes that it may have (--max-body-size).
+
+    Raises:
+        ApiError: 413 before more than `limit` bytes are held, and at the end for too many values;
+            408 when its time is over.
+        ClientLeftError: the client did not send all of it.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise _too_large(limit)
+    chunks = []
+    size = 0
+    with _BodyTimer() as timer:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeftError
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                break
+            timer.num_bytes = size
+    body = b"".join(chunks)
+    # Every value but the outermost has one of these before it; in texts they hardly ever abound.
+    if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
+        raise ApiError(413, f"the body holds more than {MAX_JSON_VALUES} values")
+    return body
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes (--max-body-size)",
+        headers={"Connection": "close"},
+    )
+
+
+class _BodyTimer:
+    """Interrupts the task it is made in, by an ApiError, once a body takes too long.
+
+    Attributes:
+        num_bytes: that have come of it.
+    """
+
+    def __enter__(self) -> _BodyTimer:
+        self.num_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._start = self._loop.time()
+        self._is_late = False
+        self._timer = self._loop.call_later(BODY_SECONDS, self._check)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._is_late and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11):  # else whoever looks finds the task cancelled
+                self._task.uncancel()
+            raise ApiError(
+                408,
+                f"the body came too slowly: it may take {BODY_SECONDS:g} s, and a second more for "
+                f"each {BODY_BYTES_PER_SECOND} bytes",
+                headers={"Connection": "close"},
+            )
+
+    def _check(self) -> None:
+        end = self._start + BODY_SECONDS + self.num_bytes / BODY_BYTES_PER_SECOND
+        if self._loop.time() < end:
+            self._timer = self._loop.call_at(end, self._check)
+        else:
+            self._is_late = True
+            self._task.cancel()
