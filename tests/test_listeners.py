@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from autotp_serving.distributed import listeners
-from autotp_serving.distributed.collectives import _prepare_store
 from autotp_serving.distributed.launch import LaunchError, TorchRankGroup
 from autotp_serving.distributed.listeners import admit_only, is_one_host, keep_to_loopback
+from autotp_serving.distributed.store import prepare_store
 
 A_WHILE = 0.3
 
@@ -113,7 +113,7 @@ def test_an_address_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         with pytest.raises(LaunchError, match=r"MASTER_ADDR 127\.0\.0\.1 port"):
-            _prepare_store(TorchRankGroup(0, 2, 0, 2))
+            prepare_store(TorchRankGroup(0, 2, 0, 2))
 
 
 def test_an_interface_that_the_user_named_stays() -> None:

@@ -11,27 +11,18 @@ import io
 import logging
 import os
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from autotp_serving.devices.build import cache_folder, hold_build_lock
 from autotp_serving.distributed import listeners
-from autotp_serving.distributed.launch import (
-    GROUP_TIMEOUT,
-    LaunchError,
-    RankGroup,
-    TorchRankGroup,
-    own_host,
-)
+from autotp_serving.distributed.launch import GROUP_TIMEOUT, RankGroup, TorchRankGroup
+from autotp_serving.distributed.store import has_store, prepare_store
 from autotp_serving.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
-
-STORE_SCHEME = "autotp"
-"""By which torch.distributed knows our way into the group."""
 
 ANY_TYPE_LEVEL = 2
 """DeepSpeed's name for a processor whose shared-memory all-reduce takes every float type."""
@@ -56,7 +47,7 @@ def join_collectives(
         return lambda tensor: tensor
     if group.local_size == group.size:
         listeners.keep_to_loopback(os.environ)
-    init_method = None if _has_store(os.environ) else _prepare_store(group)
+    init_method = None if has_store(os.environ) else prepare_store(group)
     os.environ.update(
         RANK=str(group.rank),
         WORLD_SIZE=str(group.size),
@@ -212,70 +203,3 @@ def quiet_deepspeed() -> Iterator[None]:
 
 def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
-
-
-def _has_store(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun keeps the store in which the ranks find one another."""
-    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _prepare_store(group: RankGroup) -> str:
-    """Have rank 0 keep that store, at an address of its own; torch's would listen on all.
-
-    Anyone who reaches it may read and write it, so only the hosts of the group do.
-
-    Returns:
-        How torch.distributed is to be told of it.
-
-    Raises:
-        LaunchError: the address that was given to rank 0 is not to be had.
-    """
-    from torch.distributed import TCPStore, register_rendezvous_handler
-
-    listener: socket.socket | None = None
-    if isinstance(group, TorchRankGroup):  # started by hand, one rank after the other
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if group.rank == 0:
-            try:
-                listener = socket.create_server(address)
-            except OSError as error:
-                raise LaunchError(
-                    f"rank 0 cannot listen on MASTER_ADDR {address[0]} port {address[1]} "
-                    f"({error.strerror}): name an address of its host, and a free port"
-                ) from error
-    else:
-        if group.rank == 0:
-            listener = socket.create_server((own_host(group), 0))
-        address = group.all_gather(listener and listener.getsockname())[0]
-        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
-        if group.local_size < group.size:
-            sources = group.all_gather(listeners.find_source(address))
-            if listener is not None:
-                listeners.admit_only(listener, listeners.find_sources(sources))
-
-    def join_store(_: str, **__: Any) -> Iterator[tuple[TCPStore, int, int]]:
-        store = TCPStore(
-            *address,
-            group.size,
-            is_master=listener is not None,
-            timeout=GROUP_TIMEOUT,
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
-        yield store, group.rank, group.size
-
-    register_rendezvous_handler(STORE_SCHEME, join_store)
-    return f"{STORE_SCHEME}://"
-
-
-def close_doors(group: RankGroup, device_kind: str) -> None:
-    """Once every rank has joined, admit nobody to what they joined by.
-
-    On cards, and over several hosts, only to the store: NCCL and MPI may connect again when a path
-    between two ranks is first used.
-    """
-    if group.size == 1:
-        return
-    if device_kind == "cpu" and group.local_size == group.size:
-        listeners.turn_everyone_away()
-    elif not _has_store(os.environ) and group.rank == 0:
-        listeners.turn_everyone_away(int(os.environ["MASTER_PORT"]))

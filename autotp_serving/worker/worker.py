@@ -19,9 +19,10 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.distributed.agreement import check_agreement
 from autotp_serving.distributed.channel import StepChannel
-from autotp_serving.distributed.collectives import broadcast_tokens, close_doors, join_collectives
+from autotp_serving.distributed.collectives import broadcast_tokens, join_collectives
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
+from autotp_serving.distributed.store import close_doors
 from autotp_serving.memory.probe import count_blocks, probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
