@@ -91,7 +91,7 @@ LAZY_EXCEPTIONS = {
 }
 STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structured_output.py", "batch.py"}
 VENDORS = {
-    "llguidance": {"engine/grammar.py"},
+    "llguidance": {"engine/grammar.py", "engine/vocabulary.py"},
     "deepspeed": {"distributed/collectives.py", "model/build.py", "memory/meta_planner.py"},
     "ipex_llm": {"kernels/ipex_llm.py"},
     "oneccl_bindings_for_pytorch": {"devices/xpu.py"},

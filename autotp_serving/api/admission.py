@@ -11,9 +11,11 @@ from autotp_serving.api.middleware import RequestRecord
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.config import ServingConfig
-from autotp_serving.engine.grammar import CompiledGrammar, GrammarError
+from autotp_serving.engine.grammar import GrammarError
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
-from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
+from autotp_serving.engine.grammar_guide import CompiledGrammar
+from autotp_serving.engine.sandbox import Sandbox
+from autotp_serving.engine.sandbox_helper import SandboxBusyError
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
 from autotp_serving.structured_output import StructuredOutput

@@ -17,7 +17,8 @@ from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.engine.chat_template import ChatTemplateError
-from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
+from autotp_serving.engine.sandbox import Sandbox
+from autotp_serving.engine.sandbox_helper import RefusalError, SandboxBusyError, SandboxError
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.engine.template_cost import is_cheap
 from autotp_serving.engine.tokenizer import Tokenizer, is_panic

@@ -3,6 +3,9 @@
 Any thread may call `submit`, `abort`, `stats`, `shutdown` and `fail`; all but the last leave a note
 in the inbox. All else happens in the engine's own thread, or in the caller's where `step` is called
 by hand.
+
+Past 250 lines, since these doors and the thread behind them share one inbox, one lock and one
+failure. What they call has files of its own: which requests are active, which run, their text.
 """
 
 from __future__ import annotations

@@ -1,28 +1,24 @@
-"""Structured output: grammars compiled once, then followed token by token. Rank 0 and its helpers.
+"""Structured output: written as grammars, tried and compiled. Rank 0 and its helper processes.
 
-The one file that knows llguidance, imported when the first structured output is asked for. Of the
-well-kept libraries it alone depends on nothing (xgrammar wants a triton of its own beside torch's),
-gives up the interpreter's lock while it works, and limits what a grammar may cost. Those limits
-have holes (a chain of references overflows its stack, a multiple takes minutes), so what is not
-known to be simple is compiled and followed for a few tokens by a process that may die of it
-(`sandbox`), before rank 0 does the same (`grammar_compiler`).
+This file and `vocabulary` know llguidance, which is imported when the first structured output is
+asked for. Of the well-kept libraries it alone depends on nothing (xgrammar wants a triton of its
+own beside torch's), gives up the interpreter's lock while it works, and limits what a grammar may
+cost. Those limits have holes (a chain of references overflows its stack, a multiple takes minutes),
+so what is not known to be simple is compiled and followed for a few tokens by a process that may
+die of it (`sandbox`), before rank 0 does the same (`grammar_compiler`).
 """
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from autotp_serving.engine.sandbox import list_vocabulary
-from autotp_serving.engine.shortest_first import ShortestFirst
-from autotp_serving.engine.tokenizer import Tokenizer, is_panic
-from autotp_serving.engine.tool_grammar import LLAMA_TAG, arguments_schema, write_calls
+from autotp_serving.engine.tokenizer import is_panic
+from autotp_serving.engine.tool_grammar import arguments_schema, write_calls
+from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
@@ -33,18 +29,12 @@ MIN_GRAMMAR_BYTES = 2**20
 MAX_LEXER_STATES = 50_000
 """One to two kilobytes each."""
 
-SLOW_SECONDS = 0.001
-"""A grammar that once took longer to tell the next tokens does so in a thread from then on."""
-
-MAX_TOO_SLOW_SECONDS = 2.0
-"""A completion ends whose next tokens take longer to tell."""
-
 NUM_TRIED_TOKENS = 24
 TRIED_SECONDS = 0.02
 """A helper follows a grammar for so many tokens, or until that time is over."""
 
 TRIED_SLOW_SECONDS = 0.005
-"""More than SLOW_SECONDS, since a process just forked is slow in all it does first."""
+"""More than the guide's SLOW_SECONDS, since a process just forked is slow in all it does first."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 """Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
@@ -57,10 +47,6 @@ REASONING = {
 }
 END_OF_REASONING = r'reasoning[lazy]: /(.|\n)*/ "</think>"'
 
-TOO_COMPLEX = (
-    "the structured output became too complex to follow in this completion: make it simpler"
-)
-TOO_SLOW = "the structured output takes too long to follow in this completion: make it simpler"
 PANIC = "is more than the grammar library can take: make it smaller or simpler"
 
 
@@ -74,98 +60,6 @@ class GrammarError(ValueError):
     def __init__(self, message: str, *, is_certain: bool = True) -> None:
         super().__init__(message)
         self.is_certain = is_certain
-
-
-class Vocabulary:
-    """A tokenizer's tokens in llguidance's form.
-
-    Args:
-        tokens: bytes of each token id.
-        special_token_ids: tokens that stand for no text.
-        eos_token_ids: tokens that end a text.
-        encode: tokenizes a text; None takes the longest tokens that match, which is good enough to
-            try a structured output out.
-    """
-
-    def __init__(
-        self,
-        tokens: list[bytes],
-        special_token_ids: list[int],
-        eos_token_ids: list[int],
-        encode: Any = None,
-    ) -> None:
-        self.bos_token_id = None
-        self.tokens = tokens
-        self.special_token_ids = special_token_ids
-        self.eos_token_ids = eos_token_ids
-        self.eos_token_id = min(eos_token_ids)
-        self._encode = encode or self._match_longest
-        self._ids = {} if encode else {text: token for token, text in enumerate(tokens)}
-        self._longest = max(map(len, tokens))
-        self._lock = threading.Lock()
-        self._loaded: Any = None
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
-        """That of a tokenizer."""
-        return cls(**list_vocabulary(tokenizer), encode=partial(_encode_plain, tokenizer))
-
-    @property
-    def has_llama_tag(self) -> bool:
-        """True if Llama 3's special token for calls is there."""
-        return LLAMA_TAG.encode() in (self.tokens[token] for token in self.special_token_ids)
-
-    def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
-
-    def _match_longest(self, text: str) -> list[int]:
-        """A text in the longest tokens that there are; bytes that no token has are left out."""
-        data = text.encode()
-        token_ids = []
-        start = 0
-        while start < len(data):
-            for end in range(min(len(data), start + self._longest), start, -1):
-                token = self._ids.get(data[start:end])
-                if token is not None:
-                    token_ids.append(token)
-                    break
-            else:
-                end = start + 1
-            start = end
-        return token_ids
-
-    def load(self) -> Any:
-        """llguidance's tokenizer, made once: about a second for 128 K tokens."""
-        import llguidance
-
-        with self._lock:
-            if self._loaded is None:
-                self._loaded = llguidance.LLTokenizer(
-                    llguidance.TokenizerWrapper(self),
-                    n_vocab=len(self.tokens),
-                    eos_token=self.eos_token_ids,
-                )
-            return self._loaded
-
-
-def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text's tokens. Those that the model does not have are spelled, byte by byte."""
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if max(tokens, default=0) < tokenizer.vocab_size:
-        return tokens
-    byte_tokens = {
-        piece[0]: token
-        for token in range(tokenizer.vocab_size)
-        if len(piece := tokenizer.token_bytes(token)) == 1
-    }
-    spelled: list[int] = []
-    for token in tokens:
-        if token < tokenizer.vocab_size:
-            spelled.append(token)
-        else:
-            known = map(byte_tokens.get, tokenizer.token_bytes(token))
-            spelled.extend(one for one in known if one is not None)
-    return spelled
 
 
 @dataclass(frozen=True)
@@ -243,119 +137,6 @@ def compile_text(vocabulary: Vocabulary, text: str) -> tuple[Any, bytes]:
     if matcher.is_error():
         raise GrammarError(_first_line(matcher.get_error()))
     return matcher, mask
-
-
-class CompiledGrammar:
-    """See Grammar.
-
-    Args:
-        matcher: at the beginning of a completion.
-        first_mask: what may come there.
-        slow_pool: where masks are computed once one of them was slow.
-        is_slow: one was.
-        num_bytes: of memory, roughly.
-    """
-
-    def __init__(
-        self,
-        matcher: Any,
-        first_mask: bytes,
-        slow_pool: ShortestFirst,
-        *,
-        is_slow: bool = False,
-        num_bytes: int = 0,
-    ) -> None:
-        self.first_mask = first_mask
-        self.is_slow = is_slow
-        self.slow_pool = slow_pool
-        self.num_bytes = num_bytes
-        self._matcher = matcher
-
-    def start(self) -> MatcherGuide:
-        """See Grammar."""
-        guide = MatcherGuide(self)
-        guide.begin(self._matcher)
-        return guide
-
-
-class MatcherGuide:
-    """See Guide. What takes long happens while the completion sits out a step, others do not.
-
-    A completion whose next tokens are not known in time ends: it is told that nothing but the end
-        may
-    come, and `accept` says why.
-    """
-
-    def __init__(self, grammar: CompiledGrammar) -> None:
-        self.error: str | None = None
-        self._grammar = grammar
-        self._matcher: Any = None
-        self._mask: Future[bytes] | None = None
-        self._started: float | None = None
-
-    def begin(self, matcher: Any) -> None:
-        """Follow from where a matcher is, which stays there."""
-        try:
-            self._matcher = matcher.deep_copy()
-        except BaseException as error:
-            self._give_up(error)
-
-    @property
-    def is_ready(self) -> bool:
-        """See Guide."""
-        if self._mask is None or self._mask.done():
-            return True
-        if self._started is not None and time.monotonic() - self._started > MAX_TOO_SLOW_SECONDS:
-            self.error = TOO_SLOW
-        return self.error is not None
-
-    def wait(self, seconds: float) -> None:
-        """See Guide."""
-        if self._mask is not None and not self.is_ready:
-            wait([self._mask], seconds)
-
-    def allowed(self) -> bytes:
-        """See Guide. A matcher that gave up allows the end tokens, and `accept` tells."""
-        if self.error is not None:
-            return self._grammar.first_mask
-        if self._mask is not None:
-            return self._mask.result()
-        started = time.thread_time()
-        mask = self._compute()
-        if time.thread_time() - started > SLOW_SECONDS:
-            self._grammar.is_slow = True
-        return mask
-
-    def accept(self, token_id: int) -> bool:
-        """See Guide."""
-        self._mask = self._started = None
-        if self.error is not None:
-            return True
-        try:
-            if self._matcher.is_error() or not self._matcher.consume_token(token_id):
-                self.error = TOO_COMPLEX
-            is_complete: bool = self._matcher.is_stopped()
-        except BaseException as error:
-            self._give_up(error)
-            return True
-        if self._grammar.is_slow and not is_complete and self.error is None:
-            self._mask = self._grammar.slow_pool.submit(0, self._compute)
-        return is_complete
-
-    def _compute(self) -> bytes:
-        """The next tokens, in this thread."""
-        self._started = time.monotonic()
-        try:
-            mask: bytes = self._matcher.compute_bitmask()
-        except BaseException as error:
-            self._give_up(error)
-            return self._grammar.first_mask
-        return mask
-
-    def _give_up(self, error: BaseException) -> None:
-        if not is_panic(error):
-            raise error
-        self.error = TOO_COMPLEX
 
 
 def write_structure(structured_output: StructuredOutput, vocabulary: Vocabulary) -> str:

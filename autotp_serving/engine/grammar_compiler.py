@@ -15,17 +15,18 @@ from typing import Any
 
 from autotp_serving.engine.grammar import (
     PANIC,
-    CompiledGrammar,
     GrammarError,
     Trial,
-    Vocabulary,
     compile_text,
     write_structure,
 )
-from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
+from autotp_serving.engine.grammar_guide import CompiledGrammar
+from autotp_serving.engine.sandbox import Sandbox
+from autotp_serving.engine.sandbox_helper import RefusalError, SandboxBusyError, SandboxError
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.engine.simple_structure import is_simple
 from autotp_serving.engine.tokenizer import Tokenizer, is_panic
+from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import StructuredOutput, structure_to_plain
 
 MAX_SOURCE_LEN = 2**17

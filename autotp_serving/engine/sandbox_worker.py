@@ -20,8 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError
-from autotp_serving.engine.grammar import GrammarError, Vocabulary, try_structure
-from autotp_serving.engine.sandbox import KINDS, NUM_AT_ONCE, REPLY_HEAD
+from autotp_serving.engine.grammar import GrammarError, try_structure
+from autotp_serving.engine.sandbox import KINDS, NUM_AT_ONCE
+from autotp_serving.engine.sandbox_helper import REPLY_HEAD
+from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import structure_from_plain
 
 NICENESS = 19

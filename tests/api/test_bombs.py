@@ -319,20 +319,21 @@ def test_a_panic_of_the_tokenizer_is_told_in_our_words(monkeypatch: pytest.Monke
 def test_a_structure_that_became_too_complex_is_the_clients_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from autotp_serving.engine import grammar
+    from autotp_serving.engine import grammar_guide
 
-    def allowed(self: grammar.MatcherGuide) -> bytes:
-        self.error = grammar.TOO_COMPLEX
+    def allowed(self: grammar_guide.MatcherGuide) -> bytes:
+        self.error = grammar_guide.TOO_COMPLEX
         return self._grammar.first_mask
 
-    monkeypatch.setattr(grammar.MatcherGuide, "allowed", allowed)
+    monkeypatch.setattr(grammar_guide.MatcherGuide, "allowed", allowed)
     reply = post({"prompt": "a", "guided_choice": ["yes", "no"]}, "/v1/completions")
     check_refusal(reply, "too complex")
     assert reply.json()["error"]["code"] == "structure_too_complex"
 
 
 def test_where_no_process_is_free_the_answer_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autotp_serving.engine.sandbox import Sandbox, SandboxBusyError
+    from autotp_serving.engine.sandbox import Sandbox
+    from autotp_serving.engine.sandbox_helper import SandboxBusyError
 
     def run(*_: Any) -> None:
         raise SandboxBusyError

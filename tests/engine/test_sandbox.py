@@ -18,7 +18,13 @@ import pytest
 
 from autotp_serving.engine import sandbox as sandbox_module
 from autotp_serving.engine.chat_template import ChatTemplate
-from autotp_serving.engine.sandbox import RefusalError, Sandbox, SandboxBusyError, SandboxError
+from autotp_serving.engine.sandbox import Sandbox
+from autotp_serving.engine.sandbox_helper import (
+    RefusalError,
+    SandboxBusyError,
+    SandboxError,
+    cpu_seconds,
+)
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.structured_output import StructuredOutput, structure_to_plain
 from tests.fakes import ByteTokenizer
@@ -130,7 +136,7 @@ def test_a_worker_that_is_killed_is_replaced(sandbox: Sandbox) -> None:
     job = sandbox.submit("render", ([], {"k": "loop"}, 9), 1, 30.0)
 
     def busy() -> list[int]:
-        return [pid for pid in before if sandbox_module._cpu_seconds(pid) > 0.2]
+        return [pid for pid in before if cpu_seconds(pid) > 0.2]
 
     wait_until(busy)
     for pid in busy():
