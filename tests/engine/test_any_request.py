@@ -229,7 +229,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     runner.find_late_ranks = lambda: "rank 0"
     worker = SimpleNamespace(
         lead=runner, max_model_len=MAX_MODEL_LEN, vocab_size=NUM_ROWS,
-        channel=SimpleNamespace(watch=lambda *_: None),
+        channel=SimpleNamespace(monitor=lambda *_: None),
     )  # fmt: skip
     fake = SimpleNamespace(start_worker=lambda *_: worker)
     monkeypatch.setitem(sys.modules, "autotp_serving.worker.worker", fake)
