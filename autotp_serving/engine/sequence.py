@@ -50,7 +50,8 @@ class GuardedGuide:
         try:
             return self._guide.allowed()
         except BaseException as error:
-            return self._note_fault(error)
+            self._note_fault(error)
+            return None
 
     def wait(self, seconds: float) -> None:
         """See Guide."""
