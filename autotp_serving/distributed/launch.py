@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -102,10 +103,11 @@ class MpiRankGroup:
     """RankGroup over mpi4py, for ranks started by `mpirun`."""
 
     def __init__(self, launched_size: int) -> None:
-        one_host = listeners.is_one_host(os.environ)
-        if one_host:
-            listeners.keep_to_loopback(os.environ)  # read as MPI starts
-        listeners.close_inherited_listeners(narrow=one_host)
+        if "mpi4py.MPI" not in sys.modules:  # its own listeners look like the launcher's
+            one_host = listeners.is_one_host(os.environ)
+            if one_host:
+                listeners.keep_to_loopback(os.environ)  # read as MPI starts
+            listeners.close_inherited_listeners(narrow=one_host)
         from mpi4py import MPI
 
         self._mpi = MPI

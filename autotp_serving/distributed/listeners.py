@@ -65,6 +65,8 @@ def keep_to_loopback(environ: MutableMapping[str, str]) -> None:
 def close_inherited_listeners(*, narrow: bool) -> None:
     """Let go of the launcher's listening sockets, which a rank has no use for.
 
+    Before MPI starts, whose own sockets are inheritable too.
+
     Args:
         narrow: have the launcher's own copy admit this host alone from now on.
     """

@@ -7,7 +7,6 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from autotp_serving.engine.shortest_first import ShortestFirst
-from autotp_serving.engine.tokenizer import is_panic
 
 SLOW_SECONDS = 0.001
 """A grammar that once took longer to tell the next tokens does so in a thread from then on."""
@@ -49,30 +48,26 @@ class CompiledGrammar:
 
     def start(self) -> MatcherGuide:
         """See Grammar."""
-        guide = MatcherGuide(self)
-        guide.begin(self._matcher)
-        return guide
+        return MatcherGuide(self, self._matcher.deep_copy())
 
 
 class MatcherGuide:
     """See Guide. What takes long happens while the completion sits out a step, others do not.
 
-    A completion whose next tokens are not known in time ends, and `error` says why.
+    A completion whose next tokens are not known in time ends: it is told that only those of its
+    beginning may come, and `accept` says why. A panic of the library is left to whoever asks.
+
+    Args:
+        grammar: what is followed.
+        matcher: at the beginning of the completion, its own.
     """
 
-    def __init__(self, grammar: CompiledGrammar) -> None:
+    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
         self.error: str | None = None
         self._grammar = grammar
-        self._matcher: Any = None
+        self._matcher = matcher
         self._mask: Future[bytes] | None = None
         self._started: float | None = None
-
-    def begin(self, matcher: Any) -> None:
-        """Follow from where a matcher is, which stays there."""
-        try:
-            self._matcher = matcher.deep_copy()
-        except BaseException as error:
-            self._give_up(error)
 
     @property
     def is_ready(self) -> bool:
@@ -105,13 +100,9 @@ class MatcherGuide:
         self._mask = self._started = None
         if self.error is not None:
             return True
-        try:
-            if self._matcher.is_error() or not self._matcher.consume_token(token_id):
-                self.error = TOO_COMPLEX
-            is_complete: bool = self._matcher.is_stopped()
-        except BaseException as error:
-            self._give_up(error)
-            return True
+        if self._matcher.is_error() or not self._matcher.consume_token(token_id):
+            self.error = TOO_COMPLEX
+        is_complete: bool = self._matcher.is_stopped()
         if self._grammar.is_slow and not is_complete and self.error is None:
             self._mask = self._grammar.slow_pool.submit(0, self._compute)
         return is_complete
@@ -119,14 +110,5 @@ class MatcherGuide:
     def _compute(self) -> bytes:
         """The next tokens, in this thread."""
         self._started = time.monotonic()
-        try:
-            mask: bytes = self._matcher.compute_bitmask()
-        except BaseException as error:
-            self._give_up(error)
-            return self._grammar.first_mask
+        mask: bytes = self._matcher.compute_bitmask()
         return mask
-
-    def _give_up(self, error: BaseException) -> None:
-        if not is_panic(error):
-            raise error
-        self.error = TOO_COMPLEX

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 
 from autotp_serving.batch import SampleInput
 from autotp_serving.request import FinishReason, Request, SamplingParams, TokenLogprobs
-from autotp_serving.structured_output import Guide
+from autotp_serving.structured_output import Grammar, Guide
 
 NO_ROW = -1
 
 MASK_64 = 2**64 - 1
+
+UNFOLLOWABLE = (
+    "the structured output cannot be followed in this completion: make it simpler, or see the "
+    "server's log"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,48 +25,55 @@ logger = logging.getLogger(__name__)
 class GuardedGuide:
     """A guide of whose faults the completion that it follows ends, and nothing else. See Guide."""
 
-    def __init__(self, guide: Guide) -> None:
-        self._guide = guide
-        self._fault: str | None = None
+    def __init__(self, grammar: Grammar) -> None:
+        self._guide: Guide | None = None
+        """None after a fault."""
+        try:
+            self._guide = grammar.start()
+        except BaseException as error:
+            self._note_fault(error)
 
     @property
     def error(self) -> str | None:
         """See Guide."""
-        return self._fault or self._guide.error
+        return UNFOLLOWABLE if self._guide is None else self._guide.error
 
     @property
     def is_ready(self) -> bool:
         """See Guide."""
-        return self._fault is not None or self._guide.is_ready
+        return self._guide is None or self._guide.is_ready
 
     def allowed(self) -> bytes | None:
         """See Guide; None after a fault, of which `error` tells."""
+        if self._guide is None:
+            return None
         try:
-            return None if self._fault else self._guide.allowed()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic of a library in Rust is no Exception
-            self._note_fault()
+            return self._guide.allowed()
+        except BaseException as error:
+            self._note_fault(error)
             return None
 
     def wait(self, seconds: float) -> None:
         """See Guide."""
-        if self._fault is None:
+        if self._guide is not None:
             self._guide.wait(seconds)
 
     def accept(self, token_id: int) -> bool:
-        """See Guide."""
+        """See Guide; False after a fault."""
+        if self._guide is None:
+            return False
         try:
-            return self._fault is None and self._guide.accept(token_id)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            self._note_fault()
+            return self._guide.accept(token_id)
+        except BaseException as error:
+            self._note_fault(error)
             return False
 
-    def _note_fault(self) -> None:
-        logger.exception("a structured output cannot be followed")
-        self._fault = "the structured output cannot be followed; see the server's log"
+    def _note_fault(self, error: BaseException) -> None:
+        """Follow no further. A panic of a library in Rust is a fault too, and no Exception."""
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
+        logger.error("a structured output cannot be followed", exc_info=error)
+        self._guide = None
 
 
 @dataclass(eq=False, slots=True)
@@ -118,7 +130,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         if self.request.grammar is not None:
-            self.guide = GuardedGuide(self.request.grammar.start())
+            self.guide = GuardedGuide(self.request.grammar)
         assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 0
         assert all(token >= 0 for token in self.token_ids)
 

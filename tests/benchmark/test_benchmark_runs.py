@@ -356,7 +356,9 @@ def test_the_load_client_imports_nothing_of_the_server():
         path = waiting.pop()
         seen.add(path.stem)
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [alias.name for alias in node.names]
             names.append(getattr(node, "module", None) or "")
             assert not [name for name in names if name.startswith("autotp_serving")], path
             for name in names:

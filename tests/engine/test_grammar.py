@@ -13,6 +13,7 @@ from autotp_serving.engine.grammar import GrammarError
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.grammar_guide import CompiledGrammar
 from autotp_serving.engine.sandbox_helper import SLACK, SandboxBusyError
+from autotp_serving.engine.sequence import UNFOLLOWABLE
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.request import Request, RequestError, SamplingParams
 from autotp_serving.structured_output import StructuredOutput
@@ -357,22 +358,29 @@ def test_a_mask_that_takes_too_long_ends_its_request_and_no_other(monkeypatch) -
     bench.assert_clean()
 
 
-def test_a_panic_while_an_answer_is_followed_ends_its_request_alone() -> None:
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize(
+    "method", ["deep_copy", "compute_bitmask", "consume_token", "is_error", "is_stopped"]
+)
+def test_a_panic_while_an_answer_is_followed_ends_its_request_alone(
+    method: str, is_slow: bool
+) -> None:
     class PanicException(BaseException):
         pass
 
-    class Panics(StuckMatcher):
-        def consume_token(self, token_id: int) -> bool:
-            raise PanicException("index out of bounds")
+    def fail(*_: object) -> None:
+        raise PanicException("index out of bounds")
 
+    matcher = StuckMatcher()
+    matcher.gate.set()
+    setattr(matcher, method, fail)
+    slow_pool = ShortestFirst(1, "slow")
     bench = Bench()
-    submit(bench, "a", CompiledGrammar(Panics(), b"\xff" * 36, ShortestFirst(1, "slow")))
+    submit(bench, "a", CompiledGrammar(matcher, b"\xff" * 36, slow_pool, is_slow=is_slow))
     bench.submit("b", max_tokens=9)
     bench.run()
-    assert (bench.last("a").finish_reason, bench.last("a").error) == (
-        "error",
-        grammar_guide.TOO_COMPLEX,
-    )
+    assert (bench.last("a").finish_reason, bench.last("a").error) == ("error", UNFOLLOWABLE)
+    assert bench.last("a").error_code == "structure_too_complex"
     assert len(bench.tokens("b")) == 9
     bench.assert_clean()
 

@@ -109,7 +109,7 @@ def test_idle_time_is_no_stall_and_costs_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 class Stuck(FakeRunner):
-    """Its fifth step waits for the test."""
+    """Its fifth step waits for the test when it is begun."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,14 +121,14 @@ class Stuck(FakeRunner):
         super().forward(batch)
 
 
-def test_an_engine_whose_step_hangs_fails_with_who_is_late() -> None:
+def test_an_engine_whose_step_hangs_fails_with_who_is_late(max_in_flight: int) -> None:
     runner = Stuck()
     bench = Bench(runner, step_timeout=1.0)
     bench.engine._find_late_ranks = lambda: "rank 3 has not reported"
     bench.engine.start()
     bench.submit("a", max_tokens=50)
     wait_for(lambda: bench.engine.failure is not None)
-    oldest = 5 - runner.max_in_flight  # not collected yet; steps count from 0
+    oldest = 5 - max_in_flight  # of those begun and not collected
     assert bench.engine.failure == (
         f"the engine failed: step {oldest} has not ended within 1 s: rank 3 has not reported"
     )

@@ -56,13 +56,17 @@ def watched(tmp_path):
     model[0].forward = forward
     times = StepTimes()
 
-    def run(batch: Batch) -> torch.Tensor:
-        times.add_collective(8, 0.0)
-        time.sleep(0.001)
-        return model(torch.zeros(1, 4))
+    class SlowForward:
+        def find_padded_size(self, batch: Batch) -> int:
+            return 0
 
-    state = SimpleNamespace(apply=lambda batch: batch)
-    runner = ModelRunner(run, state, times)
+        def __call__(self, inputs: Batch) -> torch.Tensor:
+            times.add_collective(8, 0.0)
+            time.sleep(0.001)
+            return model(torch.zeros(1, 4))
+
+    state = SimpleNamespace(apply=lambda batch, padded_size: batch)
+    runner = ModelRunner(SlowForward(), state, times)
     device = SimpleNamespace(kind="cpu")
     profiler = StepProfiler(tmp_path / "made", 1, device, runner, None)
     return SimpleNamespace(runner=runner, profiler=profiler, model=model, folder=tmp_path / "made")
