@@ -19,10 +19,9 @@ from autotp_serving.channel import PlanChannel
 from autotp_serving.collectives import broadcast_tokens, join_collectives
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
+from autotp_serving.model.backend import choose_backend
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import check_heads, find_max_model_len
-from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.fused import fuse
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.memory import count_blocks, probe_model
@@ -90,8 +89,10 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     except DeviceError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
     times = StepTimes()
-    all_reduce = join_collectives(control, device.kind, device.backend, times)
-    if device.kind == "cpu":
+    all_reduce = join_collectives(
+        control, device.kind, device.backend, times, is_host=device.is_host
+    )
+    if device.is_host:
         take_place(control)
     check_agreement(config, control)
     checker = StartCheck(config, control, device, max_model_len)
@@ -100,9 +101,10 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     )
     shape, activation_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = count_blocks(config, shape, activation_bytes, device, control, max_model_len)
-    cache = KVCache(shape, num_blocks, device.torch_device)
+    backend = choose_backend(device.torch_device)
+    cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
-    fused = fuse(model, cache, by_operation=config.profile is not None)
+    forward = backend.layer(model, cache, by_operation=config.profile is not None)
     state = BatchState(
         config.max_num_seqs,
         -(-max_model_len // config.block_size),
@@ -112,11 +114,12 @@ def start_worker(config: ServingConfig, control: Control) -> Worker:
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if control.size > 1 else lambda tokens: None
-    runner = ModelRunner(fused or PlainForward(model, cache), state, times, broadcast)
+    runner = ModelRunner(forward, state, times, broadcast)
     channel = PlanChannel(control)
     lead = None
     if control.rank == 0:
-        lead = LeadRunner(runner, cache, channel, control.size, device)
+        sampler = backend.sampler(device.fetch)
+        lead = LeadRunner(runner, cache, channel, control.size, sampler, device.max_in_flight)
     if config.profile is not None:
         from autotp_serving.model.profile import StepProfiler
 

@@ -10,7 +10,6 @@ import torch
 
 from autotp_serving.batch import Batch, SampleInput, ScoreInput, StepResult
 from autotp_serving.channel import PlanChannel
-from autotp_serving.devices import Device
 from autotp_serving.model.batch_state import BatchState, StepInputs
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.sampler import Sampled, Sampler
@@ -86,17 +85,18 @@ class LeadRunner:
         cache: KVCache,
         channel: PlanChannel,
         num_ranks: int,
-        device: Device,
+        sampler: Sampler,
+        max_in_flight: int,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
-        self._sampler = Sampler(device.fetch)
+        self._sampler = sampler
         self._forwarded: tuple[Batch, torch.Tensor] | None = None
         self._in_flight: deque[Sampled] = deque()
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
-        self.max_in_flight = device.max_in_flight
+        self.max_in_flight = max_in_flight
 
     def forward(self, batch: Batch) -> None:
         """See Runner.
