@@ -30,6 +30,7 @@ from autotp_serving.model.families import adapt_rope, check_family, refuse_by_na
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
+from autotp_serving.model.split import take_over_sums
 from autotp_serving.ranks import Control
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def load_model(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
     filler.fill(shards, show_progress=control.rank == 0)
+    take_over_sums(model, all_reduce)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()
