@@ -1,6 +1,6 @@
 """Start the server: `mpirun -np N python serving.py --repo-id-or-model-path FOLDER`. Every rank.
 
-Rank 0 schedules, samples and serves HTTP; the others run the step plans it sends.
+Rank 0 schedules, samples and serves HTTP; the others run the batches it sends.
 """
 
 from __future__ import annotations

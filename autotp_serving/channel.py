@@ -1,4 +1,4 @@
-"""Step plans from rank 0 to the others, their figures back: TCP connections to each follower.
+"""Batches from rank 0 to the others, their figures back: TCP connections to each follower.
 
 Sockets rather than MPI: a rank that waits inside MPI keeps a core busy, polling it with sleeps
 costs several percent of one, and a connection also tells that its peer has died or its host is

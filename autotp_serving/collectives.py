@@ -36,12 +36,16 @@ SHARED_BYTES_PER_RANK = 72 * 2**20
 
 
 def join_collectives(
-    control: Control, device_kind: str, backend: str, times: StepTimes
+    control: Control, device_kind: str, backend: str, times: StepTimes, *, is_host: bool
 ) -> Callable[[Any], Any]:
     """Start DeepSpeed's collectives for the model, on every rank.
 
     DeepSpeed reads the group from the environment; `LOCAL_SIZE` must be right before its
-    shared-memory all-reduce starts, or that crashes. Each sum is counted in `times`.
+    shared-memory all-reduce starts, or that crashes. Each sum is counted in `times`, but for those
+    inside ipex-llm's layers, which call DeepSpeed by themselves.
+
+    Args:
+        is_host: the device is the host, whose memory ranks may share.
 
     Returns:
         A function that sums a tensor over the ranks, in place, and returns it.
@@ -63,7 +67,7 @@ def join_collectives(
         import deepspeed
         import deepspeed.comm
 
-        if device_kind == "cpu":
+        if is_host:
             _load_shared_memory_op(control)
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -73,15 +77,16 @@ def join_collectives(
             world_size=control.size,
             verbose=False,
         )
-    if device_kind == "cpu":
+    if is_host:
         _unlink_shared_memory(control)
     backend = deepspeed.comm.comm.cdb
-    _count_sums(backend, times)
-    if device_kind == "cpu" and getattr(backend, "shm_vector_kernel_level", 0) >= ANY_TYPE_LEVEL:
+    if is_host and getattr(backend, "shm_vector_kernel_level", 0) >= ANY_TYPE_LEVEL:
         return _sum_in_shared_memory(times)
 
     def all_reduce(tensor: Any) -> Any:
+        started = time.perf_counter()
         deepspeed.comm.inference_all_reduce(tensor)
+        times.add_collective(tensor.nbytes, time.perf_counter() - started)
         return tensor
 
     return all_reduce
@@ -109,19 +114,6 @@ def _sum_in_shared_memory(times: StepTimes) -> Callable[[Any], Any]:
         return tensor
 
     return all_reduce
-
-
-def _count_sums(backend: Any, times: StepTimes) -> None:
-    """Have DeepSpeed's backend count its all-reduces: those of AutoTP's own layers pass by us."""
-    all_reduce = backend.inference_all_reduce
-
-    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = all_reduce(tensor, *args, **kwargs)
-        times.add_collective(tensor.nbytes, time.perf_counter() - started)
-        return result
-
-    backend.inference_all_reduce = counted
 
 
 def _unlink_shared_memory(control: Control) -> None:
@@ -261,7 +253,7 @@ def _prepare_store(control: Control) -> str:
     return f"{STORE_SCHEME}://"
 
 
-def close_doors(control: Control, device_kind: str) -> None:
+def close_doors(control: Control, *, is_host: bool) -> None:
     """Once every rank has joined, admit nobody to what they joined by.
 
     On cards, and over several hosts, only to the store: NCCL and MPI may connect again when a path
@@ -269,7 +261,7 @@ def close_doors(control: Control, device_kind: str) -> None:
     """
     if control.size == 1:
         return
-    if device_kind == "cpu" and control.local_size == control.size:
+    if is_host and control.local_size == control.size:
         listeners.turn_everyone_away()
     elif not _has_store(os.environ) and control.rank == 0:
         listeners.turn_everyone_away(int(os.environ["MASTER_PORT"]))

@@ -1,6 +1,6 @@
 """Who am I among the ranks, and how they agree at start-up: MPI or torchrun. Every rank.
 
-Step plans travel through `channel.py`, sums inside the model through `collectives.py`. A single
+Batches travel through `channel.py`, sums inside the model through `collectives.py`. A single
 process is a group of one and takes the same path.
 """
 

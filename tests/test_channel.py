@@ -1,4 +1,4 @@
-"""The way of step plans, between threads that stand in for ranks."""
+"""The way of batches, between threads that stand in for ranks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The model room: load this rank's shard, run step plans over a paged cache, sample."""
+"""The model room: load this rank's shard, run batches over a paged cache, sample."""

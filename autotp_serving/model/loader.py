@@ -32,6 +32,7 @@ from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.names import match_names
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
+from autotp_serving.model.split import take_over_sums
 from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.ranks import Control
 
@@ -105,6 +106,7 @@ def load_model(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
     filler.fill(shards, show_progress=control.rank == 0)
+    take_over_sums(model, all_reduce)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()

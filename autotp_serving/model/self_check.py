@@ -23,6 +23,7 @@ from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.head import VocabParallelHead
 from autotp_serving.model.kv_pools import Pools
+from autotp_serving.model.portable_attention import ReferenceCache
 
 CHECK_NAME = "autotp_check"
 FIRST_LEN, SECOND_LEN = 5, 16
@@ -40,8 +41,8 @@ class _Recorder:
     """Stands in for the KV cache: notes who stores what, and keeps nothing."""
 
     block_size = 16
-    has_kernel = False
     is_int8 = False
+    kernels = ReferenceCache()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
