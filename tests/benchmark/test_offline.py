@@ -91,8 +91,22 @@ def test_flags_that_cannot_be_honoured_are_named(words, message):
 
 
 def test_upstreams_spellings_work(capsys):
-    words = ["--model", DEMO, "--load-in-low-bit", "sym_int8", "--enable-chunked-prefill", "-tp", "2"]
-    words += ["--enforce-eager", "--trust-remote-code", "--dtype", "float16", "--gpu-memory-utilization=0.85"]
+    words = [
+        "--model",
+        DEMO,
+        "--load-in-low-bit",
+        "sym_int8",
+        "--enable-chunked-prefill",
+        "-tp",
+        "2",
+    ]
+    words += [
+        "--enforce-eager",
+        "--trust-remote-code",
+        "--dtype",
+        "float16",
+        "--gpu-memory-utilization=0.85",
+    ]
     config = parse_serving_flags(words, "benchmark_throughput.py")
     assert (config.low_bit, config.tensor_parallel_size, config.dtype) == ("sym_int8", 2, "float16")
     assert config.trust_remote_code and config.gpu_memory_utilization == 0.85
