@@ -155,6 +155,7 @@ class BatchState:
         self._few_rows = [counts[:count] for count in range(FEW_SEQUENCES + 1)]
         self._few_starts = [counts[: count + 1].int() for count in range(FEW_SEQUENCES + 1)]
         self._staged = torch.empty(0, dtype=torch.uint8, device=device)
+        self._rows = torch.empty(0, dtype=torch.int32, device=device)  # of the latest step
         self._stages: deque[tuple[Tensor, torch.Event]] = deque()
 
     @property
@@ -182,17 +183,17 @@ class BatchState:
             if batch.score_rows or len(batch.sampled) < batch.num_seqs:
                 chosen_rows = [*batch.sampled, *batch.score_rows]
             arrays = self._pad(arrays, num_padded_seqs - batch.num_seqs)
-        if self._is_host:
-            tensors = [torch.from_numpy(array) for array in arrays]
-        else:
-            tensors = self._copy(arrays)
-        tokens, positions, slots, logit_rows, rows, query_starts, context_lens = tensors
+        # Last, so that it moves nothing of a padded step.
+        arrays += [] if unknown is None else [unknown]
+        tensors = self._copy(arrays)
+        tokens, positions, slots, logit_rows, rows, query_starts, context_lens = tensors[:7]
         if grown is not None:
             of_row, column, blocks = self._send(grown)
             self.block_tables[of_row, column] = blocks.int()
         if unknown is not None:
-            place, of_row, column = self._send(unknown)
+            place, of_row, column = tensors[-1].view(3, -1)
             tokens[place] = self.last_token_ids[of_row, column]
+        self._rows = rows
         return StepInputs(
             tokens,
             positions,
@@ -226,11 +227,12 @@ class BatchState:
         ]
         contexts = [start + 1 for start in starts]
         num_seqs = len(rows)
+        self._rows = torch.tensor(rows, dtype=torch.int32)
         return StepInputs(
             torch.tensor(batch.token_ids),
             torch.tensor(starts),
             torch.tensor(slots),
-            torch.tensor(rows, dtype=torch.int32),
+            self._rows,
             self._few_starts[num_seqs],
             torch.tensor(contexts, dtype=torch.int32),
             self.block_tables,
@@ -303,8 +305,11 @@ class BatchState:
             token_ids: [num_samples, up to 1 + num_drafts] int64 on the device; an invalid one
                 counts as token 0: its sequence ends.
         """
-        rows = np.asarray([[batch.rows[index] for index in batch.sampled]], np.int64)
-        (index,) = self._send(rows)
+        if len(batch.sampled) == batch.num_seqs:
+            index = self._rows[: batch.num_seqs]  # they are there already
+        else:
+            rows = np.asarray([[batch.rows[index] for index in batch.sampled]], np.int64)
+            (index,) = self._send(rows)
         self.last_token_ids[index, : token_ids.shape[1]] = token_ids.clamp(min=0)
 
     def _grow_tables(self, batch: Batch) -> np.ndarray | None:
@@ -327,11 +332,13 @@ class BatchState:
 
     def reserve(self, num_tokens: int, num_seqs: int) -> None:
         """Make the device's buffer large enough for steps of this size, once and for all."""
-        num_bytes = 8 * 4 * num_tokens + 4 * (3 * num_seqs + 1)
+        num_bytes = 8 * 4 * num_tokens + 4 * (6 * num_seqs + 1)
         self._staged = torch.empty(num_bytes + 8, dtype=torch.uint8, device=self._device)
 
     def _copy(self, arrays: list[np.ndarray]) -> list[Tensor]:
         """The arrays as tensors on the device, by one copy that the host does not wait for."""
+        if self._is_host:
+            return [torch.from_numpy(array) for array in arrays]
         num_bytes = sum(array.nbytes for array in arrays)
         stage = self._take_stage(num_bytes)
         if len(self._staged) < num_bytes:
@@ -373,7 +380,7 @@ def _fill_gaps(batch: Batch) -> tuple[list[int], np.ndarray]:
     """Put 0 where a token was not sent.
 
     Returns:
-        The tokens of the whole batch, and of the gaps [3, num_gaps]: their places, and where in
+        The tokens of the whole batch, and of the gaps [3 * num_gaps]: their places, and where in
         `last_token_ids` the tokens are, rows and columns.
     """
     token_ids: list[int] = []
@@ -387,4 +394,4 @@ def _fill_gaps(batch: Batch) -> tuple[list[int], np.ndarray]:
         for column in range(query_len - num_known):
             gaps.append((len(token_ids), row, column))
             token_ids.append(0)
-    return token_ids, np.array(gaps, np.int64).T
+    return token_ids, np.array(gaps, np.int32).T.ravel()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
-from autotp_serving.plan import StepPlan
 from autotp_serving.ranks import join_control
 
 DEMO = str(Path(__file__).parents[2] / "demo_model")
@@ -32,19 +32,34 @@ def start(device: str, low_bit: str, **settings):
     return start_worker(config, join_control({}))
 
 
-def make_plan(parts: list[tuple[int, int]]) -> StepPlan:
-    """(tokens before, tokens to run) of each sequence, in pages of its own; all logits wanted."""
-    token_ids, positions, slots, tables = [], [], [], []
+def make_batch(parts: list[tuple[int, int]]) -> Batch:
+    """(tokens before, tokens to run) of each sequence, in blocks of its own; all logits wanted."""
+    token_ids: list[int] = []
+    num_blocks, blocks = [], []
     for number, (before, length) in enumerate(parts):
-        table = list(range(number * 32, number * 32 + -(-(before + length) // BLOCK_SIZE)))
-        for position in range(before, before + length):
-            token_ids.append((position * 7919 + number * 101 + 37) % 8000)
-            positions.append(position)
-            slots.append(table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-        tables.append(table)
+        count = -(-(before + length) // BLOCK_SIZE)
+        num_blocks.append(count)
+        blocks += range(number * 32, number * 32 + count)
+        token_ids += [
+            (position * 7919 + number * 101 + 37) % 8000
+            for position in range(before, before + length)
+        ]
+    rows = list(range(len(parts)))
     lens = [length for _, length in parts]
-    ends = [before + length for before, length in parts]
-    return StepPlan(token_ids, positions, slots, lens, ends, tables, list(range(sum(lens))))
+    is_decode = max(lens) == 1
+    return Batch(
+        rows=rows,
+        starts=[before for before, _ in parts],
+        query_lens=lens,
+        num_known=lens,
+        token_ids=token_ids,
+        grown=rows,
+        first_blocks=[0] * len(rows),
+        num_new_blocks=num_blocks,
+        new_blocks=blocks,
+        sampled=rows if is_decode else [],
+        score_rows=[] if is_decode else list(range(sum(lens))),
+    )
 
 
 STEPS = (
@@ -61,9 +76,9 @@ def test_logits_are_near_the_cpus(low_bit):
     on_cpu, on_card = start("cpu", low_bit), start("cuda", low_bit)
     assert type(on_card.runner._forward).__name__ == "GpuForward"
     for parts in STEPS:
-        plan = make_plan(parts)
-        expected = on_cpu.runner.run(plan).float()
-        got = on_card.runner.run(plan).float().cpu()
+        batch = make_batch(parts)
+        expected = on_cpu.runner.run(batch).float()
+        got = on_card.runner.run(batch).float().cpu()
         # Eight bits of a bfloat16 through six layers, and activations that fall on either side of
         # a rounding to integers.
         assert (got - expected).norm() / expected.norm() < 0.08
@@ -76,8 +91,8 @@ def test_graphs_give_what_the_same_steps_give_without(low_bit):
     assert list(with_graphs.runner._forward._graphs) == [1, 2, 4]
     assert without.runner._forward._graphs == {}
     for parts in STEPS:
-        plan = make_plan(parts)
-        got, expected = with_graphs.runner.run(plan), without.runner.run(plan)
+        batch = make_batch(parts)
+        got, expected = with_graphs.runner.run(batch), without.runner.run(batch)
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
         assert (got.float() - expected.float()).norm() / expected.float().norm() < 0.02
 
