@@ -26,6 +26,7 @@ TOP_ROOMS = {
     "stand_in": "ranks",
     "agreement": "ranks",
     "collectives": "ranks",
+    "symmetric_memory": "ranks",
     "listeners": "ranks",
     "worker": "wiring",
     "llm": "wiring",
