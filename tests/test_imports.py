@@ -6,6 +6,7 @@ Read from the source, so lazy imports count too; `TYPE_CHECKING` blocks do not.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ TOP_ROOMS = {
     "stand_in": "ranks",
     "agreement": "ranks",
     "collectives": "ranks",
+    "symmetric_memory": "ranks",
     "listeners": "ranks",
     "worker": "wiring",
     "llm": "wiring",
@@ -154,6 +156,13 @@ def test_no_room_reaches_where_it_must_not(path: Path) -> None:
     relative = path.relative_to(ROOT / PACKAGE).as_posix()
     mistakes = find_mistakes(relative, path.read_text())
     assert not mistakes, "\n".join(mistakes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_only_devices_compare_the_names_of_devices(path: Path) -> None:
+    """What differs between devices is asked of the device, or of the backend chosen for it."""
+    found = re.findall(r"[=!]= ?['\"](?:cpu|cuda|xpu)['\"]", path.read_text())
+    assert not found or path.parent.name == "devices"
 
 
 @pytest.mark.parametrize(

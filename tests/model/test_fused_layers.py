@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import LocalRankGroup
+from autotp_serving.model.backend import choose_backend
 from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import FusedForward, fuse, join_linears
@@ -61,7 +62,7 @@ def load(
     model = load_model(config, model_config, LocalRankGroup(), CPU, lambda tensor: tensor)
     heads = (COMMON["num_key_value_heads"], model_config.head_dim, model_config.head_dim)
     shape = KVCacheShape((heads,) * COMMON["num_hidden_layers"], BLOCK_SIZE, model.dtype, is_int8)
-    return model, KVCache(shape, 16, CPU)
+    return model, KVCache(shape, 16, CPU, choose_backend(CPU).cache(shape))
 
 
 @torch.inference_mode()
