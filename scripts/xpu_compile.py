@@ -5,7 +5,8 @@
 For an environment with Intel's Triton (`run_tests.sh --xpu-compile` makes one) and `ocloc`.
 The package's own functions launch the kernels, on tensors of the CPU, with the tiles and options
 that they would choose on the card; Triton's launch is replaced by compiling. Exit code 1 when a
-decode or store kernel keeps registers in scratch memory, or any kernel uses fp64.
+decode, merge or store kernel keeps registers in scratch memory, when a kernel asks for fp64, or
+when one for a card that has none got some.
 """
 
 from __future__ import annotations
@@ -57,8 +58,7 @@ DEVICES = {
         **COMMON,
         "name": "Intel(R) Data Center GPU Max 1100",
         "version": "12.60.7",
-        # Not its own number: Debian's ocloc, asked by it, would deny its matrix unit.
-        "architecture": 0,
+        "architecture": 0x030F000700,
         "gpu_eu_count": 448,
         "gpu_subslice_count": 56,
         "max_num_sub_groups": 64,
@@ -68,6 +68,7 @@ DEVICES = {
     },
 }
 TABLE = {"acm-g10": cards.ARC, "pvc": cards.XE}
+WITHOUT_FP64 = ("acm-g10",)
 MAY_SPILL = ("prefill_kernel",)
 """Kernels that may; their figures are printed all the same."""
 SHAPES = ((32, 32, 128), (32, 8, 128), (32, 32, 80), (32, 32, 96), (8, 1, 256), (64, 8, 64))
@@ -83,7 +84,9 @@ class Row:
         scratch: messages to scratch memory, whatever it calls them.
         sends: all messages to memory and other units.
         matrix: `dpas`, instructions of the matrix unit.
-        has_fp64: in the instructions, or in the SPIR-V they were made from.
+        fp64: instructions on numbers of 64 bits. Intel's compiler has its own for a division that
+            is rightly rounded, on cards that can.
+        declares_fp64: whether the SPIR-V they were made from does.
     """
 
     card: str
@@ -93,12 +96,13 @@ class Row:
     scratch: int
     sends: int
     matrix: int
-    has_fp64: bool
+    fp64: int
+    declares_fp64: bool
 
     @property
     def mistake(self) -> str | None:
         """What is wrong with it, if something is."""
-        if self.has_fp64:
+        if self.declares_fp64 or (self.fp64 and self.card in WITHOUT_FP64):
             return "uses fp64"
         if self.kernel not in MAY_SPILL and (self.spill_bytes or self.scratch):
             return f"keeps registers in scratch memory ({self.scratch} messages)"
@@ -108,11 +112,12 @@ class Row:
 def collect_launches(card: str) -> list[tuple[str, object]]:
     """Let Triton compile for a card instead of launching; the list fills with (name, compiled)."""
     target = GPUTarget("xpu", DEVICES[card], 32)
+    number = list(DEVICES).index(card)  # Triton keeps a target and its kernels by this
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: target,
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device=0: 0,
+            get_current_device=lambda: number,
+            get_current_stream=lambda device: 0,
         )
     )
     done: list[tuple[str, object]] = []
@@ -193,7 +198,8 @@ def build(card: str, name: str, compiled: object, shape: str) -> Row:
         len(re.findall(r"^.*\bsend.*scratch", text, re.MULTILINE)),
         len(re.findall(r"^\s*(?:\(.*?\)\s*)?send", text, re.MULTILINE)),
         len(re.findall(r"^\s*(?:\(.*?\)\s*)?dpas", text, re.MULTILINE)),
-        bool(re.search(r":df\b", text)) or has_fp64_type(spirv),
+        len(re.findall(r"^.*:df\b", text, re.MULTILINE)),
+        has_fp64_type(spirv),
     )
 
 
@@ -255,8 +261,8 @@ def describe(
 def summarize(rows: list[Row]) -> list[str]:
     """A Markdown table with a line for each kernel and card: the worst over its forms."""
     lines = [
-        "| kernel | card | forms | spilled, bytes | scratch messages | `dpas` | sends |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | card | forms | spilled, bytes | scratch messages | `dpas` | sends | fp64 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for card, kernel in sorted({(row.card, row.kernel) for row in rows}):
         forms = [row for row in rows if (row.card, row.kernel) == (card, kernel)]
@@ -264,7 +270,7 @@ def summarize(rows: list[Row]) -> list[str]:
         lines.append(
             f"| `{kernel}` | {card} | {len(forms)} | {max(row.spill_bytes for row in forms)} "
             f"| {max(row.scratch for row in forms)} | {max(row.matrix for row in forms)} "
-            f"| {min(sends)} to {max(sends)} |"
+            f"| {min(sends)} to {max(sends)} | {max(row.fp64 for row in forms)} |"
         )
     return lines
 

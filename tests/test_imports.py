@@ -7,6 +7,7 @@ the rooms is made from the same list, so that neither can be false: `python -m t
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -219,6 +220,13 @@ def test_no_room_reaches_where_it_must_not(path: Path) -> None:
     relative = path.relative_to(ROOT / PACKAGE).as_posix()
     mistakes = find_mistakes(relative, path.read_text())
     assert not mistakes, "\n".join(mistakes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_only_devices_compare_the_names_of_devices(path: Path) -> None:
+    """What differs between devices is asked of the device, or of the backend chosen for it."""
+    found = re.findall(r"[=!]= ?['\"](?:cpu|cuda|xpu)['\"]", path.read_text())
+    assert not found or path.parent.name == "devices"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class Device(Protocol):
     Attributes:
         kind: "cpu", "cuda" or "xpu", the word torch and DeepSpeed use.
         torch_device: where tensors of this rank live.
+        is_host: True where its memory is the host's and work is done when a call returns.
         backend: the torch.distributed backend of its collectives.
         max_in_flight: steps that may be begun before the oldest is collected: 2 where work is
             queued, so that one is ready when the other ends.
@@ -39,6 +40,7 @@ class Device(Protocol):
 
     kind: str
     torch_device: torch.device
+    is_host: bool
     backend: str
     max_in_flight: int
 
@@ -82,6 +84,11 @@ def fetch_by_event(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return host
 
     return wait
+
+
+def is_host_name(kind: str) -> bool:
+    """Whether a device of this kind is the host itself."""
+    return kind == "cpu"
 
 
 def has_card_files() -> bool:

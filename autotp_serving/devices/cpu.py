@@ -20,6 +20,7 @@ class CpuDevice:
     """The cores and memory of this host, shared by its ranks."""
 
     kind = "cpu"
+    is_host = True
     backend = "gloo"
     max_in_flight = 1
 

@@ -13,6 +13,7 @@ class CudaDevice:
     """The card with this rank's number on its host."""
 
     kind = "cuda"
+    is_host = False
     backend = "nccl"
     max_in_flight = 2
 

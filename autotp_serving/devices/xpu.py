@@ -19,6 +19,7 @@ class XpuDevice:
     """The Intel GPU with this rank's number on its host."""
 
     kind = "xpu"
+    is_host = False
     max_in_flight = 2
 
     def __init__(self, local_rank: int) -> None:

@@ -14,13 +14,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotp_serving.devices.build import cache_folder, hold_build_lock
 from autotp_serving.distributed import listeners
 from autotp_serving.distributed.launch import GROUP_TIMEOUT, RankGroup, TorchRankGroup
 from autotp_serving.distributed.store import has_store, prepare_store
 from autotp_serving.step_times import StepTimes
+
+if TYPE_CHECKING:
+    from autotp_serving.distributed.symmetric_memory import SymmetricAllReduce
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +36,24 @@ SHARED_BYTES_PER_RANK = 72 * 2**20
 
 
 def join_collectives(
-    group: RankGroup, device_kind: str, backend: str, times: StepTimes
+    group: RankGroup, device_kind: str, backend: str, times: StepTimes, *, is_host: bool
 ) -> Callable[[Any], Any]:
     """Start DeepSpeed's collectives for the model, on every rank.
 
     DeepSpeed reads the group from the environment; `LOCAL_SIZE` must be right before its
-    shared-memory all-reduce starts, or that crashes. Each all-reduce is counted in `times`.
+    shared-memory all-reduce starts, or that crashes. Each all-reduce is counted in `times`, but for
+    those inside ipex-llm's layers, which call DeepSpeed by themselves.
+
+    Args:
+        is_host: the device is the host, whose memory ranks may share.
 
     Returns:
         A function that all-reduces a tensor over the ranks, in place, and returns it.
     """
     if group.size == 1:
         return lambda tensor: tensor
-    if group.local_size == group.size:
+    on_one_host, has_nccl = group.local_size == group.size, backend == "nccl"
+    if on_one_host:
         listeners.keep_to_loopback(os.environ)
     init_method = None if has_store(os.environ) else prepare_store(group)
     os.environ.update(
@@ -60,7 +68,7 @@ def join_collectives(
         import deepspeed
         import deepspeed.comm
 
-        if device_kind == "cpu":
+        if is_host:
             _load_shared_memory_op(group)
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -70,15 +78,20 @@ def join_collectives(
             world_size=group.size,
             verbose=False,
         )
-    if device_kind == "cpu":
+    if is_host:
         _unlink_shared_memory(group)
     backend = deepspeed.comm.comm.cdb
-    _count_all_reduces(backend, times)
-    if device_kind == "cpu" and getattr(backend, "shm_vector_kernel_level", 0) >= ANY_TYPE_LEVEL:
+    if is_host and getattr(backend, "shm_vector_kernel_level", 0) >= ANY_TYPE_LEVEL:
         return _all_reduce_in_shared_memory(times)
+    symmetric = _open_symmetric_memory(group) if on_one_host and has_nccl else None
 
     def all_reduce(tensor: Any) -> Any:
-        deepspeed.comm.inference_all_reduce(tensor)
+        started = time.perf_counter()
+        if symmetric is not None and symmetric.takes(tensor):
+            symmetric(tensor)
+        else:
+            deepspeed.comm.inference_all_reduce(tensor)
+        times.add_collective(tensor.nbytes, time.perf_counter() - started)
         return tensor
 
     return all_reduce
@@ -89,6 +102,30 @@ def broadcast_tokens(token_ids: Any) -> None:
     import torch.distributed
 
     torch.distributed.broadcast(token_ids, src=0)
+
+
+def _open_symmetric_memory(group: RankGroup) -> SymmetricAllReduce | None:
+    """The quicker sum of small tensors between cards, if they all reach each other's memory."""
+    import torch
+    import torch.distributed
+
+    from autotp_serving.distributed.symmetric_memory import SymmetricAllReduce
+
+    symmetric = reason = None
+    try:
+        symmetric = SymmetricAllReduce(
+            torch.distributed.group.WORLD,
+            torch.device("cuda", torch.cuda.current_device()),
+            torch.bfloat16,
+        )
+    except (RuntimeError, ImportError, AttributeError) as error:  # it is young in torch
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    reason = next(filter(None, group.all_gather(reason)), None)
+    if reason is None:
+        return symmetric
+    if group.rank == 0:
+        logger.warning("The cards' memory cannot be shared (%s): small sums take NCCL", reason)
+    return None
 
 
 def _all_reduce_in_shared_memory(times: StepTimes) -> Callable[[Any], Any]:
@@ -106,19 +143,6 @@ def _all_reduce_in_shared_memory(times: StepTimes) -> Callable[[Any], Any]:
         return tensor
 
     return all_reduce
-
-
-def _count_all_reduces(backend: Any, times: StepTimes) -> None:
-    """Have DeepSpeed's backend count its all-reduces: those of AutoTP's own layers pass by us."""
-    all_reduce = backend.inference_all_reduce
-
-    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = all_reduce(tensor, *args, **kwargs)
-        times.add_collective(tensor.nbytes, time.perf_counter() - started)
-        return result
-
-    backend.inference_all_reduce = counted
 
 
 def _unlink_shared_memory(group: RankGroup) -> None:

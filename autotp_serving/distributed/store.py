@@ -73,7 +73,7 @@ def prepare_store(group: RankGroup) -> str:
     return f"{STORE_SCHEME}://"
 
 
-def close_doors(group: RankGroup, device_kind: str) -> None:
+def close_doors(group: RankGroup, *, is_host: bool) -> None:
     """Once every rank has joined, admit nobody to what they joined by.
 
     On cards, and over several hosts, only to the store: NCCL and MPI may connect again when a path
@@ -81,7 +81,7 @@ def close_doors(group: RankGroup, device_kind: str) -> None:
     """
     if group.size == 1:
         return
-    if device_kind == "cpu" and group.local_size == group.size:
+    if is_host and group.local_size == group.size:
         listeners.turn_everyone_away()
     elif not has_store(os.environ) and group.rank == 0:
         listeners.turn_everyone_away(int(os.environ["MASTER_PORT"]))

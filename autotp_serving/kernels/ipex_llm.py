@@ -19,12 +19,15 @@ from autotp_serving.low_bit.formats import BLOCK, LowBitError
 # the process there (GGML_ASSERT), so that everything else is refused here before loading.
 CPU_FORMATS = ("sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8", "woq_int4")
 
+FORMATS_ON = {"cpu": CPU_FORMATS, "xpu": None}  # None: it says itself what it cannot do
+
 
 def check_ipex_llm(low_bit: str, device: torch.device) -> None:
     """Raise LowBitError, with the cure, when ipex-llm cannot serve `low_bit` on `device`."""
-    if device.type not in ("cpu", "xpu"):
+    if device.type not in FORMATS_ON:
         raise LowBitError(f"ipex-llm runs on cpu and xpu, not on {device.type}: use native")
-    if device.type == "cpu" and low_bit not in CPU_FORMATS:
+    formats = FORMATS_ON[device.type]
+    if formats is not None and low_bit not in formats:
         raise LowBitError(
             f"ipex-llm has no '{low_bit}' on CPU, only {', '.join(CPU_FORMATS)}: use native"
         )

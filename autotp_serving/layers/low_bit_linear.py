@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,31 +98,83 @@ class LowBitLinear(nn.Module):
             destination[prefix + name] = plane
 
 
+class Products(Protocol):
+    """Who multiplies by low-bit weights on one kind of device."""
+
+    def arrange(self, weight: LowBitTensor) -> LowBitTensor:
+        """A weight with its bytes in the order that `matmul` reads; a copy if any."""
+        ...
+
+    def matmul(self, *weights: LowBitTensor) -> Matmul:
+        """The fastest way to multiply by arranged weights of one format and as many columns."""
+        ...
+
+
+class ReferenceProducts:
+    """Portable torch, on any device."""
+
+    def arrange(self, weight: LowBitTensor) -> LowBitTensor:
+        """See Products."""
+        return weight
+
+    def matmul(self, *weights: LowBitTensor) -> Matmul:
+        """See Products."""
+        if len(weights) == 1:
+            return functools.partial(portable_matmul, weight=weights[0])
+        return lambda x: torch.cat([portable_matmul(x, weight) for weight in weights], 1)
+
+
+class CpuProducts(ReferenceProducts):
+    """Compiled kernels, for the formats that compile here."""
+
+    def arrange(self, weight: LowBitTensor) -> LowBitTensor:
+        """See Products."""
+        return weight if load_library(weight.format) is None else tile_weight(weight)
+
+    def matmul(self, *weights: LowBitTensor) -> Matmul:
+        """See Products."""
+        library = load_library(weights[0].format)
+        return super().matmul(*weights) if library is None else CpuMatmul(library, *weights)
+
+
+class CudaProducts(ReferenceProducts):
+    """Kernels compiled by NVRTC, on cards that they are for."""
+
+    def __init__(self, device: torch.device) -> None:
+        from autotp_serving.kernels.cuda import products
+
+        self._has_kernels = products.can_multiply(device.index or 0)
+
+    def arrange(self, weight: LowBitTensor) -> LowBitTensor:
+        """See Products."""
+        from autotp_serving.kernels.cuda import tiles
+
+        return tiles.tile(weight) if self._has_kernels else weight
+
+    def matmul(self, *weights: LowBitTensor) -> Matmul:
+        """See Products."""
+        if not self._has_kernels or len(weights) > 1:
+            return super().matmul(*weights)
+        from autotp_serving.kernels.cuda import ops
+
+        ops.register_ops()
+        return functools.partial(ops.low_bit_linear, weight=weights[0])
+
+
+def choose_products(device: torch.device) -> Products:
+    """The device's kernels, or the reference."""
+    kinds = {"cpu": CpuProducts, "cuda": functools.partial(CudaProducts, device)}
+    return kinds.get(device.type, ReferenceProducts)()
+
+
 def make_matmul(*weights: LowBitTensor) -> Matmul:
     """The fastest way to multiply by weights of one format and as many columns, where they are."""
-    device = weights[0].device
-    library = load_library(weights[0].format) if device.type == "cpu" else None
-    if library is not None:
-        return CpuMatmul(library, *weights)
-    if device.type == "cuda" and len(weights) == 1:
-        from autotp_serving.kernels.cuda import ops, products
-
-        if products.can_multiply(device.index):
-            ops.register_ops()
-            return functools.partial(ops.low_bit_linear, weight=weights[0])
-    if len(weights) == 1:
-        return functools.partial(portable_matmul, weight=weights[0])
-    return lambda x: torch.cat([portable_matmul(x, weight) for weight in weights], 1)
+    return choose_products(weights[0].device).matmul(*weights)
 
 
 def arrange(weight: LowBitTensor) -> LowBitTensor:
     """A weight with its bytes in the order that `make_matmul`'s choice reads; a copy if any."""
-    if weight.device.type == "cuda":
-        from autotp_serving.kernels.cuda import products, tiles
-
-        return tiles.tile(weight) if products.can_multiply(weight.device.index) else weight
-    tiled = weight.device.type == "cpu" and load_library(weight.format) is not None
-    return tile_weight(weight) if tiled else weight
+    return choose_products(weight.device).arrange(weight)
 
 
 def portable_matmul(x: Tensor, weight: LowBitTensor, *, tile: int | None = None) -> Tensor:
@@ -131,7 +183,7 @@ def portable_matmul(x: Tensor, weight: LowBitTensor, *, tile: int | None = None)
     Dequantizes `tile` weights at a time into the dtype of `x`, multiplies and forgets them.
     """
     rows, cols = weight.shape
-    tile = tile or (CPU_TILE if x.device.type == "cpu" else ACCELERATOR_TILE)
+    tile = tile or (CPU_TILE if x.is_cpu else ACCELERATOR_TILE)
     step = max(1, tile // cols)
     out = x.new_empty(x.shape[0], rows)
     for start in range(0, rows, step):

@@ -132,6 +132,6 @@ def _row_tiles(
     rows: int, blocks: int, device: torch.device, tile: int | None
 ) -> list[tuple[int, int]]:
     """Cut `rows` into ranges of about `tile` weights, at least one row each."""
-    tile = tile or (CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE)
+    tile = tile or (CPU_TILE if device == torch.device("cpu") else ACCELERATOR_TILE)
     step = max(1, tile // (blocks * BLOCK))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

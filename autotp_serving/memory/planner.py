@@ -12,7 +12,7 @@ from typing import Any
 
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
-from autotp_serving.devices.base import Memory, has_card_files, read_host_memory
+from autotp_serving.devices.base import Memory, has_card_files, is_host_name, read_host_memory
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
 from autotp_serving.memory.budget import (
@@ -54,7 +54,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     max_model_len = find_max_model_len(config, model_config)
     check_heads(model_config, num_ranks)
     kind, memory = find_memory(config)
-    on_cpu = kind == "cpu"
+    on_cpu = is_host_name(kind)
     if known is None:
         from autotp_serving.memory.meta_planner import find_footprints
 
@@ -97,7 +97,7 @@ def find_memory(config: ServingConfig) -> tuple[str, Memory]:
         # A size that is given means a card, unless the processor is asked for by name.
         kind = "a card" if config.device == "auto" else config.device
         return kind, Memory(config.device_memory, config.device_memory)
-    if config.device == "cpu" or (config.device == "auto" and not has_card_files()):
+    if is_host_name(config.device) or (config.device == "auto" and not has_card_files()):
         return "cpu", read_host_memory()
     try:
         device = open_device(config.device, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -13,10 +13,11 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.kv_pools import Pools
+from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.kv_cache import KVCacheShape
+from autotp_serving.model.kv_cache import CacheKernels, KVCacheShape
 from autotp_serving.model.self_check import check_unproved
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class CacheProbe:
     device: torch.device
     block_size: int
     head_shapes: dict[int, tuple[int, int, int]]
-    has_kernel: bool = False
     is_int8: bool = False
+    kernels: CacheKernels = field(default_factory=ReferenceCache)
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -53,7 +54,7 @@ def probe_model(
         The cache's shape on this rank, and the peak bytes of activations.
     """
     probe = CacheProbe(device.torch_device, config.block_size, {})
-    num_tokens = CPU_PROBE_TOKENS if device.kind == "cpu" else config.max_num_batched_tokens
+    num_tokens = CPU_PROBE_TOKENS if device.is_host else config.max_num_batched_tokens
     lens = [min(max_model_len, num_tokens)] * max(1, num_tokens // max_model_len)
     inputs = StepInputs.of_prompts([[0] * length for length in lens], device.torch_device)
     inputs = replace(inputs, logit_rows=inputs.logit_rows[: config.max_num_seqs + MAX_SCORED_ROWS])
@@ -95,7 +96,7 @@ def count_blocks(
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory
         wanted = budget // shape.bytes_per_block
-    elif device.kind == "cpu":
+    elif device.is_host:
         taken = (1.0 - config.gpu_memory_utilization) * memory.total
         budget = int(max(0.0, memory.free - taken) / group.local_size)
         wanted = min(budget // shape.bytes_per_block, config.max_num_seqs * blocks_per_sequence)

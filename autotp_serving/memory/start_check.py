@@ -49,7 +49,7 @@ class StartCheck:
         Raises:
             ConfigError: it cannot fit; with the numbers and the flag to change.
         """
-        on_cpu = self._device.kind == "cpu"
+        on_cpu = self._device.is_host
         footprint = find_footprint(
             describe_shapes(model),
             checkpoint,

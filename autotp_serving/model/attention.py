@@ -2,7 +2,7 @@
 
 The model runs with `input_ids` of shape [1, num_tokens] and no cache of its own; its attention
 layers call `paged_attention`, which writes the new keys and values into the blocks and lets each
-sequence attend to its own: by kernels/ where that takes the cache, else by portable torch.
+sequence attend to its own, both by the cache's kernels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
-from autotp_serving.kernels.cpu.attention import CpuAttention
-from autotp_serving.kernels.reference.attention import PortableAttention
 from autotp_serving.model.batch_state import StepInputs
-from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.kv_cache import Attention, KVCache
 
 ATTENTION_NAME = "autotp_paged"
 
@@ -31,22 +29,18 @@ class AttentionContext:
 
     Attributes:
         slots: [num_tokens] int64, where the tokens' keys and values go.
-        kernel: attends for all of them, or None: then `portable` does.
+        attention: attends for all of them.
     """
 
     cache: KVCache
     slots: torch.Tensor
-    kernel: CpuAttention | None
-    portable: PortableAttention | None
+    attention: Attention
 
     @staticmethod
     def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
         """What attention over this cache needs of a step's inputs."""
-        if cache.has_kernel:
-            kernel = CpuAttention(inputs, cache.block_size)
-            return AttentionContext(cache, inputs.slots, kernel, None)
-        portable = PortableAttention.of(inputs, cache.block_size, cache.is_int8)
-        return AttentionContext(cache, inputs.slots, None, portable)
+        attention = cache.kernels.attention(inputs, cache.block_size, cache.is_int8)
+        return AttentionContext(cache, inputs.slots, attention)
 
 
 def register_paged_attention() -> None:
@@ -100,10 +94,7 @@ def paged_attention(
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     pools = context.cache.write(module.layer_idx, context.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if context.kernel is not None:
-        output = context.kernel(query, pools, scaling, sliding_window, softcap)
-        return output[None], None
-    output = context.portable.attend(query, (key, value), pools, scaling, sliding_window, softcap)
+    output = context.attention.attend(query, (key, value), pools, scaling, sliding_window, softcap)
     return output[None], None
 
 

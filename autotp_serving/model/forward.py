@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -9,6 +11,18 @@ from autotp_serving.batch import Batch
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
+
+
+class Forward(Protocol):
+    """A way through the model's layers."""
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type."""
+        ...
+
+    def find_padded_size(self, batch: Batch) -> int:
+        """How many sequences the batch's inputs are to be padded to; 0 for none."""
+        ...
 
 
 class PlainForward:

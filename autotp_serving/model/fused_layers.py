@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp_serving.batch import Batch
+from autotp_serving.kernels.cpu.attention import CpuCache
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
 from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
 from autotp_serving.kernels.cpu.linear import CpuMatmul
@@ -135,7 +136,7 @@ class FusedForward:
         cos, sin = self._rotary(hidden, inputs.positions[None])
         rotary = (cos[0].contiguous(), sin[0].contiguous())
         if self._native_layers is not None:
-            added = self._native_layers.run(hidden, rotary, context.slots, context.kernel)
+            added = self._native_layers.run(hidden, rotary, context.slots, context.attention)
         else:
             added = self._run_operations(hidden, rotary, context)
         rows = inputs.logit_rows
@@ -155,7 +156,9 @@ class FusedForward:
             ops.rotate_and_store(qkv, rotary, context.slots, pools, layer.head_norms)
             heads = qkv.view(len(qkv), -1, layer.head_dim)
             query = heads[:, : heads.shape[1] - 2 * pools.keys.shape[1]]
-            attended = context.kernel(query, pools, layer.scaling, layer.sliding_window)
+            attended = context.attention.attend(
+                query, None, pools, layer.scaling, layer.sliding_window
+            )
             added = layer.output(attended.view(len(qkv), -1))
             x = ops.rms_norm(hidden, added, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
             added = layer.down(ops.silu_multiply(layer.gate_up(x)))
@@ -169,7 +172,8 @@ def fuse(model: nn.Module, cache: KVCache, *, by_operation: bool = False) -> Fus
         by_operation: run the operations of a layer one by one, so that each can be timed.
     """
     config = model.config
-    if config.model_type not in FAMILIES or not cache.has_kernel or config.hidden_act != "silu":
+    has_layout = isinstance(cache.kernels, CpuCache)
+    if config.model_type not in FAMILIES or not has_layout or config.hidden_act != "silu":
         return None
     ops = load_layer_ops()
     if ops is None or not _has_fitting_sizes(model):

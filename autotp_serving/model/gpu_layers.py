@@ -1,4 +1,4 @@
-"""Llama-like layers on a CUDA card: two pieces around attention, in eleven launches a layer.
+"""Llama-like layers on a CUDA card: two pieces around attention, ten launches in all.
 
 Ranks on CUDA. The modules are those that transformers built, AutoTP sharded and the loader filled;
 the weights of queries, keys and values, and of gate and up, are joined, and the modules keep views
@@ -145,6 +145,8 @@ class GpuLayer:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = join_linears(attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up = join_linears(mlp.gate_proj, mlp.up_proj)
+        if gate_up.weight.shape[0] // 2 % BLOCK:
+            raise UnfitLayer(f"its MLP of {gate_up.weight.shape[0] // 2} is no multiple of {BLOCK}")
         head_dim, pools = attention.head_dim, cache.layer(attention.layer_idx)
         num_kv_heads = pools.keys.shape[1]
         query_norm = key_norm = None

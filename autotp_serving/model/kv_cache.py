@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from autotp_serving.devices import huge_pages
-from autotp_serving.kernels.cpu.attention import can_attend, pool_shapes, store
 from autotp_serving.kernels.kv_pools import Pools
+from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.shapes import count_head_bytes
 
 
@@ -42,40 +43,68 @@ class KVCacheShape:
         return torch.int8 if self.is_int8 else self.dtype
 
 
+class Attention(Protocol):
+    """Attends for all sequences of one step, in layer after layer."""
+
+    def attend(
+        self,
+        query: Tensor,
+        new: tuple[Tensor, Tensor],
+        pools: Pools,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            new: the tokens' own keys and values, [num_tokens, num_kv_heads, head_dim].
+            pools: the layer's, with the new.
+            sliding_window: how many of the latest positions are visible; None for all.
+            softcap: logits become softcap * tanh(logits / softcap); None for as they are.
+
+        Returns:
+            [num_tokens, num_heads, value_head_dim].
+        """
+        ...
+
+
+class CacheKernels(Protocol):
+    """Who lays out a KV cache, writes it and attends over it: one for all three."""
+
+    def allocate_kv(self, shape: KVCacheShape, num_slots: int, device: torch.device) -> list[Pools]:
+        """Pools of each layer, of zeros: what nobody wrote may be read and masked, NaN would not
+        stay masked.
+        """
+        ...
+
+    def store(self, slots: Tensor, key: Tensor, value: Tensor, pools: Pools) -> None:
+        """Store rows [num_tokens, num_kv_heads, head_dim] in a layer's slots [num_tokens]."""
+        ...
+
+    def attention(self, inputs: StepInputs, block_size: int, is_int8: bool) -> Attention:
+        """Get ready for a step; once, for all layers."""
+        ...
+
+
 class KVCache:
     """Keys and values of every layer, addressed by slot = block * block_size + offset.
 
     Attributes:
         is_int8: see `KVCacheShape`.
-        has_kernel: whether attention by kernels/ reads it, in an order of its own; else portable
-            torch does.
+        kernels: who reads and writes it, in an order of their own.
     """
 
-    def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: KVCacheShape, num_blocks: int, device: torch.device, kernels: CacheKernels
+    ) -> None:
         self.block_size = shape.block_size
         self.num_blocks = num_blocks
         self.device = device
         self.is_int8 = shape.is_int8
-        self.has_kernel = all(
-            can_attend(shape.dtype, device, key, value, shape.block_size, shape.is_int8)
-            for _, key, value in shape.head_shapes
-        )
-        num_slots = num_blocks * shape.block_size
-        self._layers: list[Pools] = []
-        for heads, key, value in shape.head_shapes:
-            if self.has_kernel:
-                sizes, scale_size = pool_shapes(num_slots, heads, key, value)
-            else:
-                sizes = ((num_slots, heads, key), (num_slots, heads, value))
-                scale_size = (num_slots, heads)
-            wanted = [(size, shape.stored_dtype) for size in sizes]
-            if shape.is_int8:
-                wanted += [(scale_size, torch.float32)] * 2
-            # Zeros, not empty: padded rows read slots that nobody wrote, and a stray NaN there
-            # would survive a masked softmax. On CPU untouched blocks cost no memory.
-            allocate = huge_pages.zeros if device.type == "cpu" else torch.zeros
-            with device:
-                self._layers.append(Pools(*(allocate(size, dtype=dtype) for size, dtype in wanted)))
+        self.kernels = kernels
+        self._layers = kernels.allocate_kv(shape, num_blocks * shape.block_size, device)
 
     @property
     def num_bytes(self) -> int:
@@ -92,12 +121,9 @@ class KVCache:
             key: [num_tokens, num_kv_heads, key_head_dim]; value alike.
         """
         pools = self._layers[layer]
-        if self.has_kernel:
-            store(slots, key, value, pools)
-        else:
-            pools.write(slots, key, value)
+        self.kernels.store(slots, key, value, pools)
         return pools
 
     def layer(self, layer: int) -> Pools:
-        """A layer's keys and values; in the kernel's order where there is one."""
+        """A layer's keys and values, in the kernels' order."""
         return self._layers[layer]

@@ -22,6 +22,7 @@ from autotp_serving.kernels.ipex_llm import check_ipex_llm, convert_linear
 from autotp_serving.layers.convert import check_columns, replace_linear
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear
+from autotp_serving.layers.unfuse import take_over_sums
 from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection
 from autotp_serving.low_bit.tensor import quantize
@@ -105,6 +106,7 @@ def load_model(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
     filler.fill(shards, show_progress=group.rank == 0)
+    take_over_sums(model, all_reduce)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()

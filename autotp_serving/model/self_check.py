@@ -19,6 +19,7 @@ from torch import nn
 
 from autotp_serving.config import ConfigError
 from autotp_serving.kernels.kv_pools import Pools
+from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.batch_state import StepInputs
@@ -40,8 +41,8 @@ class _Recorder:
     """Stands in for the KV cache: notes who stores what, and keeps nothing."""
 
     block_size = 16
-    has_kernel = False
     is_int8 = False
+    kernels = ReferenceCache()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

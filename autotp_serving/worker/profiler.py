@@ -26,6 +26,7 @@ from autotp_serving.devices import Device
 from autotp_serving.kernels.cpu.attention import CpuAttention
 from autotp_serving.kernels.cpu.layer_ops import LayerOps
 from autotp_serving.kernels.cpu.linear import CpuMatmul
+from autotp_serving.kernels.reference.attention import PortableAttention
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.model.batch_state import BatchState
@@ -42,7 +43,7 @@ LONGEST_PAUSE = 1.0
 
 PARTS = {
     "linears": [(CpuMatmul, "__call__"), (LowBitLinear, "forward")],
-    "attention": [(CpuAttention, "__call__")],
+    "attention": [(CpuAttention, "attend"), (PortableAttention, "attend")],
     "head": [(VocabParallelHead, "forward")],
     "norms, rotation, activation": [
         (LayerOps, "rms_norm"), (LayerOps, "rotate_and_store"), (LayerOps, "silu_multiply"),
@@ -108,9 +109,7 @@ class StepProfiler:
         self._device = device
         self._runner = runner
         self._lead = lead
-        kind = device.kind
-        wait = getattr(torch, kind).synchronize if kind != "cpu" else lambda: None
-        self.clock = PartClock(wait)
+        self.clock = PartClock(device.synchronize)
         self._undo: list[Callable[[], None]] = []
         self._num_seen = 0
         self._num_timed = 0
@@ -240,7 +239,7 @@ class StepProfiler:
 
     def _start_trace(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._device.kind != "cpu":
+        if not self._device.is_host:
             activities.append(getattr(torch.profiler.ProfilerActivity, self._device.kind.upper()))
         self._trace = torch.profiler.profile(activities=activities)
         self._trace.start()

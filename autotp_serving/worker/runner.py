@@ -5,31 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
 from autotp_serving.batch import Batch, SampleInput, ScoreInput, StepResult
-from autotp_serving.devices import Device
 from autotp_serving.distributed.channel import StepChannel
-from autotp_serving.model.batch_state import BatchState, StepInputs
+from autotp_serving.model.batch_state import BatchState
+from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.sampler import Sampled, Sampler
 
 STOP_MESSAGE = b""
-
-
-class Forward(Protocol):
-    """A way through the model's layers."""
-
-    def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type."""
-        ...
-
-    def find_padded_size(self, batch: Batch) -> int:
-        """How many sequences the batch's inputs are to be padded to; 0 for none."""
-        ...
 
 
 class ModelRunner:
@@ -99,18 +86,19 @@ class LeadRunner:
         cache: KVCache,
         channel: StepChannel,
         num_ranks: int,
-        device: Device,
+        sampler: Sampler,
+        max_in_flight: int,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
-        self._sampler = Sampler(device.fetch)
+        self._sampler = sampler
         self._forwarded: tuple[Batch, torch.Tensor] | None = None
         self._in_flight: deque[Sampled] = deque()
         self._num_sent = 0
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
-        self.max_in_flight = device.max_in_flight
+        self.max_in_flight = max_in_flight
 
     def forward(self, batch: Batch) -> None:
         """See Runner.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,11 @@ from autotp_serving.memory.probe import count_blocks, probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import check_heads, find_max_model_len
-from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.fused_layers import fuse
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.step_times import StepTimes
-from autotp_serving.worker.runner import Forward, LeadRunner, ModelRunner
+from autotp_serving.worker.backend import PassSetup, choose_backend
+from autotp_serving.worker.runner import LeadRunner, ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -79,26 +77,6 @@ def bind_to_placement(group: RankGroup) -> None:
     logger.info("Rank %d %s, %d thread(s)", group.rank, placement.describe(), threads)
 
 
-def choose_forward(
-    model: nn.Module,
-    cache: KVCache,
-    state: BatchState,
-    config: ServingConfig,
-    max_model_len: int,
-    all_reduce: Callable[[torch.Tensor], torch.Tensor],
-    group: RankGroup,
-) -> Forward:
-    """The quickest way through the model's layers that takes them; all ranks must call it."""
-    if cache.device.type == "cuda" and config.profile is None:
-        from autotp_serving.model.gpu_forward import open_gpu_forward
-
-        quick = open_gpu_forward(model, cache, state, config, max_model_len, all_reduce, group)
-        if quick is not None:
-            return quick
-    fused = fuse(model, cache, by_operation=config.profile is not None)
-    return fused or PlainForward(model, cache)
-
-
 def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
 
@@ -114,8 +92,8 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     except DeviceError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
     times = StepTimes()
-    all_reduce = join_collectives(group, device.kind, device.backend, times)
-    if device.kind == "cpu":
+    all_reduce = join_collectives(group, device.kind, device.backend, times, is_host=device.is_host)
+    if device.is_host:
         bind_to_placement(group)
     check_agreement(config, group)
     checker = StartCheck(config, group, device, max_model_len)
@@ -124,7 +102,8 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     )
     shape, activation_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = count_blocks(config, shape, activation_bytes, device, group, max_model_len)
-    cache = KVCache(shape, num_blocks, device.torch_device)
+    backend = choose_backend(device.torch_device)
+    cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     state = BatchState(
         config.max_num_seqs,
@@ -132,16 +111,18 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
         config.block_size,
         device.torch_device,
     )
-    forward = choose_forward(model, cache, state, config, max_model_len, all_reduce, group)
+    setup = PassSetup(config, max_model_len, state, all_reduce, group)
+    forward = backend.layer(model, cache, setup)
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
     runner = ModelRunner(forward, state, times, broadcast)
     channel = StepChannel(group)
-    close_doors(group, device.kind)
+    close_doors(group, is_host=device.is_host)
     lead = None
     if group.rank == 0:
-        lead = LeadRunner(runner, cache, channel, group.size, device)
+        sampler = backend.sampler(device.fetch)
+        lead = LeadRunner(runner, cache, channel, group.size, sampler, device.max_in_flight)
     if config.profile is not None:
         from autotp_serving.worker.profiler import StepProfiler
 

@@ -15,13 +15,14 @@ from autotp_serving.devices.build import ISAS, BuildError, processor_flags
 from autotp_serving.kernels.cpu import attention
 from autotp_serving.kernels.cpu.attention import (
     CpuAttention,
+    CpuCache,
     can_attend,
     load_library,
     pool_shapes,
     store,
 )
 from autotp_serving.kernels.kv_pools import Pools, quantize
-from autotp_serving.model import kv_cache
+from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from tests.compiler import can_compile, needs_compiler
@@ -94,8 +95,9 @@ class Case:
         starts = [self.spans[i][1] - self.spans[i][0] for i in indices]
         inputs = make_inputs([self.tables[i] for i in indices], starts, lens, self.block_size)
         attend = CpuAttention(inputs, self.block_size, isa=isa)
-        out = attend(
+        out = attend.attend(
             torch.cat([queries[i] for i in indices]),
+            None,
             pack(self.keys, self.values, self.is_int8),
             self.query.shape[2] ** -0.5,
             **options,
@@ -242,7 +244,7 @@ def test_nan_shows_in_its_own_sequence_alone(isa: str, is_int8: bool, name: str)
     [("random", 0.03), ("key outliers", 0.08), ("value outliers", 0.02), ("sink", 0.03)],
 )
 def test_int8_stays_near_the_attention_that_nobody_rounded(
-    kind: str, bound: float, is_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, bound: float, is_kernel: bool
 ) -> None:
     """Relative to the norm of float64's output, on what is hard for one scale a token and head.
 
@@ -264,9 +266,9 @@ def test_int8_stays_near_the_attention_that_nobody_rounded(
         key[0] = query[0].view(kv_heads, heads // kv_heads, size).mean(1) * 4
         value[0] *= 1e-3
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    monkeypatch.setattr(kv_cache, "can_attend", lambda *_: is_kernel)
     shape = KVCacheShape(((kv_heads, size, size),), 16, torch.bfloat16, is_int8=True)
-    cache = KVCache(shape, 63, torch.device("cpu"))
+    kernels = CpuCache() if is_kernel else ReferenceCache()
+    cache = KVCache(shape, 63, torch.device("cpu"), kernels)
     cache.write(0, torch.arange(context), key, value)
     inputs = make_inputs([list(range(63))], [999], [1])
     out, _ = paged_attention(
@@ -284,7 +286,7 @@ def test_int8_stays_near_the_attention_that_nobody_rounded(
 
 @needs_compiler
 @pytest.mark.parametrize("is_int8", [False, True])
-def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_portable_path(is_int8: bool) -> None:
     """One step's batch through both."""
     torch.manual_seed(0)
     lens, contexts, tables = [1, 20, 1], [50, 20, 1], [[3, 9, 4, 30], [7, 8], [11]]
@@ -294,13 +296,11 @@ def test_equals_the_portable_path(is_int8: bool, monkeypatch: pytest.MonkeyPatch
     key, value = torch.randn(2, 1, 2, 22, 64).bfloat16()
     history = torch.randn(2, 640, 2, 64).bfloat16()
     outputs = []
-    for may_attend in (True, False):
-        monkeypatch.setattr(kv_cache, "can_attend", lambda *_, may=may_attend: may)
+    for kernels in (CpuCache(), ReferenceCache()):
         shape = KVCacheShape(((2, 64, 64),), 16, torch.bfloat16, is_int8)
-        cache = KVCache(shape, 40, torch.device("cpu"))
+        cache = KVCache(shape, 40, torch.device("cpu"), kernels)
         cache.write(0, torch.arange(640), *history)
         context = AttentionContext.of(inputs, cache)
-        assert (context.kernel is not None) == may_attend
         output, _ = paged_attention(
             SimpleNamespace(layer_idx=0), query, key, value, None, attention_context=context
         )
@@ -325,14 +325,12 @@ def test_store_puts_numbers_where_attention_reads_them(is_int8: bool) -> None:
 
 
 def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
     if load_library() is not None:
-        assert can_attend(torch.bfloat16, cpu, 64, 64, 16, False)
-    assert not can_attend(torch.float32, cpu, 64, 64, 16, False)
-    assert not can_attend(torch.bfloat16, cpu, 24, 64, 16, False)
-    assert not can_attend(torch.bfloat16, cpu, 64, 64, 8, False)
-    assert not can_attend(torch.bfloat16, cpu, 64, 1024, 16, True)
-    assert not can_attend(torch.bfloat16, torch.device("meta"), 64, 64, 16, False)
+        assert can_attend(torch.bfloat16, 64, 64, 16, False)
+    assert not can_attend(torch.float32, 64, 64, 16, False)
+    assert not can_attend(torch.bfloat16, 24, 64, 16, False)
+    assert not can_attend(torch.bfloat16, 64, 64, 8, False)
+    assert not can_attend(torch.bfloat16, 64, 1024, 16, True)
 
     def fail(*args: object) -> None:
         raise BuildError("no C++ compiler (g++)")
@@ -340,6 +338,6 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "build_library", fail)
     load_library.cache_clear()
     try:
-        assert not can_attend(torch.bfloat16, cpu, 64, 64, 16, False)
+        assert not can_attend(torch.bfloat16, 64, 64, 16, False)
     finally:
         load_library.cache_clear()

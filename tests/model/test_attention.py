@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from tests.model.steps import make_inputs
@@ -36,7 +37,7 @@ def make_cache(
     num_kv_heads: int, dtype: torch.dtype = torch.float32, is_int8: bool = False
 ) -> KVCache:
     shape = KVCacheShape(((num_kv_heads, HEAD_DIM, HEAD_DIM),) * 2, BLOCK_SIZE, dtype, is_int8)
-    return KVCache(shape, NUM_BLOCKS, torch.device("cpu"))
+    return KVCache(shape, NUM_BLOCKS, torch.device("cpu"), ReferenceCache())
 
 
 def make_sequences(lens: list[int], num_heads: int, num_kv_heads: int) -> list[Sequence]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -126,12 +127,13 @@ def test_any_steps_give_each_token_its_slot(seed: int) -> None:
     lens: dict[int, int] = {}
     for _ in range(30):
         rows = rng.sample(range(6), rng.randint(1, 6))
+        longest = rng.choice([1, 12])
         batch = Batch([], [], [], [], [])
         expected: list[tuple[int, int]] = []
         for index, row in enumerate(rows):
             if lens.get(row, 32) > 20:
                 tables[row], lens[row] = [], 0
-            start, count = lens[row], rng.choice([1, 1, rng.randint(1, 12)])
+            start, count = lens[row], rng.randint(1, longest)
             first = len(tables[row])
             while len(tables[row]) * BLOCK_SIZE < start + count:
                 tables[row].append(rng.randrange(100))
@@ -148,8 +150,11 @@ def test_any_steps_give_each_token_its_slot(seed: int) -> None:
             for at in range(start, start + count):
                 expected.append((at, tables[row][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE))
             lens[row] = start + count
+        batch.sampled = list(range(len(rows)))
         inputs = state.apply(batch)
         assert_dtypes(inputs)
+        assert inputs.query_starts.tolist() == list(accumulate(batch.query_lens, initial=0))
+        assert inputs.logit_rows.tolist() == (inputs.query_starts[1:] - 1).tolist()
         found = zip(inputs.positions.tolist(), inputs.slots.tolist(), strict=True)
         assert list(found) == expected
         assert inputs.token_ids.tolist() == batch.token_ids

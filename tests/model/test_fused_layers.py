@@ -16,6 +16,7 @@ from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import FusedForward, fuse, join_linears
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.worker.backend import choose_backend
 from tests.compiler import needs_compiler
 from tests.model.families import COMMON, save_family
 from tests.model.steps import make_inputs
@@ -61,7 +62,7 @@ def load(
     model = load_model(config, model_config, LocalRankGroup(), CPU, lambda tensor: tensor)
     heads = (COMMON["num_key_value_heads"], model_config.head_dim, model_config.head_dim)
     shape = KVCacheShape((heads,) * COMMON["num_hidden_layers"], BLOCK_SIZE, model.dtype, is_int8)
-    return model, KVCache(shape, 16, CPU)
+    return model, KVCache(shape, 16, CPU, choose_backend(CPU).cache(shape))
 
 
 @torch.inference_mode()

@@ -7,12 +7,18 @@ import torch
 
 from autotp_serving.kernels.kv_pools import quantize
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
+from autotp_serving.worker.backend import choose_backend
+
+
+def make_cache(shape: KVCacheShape, num_blocks: int) -> KVCache:
+    device = torch.device("cpu")
+    return KVCache(shape, num_blocks, device, choose_backend(device).cache(shape))
 
 
 def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:
     shape = KVCacheShape(((2, 8, 8), (1, 8, 4)), block_size=16, dtype=torch.bfloat16)
     assert shape.bytes_per_block == (2 * 16 + 1 * 12) * 16 * 2
-    cache = KVCache(shape, 5, torch.device("cpu"))
+    cache = make_cache(shape, 5)
     assert cache.num_bytes == 5 * shape.bytes_per_block
 
 
@@ -22,11 +28,11 @@ def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:
 def test_bytes_of_an_int8_page_count_the_scales(dims: tuple[int, int]) -> None:
     shape = KVCacheShape(((2, *dims),) * 3, 16, torch.bfloat16, is_int8=True)
     assert shape.bytes_per_block == 3 * 2 * (sum(dims) + 8) * 16
-    assert KVCache(shape, 5, torch.device("cpu")).num_bytes == 5 * shape.bytes_per_block
+    assert make_cache(shape, 5).num_bytes == 5 * shape.bytes_per_block
 
 
 def test_rows_land_in_their_slots_of_their_layer() -> None:
-    cache = KVCache(KVCacheShape(((2, 8, 4),) * 2, 4, torch.float32), 3, torch.device("cpu"))
+    cache = make_cache(KVCacheShape(((2, 8, 4),) * 2, 4, torch.float32), 3)
     key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 4)
     slots = torch.tensor([11, 0, 6])
     pools = cache.write(1, slots, key, value)
@@ -42,7 +48,7 @@ def test_rows_land_in_their_slots_of_their_layer() -> None:
 
 
 def test_a_later_write_replaces_an_earlier_one() -> None:
-    cache = KVCache(KVCacheShape(((1, 2, 2),), 4, torch.float32), 1, torch.device("cpu"))
+    cache = make_cache(KVCacheShape(((1, 2, 2),), 4, torch.float32), 1)
     slot = torch.tensor([2])
     cache.write(0, slot, torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     pools = cache.write(0, slot, torch.full((1, 1, 2), 7.0), torch.ones(1, 1, 2))
@@ -52,7 +58,7 @@ def test_a_later_write_replaces_an_earlier_one() -> None:
 def test_int8_rows_come_back_within_half_a_step_of_their_own_largest_number() -> None:
     torch.manual_seed(0)
     shape = KVCacheShape(((2, 8, 4),), 4, torch.float32, is_int8=True)
-    cache = KVCache(shape, 3, torch.device("cpu"))
+    cache = make_cache(shape, 3)
     key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 4)
     key[1] *= 1e-3  # beside large ones: a token's step is its own
     value[2, 1] *= 1e4

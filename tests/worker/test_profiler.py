@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autotp_serving.batch import Batch
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker import profiler as worker_profiler
 from autotp_serving.worker.profiler import PARTS, PartClock, StepProfiler
@@ -67,7 +68,7 @@ def watched(tmp_path):
 
     state = SimpleNamespace(apply=lambda batch, padded_size: batch)
     runner = ModelRunner(SlowForward(), state, times)
-    device = SimpleNamespace(kind="cpu")
+    device = CpuDevice(0)
     profiler = StepProfiler(tmp_path / "made", 1, device, runner, None)
     return SimpleNamespace(runner=runner, profiler=profiler, model=model, folder=tmp_path / "made")
 

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from autotp_serving.devices import huge_pages
 from autotp_serving.devices.build import BuildError, best_isa, build_library, isa_flags
 from autotp_serving.kernels.kv_pools import Pools
 
 if TYPE_CHECKING:
     from autotp_serving.model.batch_state import StepInputs
+    from autotp_serving.model.kv_cache import KVCacheShape
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +78,35 @@ class _Attention(ctypes.Structure):
     )
 
 
+class CpuCache:
+    """See CacheKernels; for caches that `can_attend`."""
+
+    def allocate_kv(self, shape: KVCacheShape, num_slots: int, device: torch.device) -> list[Pools]:
+        """See CacheKernels; untouched blocks cost no memory."""
+        layers = []
+        for heads, key, value in shape.head_shapes:
+            sizes, scale_size = pool_shapes(num_slots, heads, key, value)
+            wanted = [(size, shape.stored_dtype) for size in sizes]
+            if shape.is_int8:
+                wanted += [(scale_size, torch.float32)] * 2
+            layers.append(Pools(*(huge_pages.zeros(size, dtype=dtype) for size, dtype in wanted)))
+        return layers
+
+    def store(self, slots: Tensor, key: Tensor, value: Tensor, pools: Pools) -> None:
+        """See CacheKernels."""
+        store(slots, key, value, pools)
+
+    def attention(self, inputs: StepInputs, block_size: int, is_int8: bool) -> CpuAttention:
+        """See CacheKernels."""
+        return CpuAttention(inputs, block_size)
+
+
 def can_attend(
-    dtype: torch.dtype,
-    device: torch.device,
-    head_dim: int,
-    value_dim: int,
-    block_size: int,
-    is_int8: bool,
+    dtype: torch.dtype, head_dim: int, value_dim: int, block_size: int, is_int8: bool
 ) -> bool:
     """Whether `CpuAttention` takes a cache of this kind; `dtype` is that of the activations."""
     return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
+        dtype == torch.bfloat16
         and head_dim % 32 == 0
         and value_dim % 16 == 0
         and block_size % GROUP == 0
@@ -163,9 +182,10 @@ class CpuAttention:
         self.address = ctypes.addressof(self._call)
         self.function = ctypes.cast(self._attend, ctypes.c_void_p).value
 
-    def __call__(
+    def attend(
         self,
         query: Tensor,
+        new: tuple[Tensor, Tensor] | None,
         pools: Pools,
         scaling: float,
         sliding_window: int | None = None,
@@ -176,6 +196,7 @@ class CpuAttention:
         Args:
             query: [num_tokens, num_heads, head_dim] bfloat16, the sequences' tokens one after
                 another. Only its last dimension must be dense.
+            new: not read; the cache has them.
             pools: the layer's, as `pool_shapes` has them.
             sliding_window: how many of the latest positions are visible; None for all.
             softcap: logits become softcap * tanh(logits / softcap); None for as they are.

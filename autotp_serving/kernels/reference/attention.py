@@ -1,20 +1,53 @@
-"""Attention over the paged KV cache in portable torch, on any device. Every rank.
+"""The KV cache and attention over it in portable torch, on any device. Every rank.
 
 The reference for faster kernels, and what runs where there is none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from autotp_serving.kernels.kv_pools import Pools
 
 if TYPE_CHECKING:
     from autotp_serving.model.batch_state import StepInputs
+    from autotp_serving.model.kv_cache import KVCacheShape
+
+
+class ReferenceCache:
+    """See CacheKernels. Pools are [num_slots, num_kv_heads, head_dim].
+
+    Args:
+        zeros: allocates as torch.zeros does.
+    """
+
+    def __init__(self, zeros: Callable[..., Tensor] = torch.zeros) -> None:
+        self._zeros = zeros
+
+    def allocate_kv(self, shape: KVCacheShape, num_slots: int, device: torch.device) -> list[Pools]:
+        """See CacheKernels."""
+        layers = []
+        for heads, key, value in shape.head_shapes:
+            wanted = [((num_slots, heads, size), shape.stored_dtype) for size in (key, value)]
+            if shape.is_int8:
+                wanted += [((num_slots, heads), torch.float32)] * 2
+            with device:
+                layers.append(Pools(*(self._zeros(size, dtype=dtype) for size, dtype in wanted)))
+        return layers
+
+    def store(self, slots: Tensor, key: Tensor, value: Tensor, pools: Pools) -> None:
+        """See CacheKernels."""
+        pools.write(slots, key, value)
+
+    def attention(self, inputs: StepInputs, block_size: int, is_int8: bool) -> PortableAttention:
+        """See CacheKernels."""
+        return PortableAttention.of(inputs, block_size, is_int8)
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,16 @@ def make_intel_options(is_large: bool = False) -> Options:
 
 def find_card(device: torch.device) -> str:
     """The name of a device's card in this table; a CPU, for the interpreter, counts as CUDA."""
-    if device.type == "cuda":
-        return HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else CUDA
-    if device.type == "xpu":
-        return ARC if "Arc(TM) A" in torch.xpu.get_device_name(device) else XE
-    return CUDA
+    find = {"cuda": _find_cuda_card, "xpu": _find_intel_card}.get(device.type)
+    return CUDA if find is None else find(device)
+
+
+def _find_cuda_card(device: torch.device) -> str:
+    return HOPPER if torch.cuda.get_device_capability(device) == (9, 0) else CUDA
+
+
+def _find_intel_card(device: torch.device) -> str:
+    return ARC if "Arc(TM) A" in torch.xpu.get_device_name(device) else XE
 
 
 def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> DecodeTiles:
@@ -105,4 +110,4 @@ def choose_prefill(card: str, head_dim: int, is_int8: bool) -> PrefillTiles:
 
 def choose_store_options(device: torch.device) -> dict[str, object]:
     """Options for the kernel that stores new tokens."""
-    return dict(make_intel_options()) if device.type == "xpu" else {}
+    return dict(make_intel_options()) if find_card(device) in (ARC, XE) else {}
