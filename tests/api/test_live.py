@@ -280,8 +280,9 @@ def test_clients_that_read_nothing_are_not_waited_for(
     start_server: Callable[..., LiveServer],
 ) -> None:
     """One kept the drain for a minute, and left a traceback. Who reads slowly is let finish."""
-    server = start_server(max_model_len=4096, config={"drain_seconds": 60})
-    body = {"prompt": "x", "n_predict": 4000, "ignore_eos": True, "logprobs": 20}
+    server = start_server(max_model_len=20480, config={"drain_seconds": 60})
+    # Not done before the client is let go, however fast the machine is.
+    body = {"prompt": "x", "n_predict": 20000, "ignore_eos": True, "logprobs": 20}
     text = json.dumps(body)
     head = f"POST /generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n"
     host, _, port = server.url.removeprefix("http://").partition(":")
