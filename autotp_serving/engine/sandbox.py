@@ -2,8 +2,8 @@
 
 One helper process (`sandbox_helper` here, `sandbox_worker` there) is started from scratch, loads
 what the work needs, and forks workers that each take one job at a time. They inherit no socket of
-ours, have a limit of memory and stack, stand back for everything else on the machine (nice 19), and
-end with this process.
+ours, have a limit of memory and stack, stand back for everything else on the machine (nice 10, for
+long jobs 19), and end with this process.
 """
 
 from __future__ import annotations

@@ -39,6 +39,11 @@ the clock, with the second once SLACK is over too, and with the third it would b
 
 POLL_SECONDS = 0.25
 
+QUICK_CPU_SECONDS = 0.1
+LONG_NICENESS = 19
+"""Of a job once it has taken more than that: what is quick gets its share of a busy machine, and
+what is not waits for everything else."""
+
 LAUNCHER_NAMES = re.compile(
     r"PMI|PMIX|HYD|MPI|OMPI|PRTE|I_MPI|UCX_|FI_|CCL_|TORCHELASTIC|GROUP_|ROLE_|SLURM_"
     r"|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$"
@@ -198,9 +203,13 @@ def _watch(pid: int, started: float, cpu_before: float, seconds: float) -> None:
     next to nothing of its time may go on for a while.
     """
     elapsed = time.monotonic() - started
+    spent = cpu_seconds(pid) - cpu_before
+    if spent > QUICK_CPU_SECONDS:
+        with contextlib.suppress(OSError):  # it has just ended
+            os.setpriority(os.PRIO_PROCESS, pid, LONG_NICENESS)
     if elapsed < seconds:
         return
-    share = (cpu_seconds(pid) - cpu_before) / seconds
+    share = spent / seconds
     is_over = elapsed > SLACK * seconds
     if share < MIN_SHARE and not is_over:
         return

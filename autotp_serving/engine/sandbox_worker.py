@@ -26,7 +26,8 @@ from autotp_serving.engine.sandbox_helper import REPLY_HEAD
 from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import structure_from_plain
 
-NICENESS = 19
+NICENESS = 10
+"""At which a job begins. One that takes long is sent further back, see `sandbox_helper`."""
 
 MAX_JOB_BYTES = 256 * 2**20
 """Memory that a job may take beside what the helper holds anyway."""
@@ -55,7 +56,7 @@ def main() -> int:
     end_with_parent(int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # rank 0 decides when to end
         signal.signal(number, signal.SIG_IGN)
-    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     setup: Setup = marshal.loads(sys.stdin.buffer.read())
     handlers = make_handlers(setup)
@@ -121,6 +122,7 @@ def render(
 def serve(group: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> int:
     """A worker's life; returns its exit code."""
     base = resident_bytes()
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
     while True:
         message, descriptors, _, _ = socket.recv_fds(group, 16, 1)
         if not message:
@@ -142,7 +144,8 @@ def serve(group: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> in
             text = json.dumps(reply).encode()
             job.sendall(REPLY_HEAD.pack(len(text)) + text)
         del data, reply, text
-        if is_spent or resident_bytes() - base > MAX_KEPT_BYTES:
+        was_sent_back = os.getpriority(os.PRIO_PROCESS, 0) > niceness  # for good, as users may not
+        if is_spent or was_sent_back or resident_bytes() - base > MAX_KEPT_BYTES:
             return 0
 
 
