@@ -56,7 +56,11 @@ def join_collectives(
         return lambda tensor: tensor
     if group.local_size == group.size:
         listeners.keep_to_loopback(os.environ)
-    init_method = None if _has_store(os.environ) else _prepare_store(group)
+    import torch.distributed
+
+    # A program that makes a second LLM has joined for the first.
+    has_joined = torch.distributed.is_initialized()
+    init_method = None if has_joined or _has_store(os.environ) else _prepare_store(group)
     os.environ.update(
         RANK=str(group.rank),
         WORLD_SIZE=str(group.size),
