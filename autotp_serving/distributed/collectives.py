@@ -55,7 +55,11 @@ def join_collectives(
     on_one_host, has_nccl = group.local_size == group.size, backend == "nccl"
     if on_one_host:
         listeners.keep_to_loopback(os.environ)
-    init_method = None if has_store(os.environ) else prepare_store(group)
+    import torch.distributed
+
+    # A program that makes a second LLM has joined for the first.
+    has_joined = torch.distributed.is_initialized()
+    init_method = None if has_joined or has_store(os.environ) else prepare_store(group)
     os.environ.update(
         RANK=str(group.rank),
         WORLD_SIZE=str(group.size),
