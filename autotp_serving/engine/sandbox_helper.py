@@ -104,6 +104,7 @@ class Helper:
         self._stdin = self._process.stdin
         self._setup: bytes | None = marshal.dumps(setup)
         self._ready_lock = threading.Lock()
+        self._is_closed = False
         self.ready_time = 0.0
 
     @property
@@ -123,8 +124,10 @@ class Helper:
                 self._stdin.close()
                 self._ask(marshal.dumps(("ping", 1.0, None)), 1.0, START_SECONDS)
             except (OSError, HelperGoneError, SandboxError) as error:
+                if not self._is_closed:  # the server may end before the helper is ready
+                    reason = str(error) or "it ended"
+                    logger.error("the helper process for clients' texts does not start: %s", reason)
                 self.close()
-                logger.error("the helper process for clients' texts does not start: %s", error)
                 raise SandboxBusyError from error
             self._setup = None
             self.ready_time = time.monotonic()
@@ -171,6 +174,7 @@ class Helper:
 
     def close(self) -> None:
         """End it and its workers; those that are idle see the socket close."""
+        self._is_closed = True
         self._group.close()
         with contextlib.suppress(OSError):
             self._process.kill()

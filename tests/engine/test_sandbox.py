@@ -227,6 +227,16 @@ def test_closing_ends_all() -> None:
         render(one)
 
 
+def test_closing_before_the_helper_is_ready_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    one = Sandbox(TemplateTokenizer())
+    ready = one.start()
+    wait_until(lambda: one._helper is not None)
+    one.close()
+    with pytest.raises(SandboxBusyError):
+        ready.result(60)
+    assert not caplog.records
+
+
 def test_a_job_that_waited_too_long_is_refused(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
