@@ -40,7 +40,9 @@ class ThreadRankGroup(LocalRankGroup):
         if self.group.barrier.wait() == 0:
             self.group.before_return()
         self.group.barrier.wait()
-        return list(self.group.values)
+        values = list(self.group.values)
+        self.group.barrier.wait()  # or who is quick gives its next value before others have read
+        return values
 
 
 def open_channels(group: ThreadRanks) -> list[StepChannel]:
