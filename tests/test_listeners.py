@@ -55,6 +55,15 @@ def test_whoever_is_connected_stays_so_when_the_door_closes() -> None:
             assert peer.recv(20) == b"still here"
 
 
+def test_what_the_program_itself_listens_at_stays_open() -> None:
+    """A script with a server of its own that made an LLM on several ranks lost its clients."""
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        before = listeners.list_listeners()
+        with socket.create_server(("127.0.0.1", 0)) as later:
+            listeners.turn_everyone_away(keep=before)
+            assert is_let_in(own) and not is_let_in(later)
+
+
 def test_a_dual_socket_admits_by_the_addresses_of_version_4() -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")

@@ -60,12 +60,17 @@ def raise_failure(values: list[Any]) -> list[Any]:
 
 
 class RankGroup(Protocol):
-    """One rank's view of its group."""
+    """One rank's view of its group.
+
+    Attributes:
+        own_listeners: sockets at which the program listened before it joined, see `listeners`.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    own_listeners: frozenset[int]
 
     def all_gather(self, value: Any) -> list[Any]:
         """Exchange small picklable values among ranks; start-up only.
@@ -89,6 +94,7 @@ class LocalRankGroup:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    own_listeners: frozenset[int] = frozenset()
 
     def all_gather(self, value: Any) -> list[Any]:
         """The group is this process."""
@@ -108,6 +114,7 @@ class MpiRankGroup:
             if one_host:
                 listeners.keep_to_loopback(os.environ)  # read as MPI starts
             listeners.close_inherited_listeners(narrow=one_host)
+        self.own_listeners = listeners.list_listeners()
         from mpi4py import MPI
 
         self._mpi = MPI
@@ -162,6 +169,7 @@ class TorchRankGroup:
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int) -> None:
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
+        self.own_listeners = listeners.list_listeners()
         self._gloo: Any = None
 
     def _group(self) -> Any:

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -79,15 +79,26 @@ def close_inherited_listeners(*, narrow: bool) -> None:
         os.close(number)
 
 
-def turn_everyone_away(port: int | None = None) -> None:
-    """Admit nobody any more on this process's listening sockets, or on those at one port."""
+def list_listeners() -> frozenset[int]:
+    """The listening sockets that this process has now, by their inode numbers."""
+    return frozenset(os.fstat(listener.fileno()).st_ino for listener in _find_listeners())
+
+
+def turn_everyone_away(port: int | None = None, *, keep: Collection[int] = ()) -> None:
+    """Admit nobody any more on this process's listening sockets, or on those at one port.
+
+    Args:
+        keep: sockets that are left as they are, see `list_listeners`.
+    """
     for listener in _find_listeners():
+        if os.fstat(listener.fileno()).st_ino in keep:
+            continue
         if port in (None, listener.getsockname()[1]):
             admit_only(listener, [])
 
 
 def admit_only(listener: socket.socket, networks: Iterable[str]) -> None:
-    """Have the kernel drop whoever would connect from elsewhere, without a completion.
+    """Have the kernel drop whoever would connect from elsewhere, without an answer.
 
     Args:
         networks: IPv4 addresses, or networks as 10.0.0.0/24; with none, nobody is admitted.

@@ -82,6 +82,6 @@ def close_doors(group: RankGroup, *, is_host: bool) -> None:
     if group.size == 1:
         return
     if is_host and group.local_size == group.size:
-        listeners.turn_everyone_away()
+        listeners.turn_everyone_away(keep=group.own_listeners)
     elif not has_store(os.environ) and group.rank == 0:
         listeners.turn_everyone_away(int(os.environ["MASTER_PORT"]))
