@@ -159,7 +159,7 @@ class ScoreInput:
 
     Attributes:
         target_ids: [num_rows], the token that follows each row.
-        num_top: likeliest tokens to list for each.
+        num_top: most likely tokens to list for each.
     """
 
     target_ids: list[int]

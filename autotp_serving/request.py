@@ -56,19 +56,19 @@ class SamplingParams:
         max_tokens: most tokens to generate, at least 1; 0 only with `prompt_logprobs`.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
         seed: same seed and prompt, same text, whatever else runs; None takes a fresh one.
         stop: strings that end the text; the match itself is not returned.
         stop_token_ids: token ids that end the text, beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens, up to `max_tokens`.
-        min_p: keep tokens at least this times as likely as the likeliest, from 0 (all) to 1.
+        min_p: keep tokens at least this times as likely as the most likely, from 0 (all) to 1.
         frequency_penalty: taken off a token's logit for each time it was generated, -2 to 2.
         presence_penalty: taken off the logit of each token that was generated, -2 to 2.
         repetition_penalty: divides the logits of tokens in prompt and completion (multiplies
             negative ones); above 0, 1 is off.
         logit_bias: added to the logits of these tokens, -100 to 100 each.
         min_tokens: tokens to generate before an end token or a stop string may end the text.
-        logprobs: likeliest tokens to list beside each token's logprob; None gives no logprobs.
+        logprobs: most likely tokens to list beside each token's logprob; None gives no logprobs.
         prompt_logprobs: the same for the prompt's tokens; runs the whole prompt.
         skip_special_tokens: leave special tokens out of the text.
         structured_output: what the completion must keep to; None if it is free.
@@ -168,7 +168,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """True when the likeliest token is always taken."""
+        """True when the most likely token is always taken."""
         return self.temperature == 0.0
 
     @cached_property
@@ -179,7 +179,7 @@ class SamplingParams:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True when, structured output apart, the likeliest token is all that is asked for."""
+        """True when, structured output apart, the most likely token is all that is asked for."""
         return (
             self.is_greedy
             and self.logprobs is None
@@ -230,7 +230,7 @@ class TokenLogprobs:
     Attributes:
         token_id: the token that came.
         logprob: its natural logarithm of probability.
-        top: as many of the likeliest tokens there as were asked for, likeliest first.
+        top: as many of the most likely tokens there as were asked for, most likely first.
     """
 
     token_id: int

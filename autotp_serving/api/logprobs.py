@@ -72,7 +72,7 @@ class CompletionLogprobs:
         if first_token is not None:
             self._add(shape, first_token, None, None)
         for item in items:
-            # Several tokens may look alike, pieces of characters for instance: the likeliest stays.
+            # Several tokens may look alike, as pieces of characters do: the most likely stays.
             top: dict[str, float] = {}
             for token, logprob in (*item.top, (item.token_id, item.logprob)):
                 text = token_text(self._tokenizer, token)

@@ -18,8 +18,10 @@ class GenerateRequest(SamplingFields):
     prompt: NonEmptyText = Field(description="text to continue", examples=["What is AI?"])
     n_predict: int = Field(32, ge=1, description="most tokens to generate")
     temperature: float = Field(0.0, ge=0.0, le=100.0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens of this share")
-    top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="keep the most likely tokens of this share"
+    )
+    top_k: int = Field(0, ge=0, description="keep this many most likely tokens; 0 keeps all")
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool = Field(False, description="go on past the model's end token")
@@ -27,7 +29,7 @@ class GenerateRequest(SamplingFields):
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="give each token's logprob and list so many likeliest tokens beside it; "
+        description="give each token's logprob and list so many most likely tokens beside it; "
         "default: no logprobs",
     )
     echo: bool = Field(False, description="put the prompt before the completion, and its logprobs")
@@ -71,7 +73,7 @@ class Logprob(StrictModel):
 
 
 class TokenLogprob(Logprob):
-    """The same, and the likeliest tokens in its place."""
+    """The same, and the most likely tokens in its place."""
 
     top_logprobs: list[Logprob]
 

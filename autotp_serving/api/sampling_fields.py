@@ -39,7 +39,7 @@ class SamplingFields(StructuredOutputFields):
         None,
         ge=0.0,
         le=1.0,
-        description="keep tokens at least this times as likely as the likeliest; default 0",
+        description="keep tokens at least this times as likely as the most likely; default 0",
     )
     min_tokens: int | None = Field(
         None, ge=0, description="tokens to generate before the text may end; default 0"

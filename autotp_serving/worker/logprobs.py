@@ -24,12 +24,12 @@ Fetch = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 def find_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int], fetch: Fetch
 ) -> Callable[[], list[TokenLogprobs]]:
-    """Begin to find logprobs of one token per row, and of the likeliest ones.
+    """Begin to find logprobs of one token per row, and of the most likely ones.
 
     Args:
         logits: [num_rows, vocab_size], any floating type.
         token_ids: [num_rows]; a negative one stands for none, its logprob means nothing.
-        num_top: [num_rows], how many likeliest tokens each row lists.
+        num_top: [num_rows], how many most likely tokens each row lists.
 
     Returns:
         A function that waits for them.

@@ -47,7 +47,7 @@ def sample_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch
 
 
 def _num_candidates(sample: SampleInput, vocab_size: int) -> int:
-    """How many of the likeliest tokens to look at; 0 for all, in any order."""
+    """How many of the most likely tokens to look at; 0 for all, in any order."""
     top_k, top_p = sample.params.top_k, sample.params.top_p
     if not 0 < top_k < vocab_size and top_p == 1.0:
         return 0
@@ -62,7 +62,7 @@ def _sample_from_all(logits: torch.Tensor, samples: Sequence[SampleInput]) -> to
 def _sample_ranked(
     logits: torch.Tensor, samples: Sequence[SampleInput], num_candidates: int
 ) -> torch.Tensor:
-    """Sample from the likeliest tokens, or from all of them in order where those are too few."""
+    """Sample from the most likely tokens, or from all of them in order where those are too few."""
     values, order = logits.topk(num_candidates, dim=-1)
     # Of equal logits the first token comes first, as in a stable sort.
     order, by_token = order.sort(dim=-1)
@@ -84,7 +84,7 @@ def _sample_ranked(
 def _sample_in_order(
     values: torch.Tensor, total: torch.Tensor, samples: Sequence[SampleInput]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample ranks from the likeliest logits.
+    """Sample ranks from the most likely logits.
 
     Args:
         values: [num_rows, num_candidates], descending.

@@ -97,7 +97,7 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     logprobs: bool | None = Field(None, description="give the tokens' logprobs; default false")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to list beside each; default 0"
+        None, ge=0, le=MAX_LOGPROBS, description="most likely tokens to list beside each; default 0"
     )
     add_generation_prompt: bool | None = Field(
         None, description="end the prompt with the completion's head; default true"

@@ -89,10 +89,10 @@ class OpenAIRequest(SamplingFields):
         None, ge=0.0, le=100.0, description="what logits are divided by; 0 is greedy; default 1"
     )
     top_p: float | None = Field(
-        None, gt=0.0, le=1.0, description="keep the likeliest tokens of this share; default 1"
+        None, gt=0.0, le=1.0, description="keep the most likely tokens of this share; default 1"
     )
     top_k: int | None = Field(
-        None, ge=-1, description="keep so many likeliest tokens; 0 or -1 keeps all; default 0"
+        None, ge=-1, description="keep so many most likely tokens; 0 or -1 keeps all; default 0"
     )
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
@@ -170,13 +170,13 @@ class CompletionRequest(OpenAIRequest):
         None,
         ge=1,
         le=MAX_CHOICES,
-        description="generate so many, return the n likeliest per token; default n",
+        description="generate so many, return the n most likely per token; default n",
     )
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="list so many likeliest tokens beside each; default: no logprobs",
+        description="list so many most likely tokens beside each; default: no logprobs",
     )
     suffix: Annotated[Any, only("")] = None
 
