@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from autotp_serving.api.errors import ApiError
+from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.middleware import RequestRecord
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
 from autotp_serving.api.sampling_fields import SamplingFields
@@ -32,6 +33,7 @@ class Admission:
         self.max_listed_tokens = max(max_model_len, MIN_LISTED_TOKENS)
         self.max_num_completions = config.max_num_seqs + config.max_queue_len
         self._prompts = PromptEncoder(tokenizer, max_model_len, sandbox, config.template_timeout)
+        self.large_bodies = LargeBodies(self._prompts, max_model_len, sandbox)
         self._compiler = GrammarCompiler(tokenizer, sandbox, config.compile_timeout)
 
     async def encode(

@@ -58,9 +58,11 @@ def build_app(
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     install_error_handlers(app)
+    admission = Admission(tokenizer, max_model_len, config, sandbox)
     app.add_middleware(
         RequestGuard,
         max_body_size=config.max_body_size,
+        large_bodies=admission.large_bodies,
         api_keys=api_keys,
         allowed_hosts=find_allowed_hosts(config),
     )
@@ -72,7 +74,6 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    admission = Admission(tokenizer, max_model_len, config, sandbox)
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
     app.include_router(

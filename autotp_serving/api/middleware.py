@@ -21,6 +21,7 @@ from autotp_serving.api.connections import FULL
 from autotp_serving.api.engine_client import Usage
 from autotp_serving.api.errors import ApiError, error_response
 from autotp_serving.api.hosts import AllowedHosts
+from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
 
 logger = logging.getLogger("autotp_serving.access")
@@ -51,10 +52,16 @@ class RequestGuard:
     """Outermost ASGI layer; plain ASGI, since wrapped responses would hide who left."""
 
     def __init__(
-        self, app: ASGIApp, max_body_size: int, api_keys: ApiKeys, allowed_hosts: AllowedHosts
+        self,
+        app: ASGIApp,
+        max_body_size: int,
+        large_bodies: LargeBodies,
+        api_keys: ApiKeys,
+        allowed_hosts: AllowedHosts,
     ) -> None:
         self.app = app
         self.max_body_size = max_body_size
+        self.large_bodies = large_bodies
         self.api_keys = api_keys
         self.allowed_hosts = allowed_hosts
 
@@ -122,9 +129,11 @@ class RequestGuard:
             return
         record.tenant = tenant or ""
         try:
-            body = await read_body(scope, receive, self.max_body_size)
+            body = await read_body(scope, receive, self.max_body_size, self.large_bodies)
         except ApiError as error:
-            refusal = error_response(error.status, error.message, headers=error.headers)
+            refusal = error_response(
+                error.status, error.message, error.param, error.code, error.headers
+            )
             await refusal(scope, receive, send)
             return
         except ClientLeftError:

@@ -110,18 +110,22 @@ class PromptEncoder:
         if len(text) > LONG_CHARS and self._trim_timer is None:
             loop = asyncio.get_running_loop()
             self._trim_timer = loop.call_later(TRIM_SECONDS, self._trim)
-        if len(text) > self._longest * max_tokens:
-            raise self._too_long(field_name, f"{len(text)} characters", max_tokens)
+        if len(text) > self.max_chars(max_tokens):
+            raise self.too_long(field_name, f"{len(text)} characters", max_tokens)
         work = partial(self._encode, text, field_name, add_special_tokens, max_tokens)
         if len(text) <= MAX_INLINE_CHARS:
             return work()
         threads = self._short if len(text) <= MAX_SHORT_CHARS else self._long
         return await asyncio.wrap_future(threads.submit(len(text), work))
 
+    def max_chars(self, max_tokens: int) -> int:
+        """Characters that so many tokens have at most."""
+        return self._longest * max_tokens
+
     def check_num_tokens(self, num_tokens: int, field_name: str) -> None:
         """Refuse a prompt that leaves no room for a token, before each is looked at."""
         if num_tokens > self._max_model_len:
-            raise self._too_long(field_name, f"{num_tokens} tokens", self._max_model_len)
+            raise self.too_long(field_name, f"{num_tokens} tokens", self._max_model_len)
 
     async def render(
         self, messages: list[dict[str, Any]], options: dict[str, Any], max_tokens: int
@@ -159,7 +163,7 @@ class PromptEncoder:
         key = hashlib.sha256(marshal.dumps((messages, options))).digest()
         if key in self._refusals:
             raise RequestError("messages", self._refusals[key])
-        data = (messages, options, self._longest * max_tokens)
+        data = (messages, options, self.max_chars(max_tokens))
         job = self._sandbox.submit("render", data, size, self._seconds)
         try:
             text: str | int = await asyncio.wrap_future(job)
@@ -175,7 +179,7 @@ class PromptEncoder:
         except SandboxBusyError as error:
             raise busy() from error
         if isinstance(text, int):  # its length: too long to be handed over
-            raise self._too_long("messages", f"{text} characters", max_tokens)
+            raise self.too_long("messages", f"{text} characters", max_tokens)
         return text
 
     def _trim(self) -> None:
@@ -206,9 +210,16 @@ class PromptEncoder:
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False))
             num_tokens -= PIECE_SLACK
             if num_tokens > max_tokens:
-                raise self._too_long(field_name, f"over {num_tokens} tokens", max_tokens)
+                raise self.too_long(field_name, f"over {num_tokens} tokens", max_tokens)
 
-    def _too_long(self, field_name: str, length: str, max_tokens: int) -> ApiError:
+    def too_long(self, field_name: str, length: str, max_tokens: int) -> ApiError:
+        """The refusal of what does not fit the model.
+
+        Args:
+            field_name: the client's word for it.
+            length: how long it is, with its unit.
+            max_tokens: the limit.
+        """
         flag = " (--max-model-len)" if max_tokens == self._max_model_len else ""
         return ApiError(
             400,

@@ -1,4 +1,4 @@
-"""A request's body, read within limits of size, time and number of values. Rank 0 only."""
+"""A request's body, read within limits of size and time. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from starlette.types import Receive, Scope
 
 from autotp_serving.api.errors import ApiError
+from autotp_serving.api.large_bodies import MIN_LARGE_BYTES, LargeBodies
+from autotp_serving.engine.sandbox import Spool
 
-MAX_JSON_VALUES = 1_000_000
-"""In one body: parsing that many takes about 0.1 s, in which nobody else is served."""
 BODY_SECONDS = 30.0
 BODY_BYTES_PER_SECOND = 16 * 2**10
 """A body may take so many seconds, and one more for each so many bytes that have come of it."""
@@ -31,15 +31,16 @@ def find_encoding(scope: Scope) -> str | None:
     return None
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, large_bodies: LargeBodies) -> bytes:
     """Read the whole request body.
 
     Args:
         limit: bytes that it may have (--max-body-size).
+        large_bodies: looks through one that is large before it is in this process's memory.
 
     Raises:
-        ApiError: 413 before more than `limit` bytes are held, and at the end for too many values;
-            408 when its time is over.
+        ApiError: 413 before more than `limit` bytes are held; 408 when its time is over; what is
+            wrong with a large one.
         ClientLeftError: the client did not send all of it.
     """
     for name, value in scope["headers"]:
@@ -47,6 +48,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise _too_large(limit)
     chunks = []
     size = 0
+    file: Spool | None = None
     with _BodyTimer() as timer:
         while True:
             message = await receive()
@@ -57,14 +59,18 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             if size > limit:
                 raise _too_large(limit)
             chunks.append(chunk)
+            if file is None and size > MIN_LARGE_BYTES:
+                file = Spool()
+            if file is not None:
+                file.write(b"".join(chunks))
+                chunks.clear()
             if not message.get("more_body", False):
                 break
             timer.num_bytes = size
-    body = b"".join(chunks)
-    # Every value but the outermost has one of these before it; in texts they hardly ever abound.
-    if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
-        raise ApiError(413, f"the body holds more than {MAX_JSON_VALUES} values")
-    return body
+    if file is None:
+        return b"".join(chunks)
+    await large_bodies.check(file, scope["path"])
+    return file.read()
 
 
 def _too_large(limit: int) -> ApiError:

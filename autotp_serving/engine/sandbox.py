@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import marshal
+import os
 import threading
 import time
 import weakref
@@ -30,9 +31,36 @@ from autotp_serving.engine.vocabulary import list_vocabulary
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("grammar", "render")
+KINDS = ("grammar", "render", "body")
 NUM_AT_ONCE = 2
-"""Jobs of each kind that run at once, so that neither kind waits for the other."""
+"""Jobs of each kind that run at once, so that no kind waits for another."""
+
+
+class Spool:
+    """A file in memory, there until the last who knows it lets it go.
+
+    Attributes:
+        descriptor: of the file.
+        size: bytes written.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("spool")
+        self.size = 0
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError where there is no memory for it."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+        self.size += len(data)
+
+    def read(self) -> bytes:
+        """All of it."""
+        with open(self.descriptor, "rb", buffering=0, closefd=False) as file:
+            file.seek(0)
+            return file.read()
 
 
 class Sandbox:
@@ -53,7 +81,9 @@ class Sandbox:
         """Start the helper now rather than for the first job; the future is done once it can."""
         return self._queues["grammar"].submit(0, lambda: self._find_helper().wait_ready())
 
-    def submit(self, kind: str, data: Any, size: int, seconds: float) -> Future[Any]:
+    def submit(
+        self, kind: str, data: Any, size: int, seconds: float, file: Spool | None = None
+    ) -> Future[Any]:
         """Queue a job, the smallest first.
 
         Args:
@@ -61,13 +91,15 @@ class Sandbox:
             data: what `sandbox_worker` wants for this kind; plain values that `marshal` takes.
             size: of the job, in characters.
             seconds: of processor time that it may take.
+            file: handed to the worker, where a kind wants one.
 
         Returns:
             A future that has the answer, or raises RefusalError, SandboxError or
             SandboxBusyError.
         """
         submitted = time.monotonic()
-        return self._queues[kind].submit(size, partial(self._run, kind, data, seconds, submitted))
+        work = partial(self._run, kind, data, seconds, submitted, file)
+        return self._queues[kind].submit(size, work)
 
     def close(self) -> None:
         """End the helper and its workers."""
@@ -76,15 +108,18 @@ class Sandbox:
             if self._helper is not None:
                 self._helper.close()
 
-    def _run(self, kind: str, data: Any, seconds: float, submitted: float) -> Any:
+    def _run(
+        self, kind: str, data: Any, seconds: float, submitted: float, file: Spool | None
+    ) -> Any:
         request = marshal.dumps((kind, seconds, data))
+        files = () if file is None else (file.descriptor,)
         for _ in range(2):
             helper = self._find_helper()
             helper.wait_ready()
             if time.monotonic() > max(submitted, helper.ready_time) + MAX_WAIT_SECONDS:
                 raise SandboxBusyError
             with contextlib.suppress(HelperGoneError):
-                return helper.run(request, seconds)
+                return helper.run(request, seconds, files)
         raise SandboxBusyError
 
     def _find_helper(self) -> Helper:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,21 @@ class Helper:
             self._setup = None
             self.ready_time = time.monotonic()
 
-    def run(self, request: bytes, seconds: float) -> Any:
-        """Have a worker do a job. Raises like `Sandbox.submit`, and HelperGoneError."""
-        reply = json.loads(self._ask(request, seconds, MAX_WAIT_SECONDS))
+    def run(self, request: bytes, seconds: float, files: Sequence[int] = ()) -> Any:
+        """Have a worker do a job, which gets `files` too, one at most.
+
+        Raises like `Sandbox.submit`, and HelperGoneError.
+        """
+        reply = json.loads(self._ask(request, seconds, MAX_WAIT_SECONDS, files))
         if "refusal" in reply:
             raise RefusalError(reply["refusal"])
         if "failure" in reply:
             raise SandboxError(reply["failure"])
         return reply["answer"]
 
-    def _ask(self, request: bytes, seconds: float, wait_seconds: float) -> bytes:
+    def _ask(
+        self, request: bytes, seconds: float, wait_seconds: float, files: Sequence[int] = ()
+    ) -> bytes:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -157,7 +162,8 @@ class Helper:
             except EOFError as error:
                 raise HelperGoneError from error
             try:
-                ours.sendall(REPLY_HEAD.pack(len(request)) + request)
+                socket.send_fds(ours, [REPLY_HEAD.pack(len(request))], files)
+                ours.sendall(request)
             except TimeoutError as error:
                 raise SandboxBusyError from error
             except OSError as error:

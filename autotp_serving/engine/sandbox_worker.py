@@ -21,6 +21,7 @@ from typing import Any
 
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError
 from autotp_serving.engine.grammar import GrammarError, try_structure
+from autotp_serving.engine.large_body import find_problem
 from autotp_serving.engine.sandbox import KINDS, NUM_AT_ONCE
 from autotp_serving.engine.sandbox_helper import REPLY_HEAD
 from autotp_serving.engine.vocabulary import Vocabulary
@@ -48,6 +49,9 @@ TOO_LARGE = f"needs more than {MAX_JOB_BYTES >> 20} MiB of memory"
 
 Setup = dict[str, Any]
 """`template`: a ChatTemplate's fields or None; `vocabulary`: a Vocabulary's fields."""
+
+Handler = Callable[[Any, list[int]], Any]
+"""Does a job, given its data and the descriptors of the files that came with it."""
 
 
 def main() -> int:
@@ -83,9 +87,12 @@ def end_with_parent(parent: int) -> None:
         os._exit(EXIT_CLOSED)
 
 
-def make_handlers(setup: Setup) -> dict[str, Callable[[Any], Any]]:
+def make_handlers(setup: Setup) -> dict[str, Handler]:
     """What is done for each kind of job, everything loaded that it needs."""
-    handlers: dict[str, Callable[[Any], Any]] = {"ping": lambda data: data}
+    handlers: dict[str, Handler] = {
+        "ping": lambda data, files: data,
+        "body": lambda data, files: find_problem(files[0], *data),
+    }
     if setup["template"] is not None:
         template = ChatTemplate(**setup["template"])
         # To compile one may be as much work as to render it: where it is, each job does it anew.
@@ -93,10 +100,10 @@ def make_handlers(setup: Setup) -> dict[str, Callable[[Any], Any]]:
             set_soft_limit(resource.RLIMIT_AS, virtual_bytes() + MAX_JOB_BYTES)
             template.load()
             lift_limits()
-        handlers["render"] = lambda data: render(template, *data)
+        handlers["render"] = lambda data, files: render(template, *data)
     vocabulary = Vocabulary(**setup["vocabulary"])
     vocabulary.load()
-    handlers["grammar"] = lambda data: try_structure(vocabulary, structure_from_plain(data))
+    handlers["grammar"] = lambda data, files: try_structure(vocabulary, structure_from_plain(data))
     return handlers
 
 
@@ -119,7 +126,7 @@ def render(
     return text if len(text) <= max_chars else len(text)
 
 
-def serve(group: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> int:
+def serve(group: socket.socket, handlers: dict[str, Handler]) -> int:
     """A worker's life; returns its exit code."""
     base = resident_bytes()
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
@@ -129,18 +136,22 @@ def serve(group: socket.socket, handlers: dict[str, Callable[[Any], Any]]) -> in
             return EXIT_CLOSED
         with socket.socket(fileno=descriptors[0]) as job:
             job.sendall(REPLY_HEAD.pack(os.getpid()))
-            (size,) = REPLY_HEAD.unpack(read(job, REPLY_HEAD.size))
+            head, files, _, _ = socket.recv_fds(job, REPLY_HEAD.size, 1)
+            head += read(job, REPLY_HEAD.size - len(head))
+            (size,) = REPLY_HEAD.unpack(head)
             kind, seconds, data = marshal.loads(read(job, size))
             is_spent = False
             try:
                 limit(seconds)
-                reply = {"answer": handlers[kind](data)}
+                reply = {"answer": handlers[kind](data, files)}
             except (ChatTemplateError, GrammarError) as error:
                 reply = {"refusal": str(error)}
             except MemoryError:
                 reply = {"failure": TOO_LARGE}
                 is_spent = True
             lift_limits()
+            for descriptor in files:
+                os.close(descriptor)
             text = json.dumps(reply).encode()
             job.sendall(REPLY_HEAD.pack(len(text)) + text)
         del data, reply, text

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from autotp_serving.api import request_body
 from autotp_serving.api.http_protocol import MAX_HEAD_BYTES
 from autotp_serving.api.openai.chat_schemas import ChatRequest
 from autotp_serving.api.openai.schemas import CompletionRequest
@@ -66,14 +65,6 @@ def test_the_first_of_many_unknown_fields_is_named() -> None:
     fields = ", ".join(f'"field{number}": 1' for number in range(MANY))
     reply = post("/v1/completions", f'{{"prompt": "a", {fields}}}'.encode())
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "field0")
-
-
-def test_a_body_of_too_many_values_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_body, "MAX_JSON_VALUES", 1000)
-    reply = post("/v1/completions", b'{"prompt": [' + b"97," * 1000 + b"97]}")
-    assert reply.status_code == 413
-    assert "more than 1000 values" in reply.json()["error"]["message"]
-    assert post("/v1/completions", b'{"prompt": "' + b"a" * 300 + b'"}').status_code == 200
 
 
 @pytest.mark.parametrize("is_tool", [False, True])
