@@ -7,6 +7,7 @@ from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
+from autotp_serving.engine.large_body import MAX_ENTRIES
 from autotp_serving.engine.sandbox import Sandbox, Spool
 from autotp_serving.engine.sandbox_helper import SandboxBusyError, SandboxError
 
@@ -65,6 +66,13 @@ class LargeBodies:
                 place = "the body" if field is None else f"{field}: the body"
                 return ApiError(
                     413, f"{place} holds more than {problem['limit']} values", param=field
+                )
+            case "num_entries":
+                return ApiError(
+                    400,
+                    f"{field}: must have at most {MAX_ENTRIES} entries in one place, not "
+                    f"{problem['length']}",
+                    param=field,
                 )
             case "part":
                 return ApiError(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_JSON_VALUES = 1_000_000
 """In one body: on rank 0, parsing that many takes about 0.1 s, in which nobody else is served."""
 
 MAX_OTHER_VALUES = 2**17
 """In one body, prompts and tokens aside."""
+
+MAX_ENTRIES = 2**14
+"""In one list or object, prompts and tokens aside: no field takes more."""
 
 PROMPT_FIELDS = frozenset({"prompt", "tokens"})
 """Fields that hold token ids by the thousand."""
@@ -24,10 +27,18 @@ FOREIGN_KEYS = frozenset({"url", "data", "file_data"})
 
 MAX_NAME_LEN = 200
 
+
+class Limits(NamedTuple):
+    """Of a field: characters of a text, and ids in a list where it is of prompts or tokens."""
+
+    max_chars: int
+    max_tokens: int | None
+
+
 Problem = dict[str, Any]
 """`problem` is one of "json" (with `reason` and `position`), "unreadable", "num_values" (with
-`limit`), "part", "num_chars" and "num_tokens" (with `length`); the last three and some
-"num_values" have the `field` too."""
+`limit`), "part", "num_entries", "num_chars" and "num_tokens" (with `length`); the last four have a
+`field` too, and "num_values" where one field is at fault."""
 
 
 def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) -> Problem | None:
@@ -62,10 +73,9 @@ def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) ->
         return None
     num_values = 0
     for field, content in value.items():
-        is_prompt = field in PROMPT_FIELDS
-        max_ids = max_tokens if is_prompt else MAX_JSON_VALUES
-        found, count = _look_through({field: content}, max_chars, max_ids)
-        if found is None and not is_prompt:
+        limits = Limits(max_chars, max_tokens if field in PROMPT_FIELDS else None)
+        found, count = _look_through({field: content}, limits)
+        if found is None and field not in PROMPT_FIELDS:
             num_values += count
             if num_values > MAX_OTHER_VALUES:
                 found = {"problem": "num_values", "limit": MAX_OTHER_VALUES}
@@ -74,22 +84,31 @@ def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) ->
     return None
 
 
-def _look_through(content: Any, max_chars: int, max_ids: int) -> tuple[Problem | None, int]:
+def _look_through(content: Any, limits: Limits) -> tuple[Problem | None, int]:
     """What is wrong with a value, and how many values it holds, itself included."""
-    count = 0
+    count = 1
     stack = [("", content)]
     while stack:
         key, value = stack.pop()
-        count += 1
         text = value if isinstance(value, str) and len(value) > len(key) else key
-        if len(text) > max_chars:
+        if len(text) > limits.max_chars:
             if key in FOREIGN_KEYS:
                 return {"problem": "part"}, count
             return {"problem": "num_chars", "length": len(text)}, count
+        if not isinstance(value, list | dict):
+            continue
+        count += len(value)
+        if limits.max_tokens is None:
+            if len(value) > MAX_ENTRIES:
+                return {"problem": "num_entries", "length": len(value)}, count
+        elif len(value) > limits.max_tokens and isinstance(next(iter(value)), int):
+            return {"problem": "num_tokens", "length": len(value)}, count
         if isinstance(value, dict):
-            stack.extend(value.items())
-        elif isinstance(value, list):
-            if len(value) > max_ids and isinstance(value[0], int):
-                return {"problem": "num_tokens", "length": len(value)}, count
-            stack.extend(("", one) for one in value)
+            stack.extend(
+                (name, one)
+                for name, one in value.items()
+                if isinstance(one, list | dict | str) or len(name) > limits.max_chars
+            )
+        else:
+            stack.extend(("", one) for one in value if isinstance(one, list | dict | str))
     return None, count

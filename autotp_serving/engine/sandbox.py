@@ -2,7 +2,7 @@
 
 One helper process (`sandbox_helper` here, `sandbox_worker` there) is started from scratch, loads
 what the work needs, and forks workers that each take one job at a time. They inherit no socket of
-ours, have a limit of memory and stack, stand back for everything else on the machine (nice 10, for
+ours, have a limit of memory and stack, stand back for everything else on the machine (nice 15, for
 long jobs 19), and end with this process.
 """
 
@@ -31,9 +31,8 @@ from autotp_serving.engine.vocabulary import list_vocabulary
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("grammar", "render", "body")
-NUM_AT_ONCE = 2
-"""Jobs of each kind that run at once, so that no kind waits for another."""
+KINDS = {"grammar": 2, "render": 2, "body": 1}
+"""How many jobs of each kind run at once, so that no kind waits for another."""
 
 
 class Spool:
@@ -75,7 +74,9 @@ class Sandbox:
         self._lock = threading.Lock()
         self._helper: Helper | None = None
         self._is_closed = False
-        self._queues = {kind: ShortestFirst(NUM_AT_ONCE, f"sandbox-{kind}") for kind in KINDS}
+        self._queues = {
+            kind: ShortestFirst(number, f"sandbox-{kind}") for kind, number in KINDS.items()
+        }
 
     def start(self) -> Future[None]:
         """Start the helper now rather than for the first job; the future is done once it can."""

@@ -37,7 +37,7 @@ CERTAIN_SHARE = 0.5
 """Of the processor time that a job may take: with the first it is late once its deadline is over by
 the clock, with the second once SLACK is over too, and with the third it would be late again."""
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.05
 
 QUICK_CPU_SECONDS = 0.1
 LONG_NICENESS = 19

@@ -22,12 +22,12 @@ from typing import Any
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError
 from autotp_serving.engine.grammar import GrammarError, try_structure
 from autotp_serving.engine.large_body import find_problem
-from autotp_serving.engine.sandbox import KINDS, NUM_AT_ONCE
+from autotp_serving.engine.sandbox import KINDS
 from autotp_serving.engine.sandbox_helper import REPLY_HEAD
 from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import structure_from_plain
 
-NICENESS = 10
+NICENESS = 15
 """At which a job begins. One that takes long is sent further back, see `sandbox_helper`."""
 
 MAX_JOB_BYTES = 256 * 2**20
@@ -67,7 +67,7 @@ def main() -> int:
     helper = os.getpid()
     workers: dict[int, float] = {}
     while True:
-        while len(workers) < NUM_AT_ONCE * len(KINDS):
+        while len(workers) < sum(KINDS.values()):
             pid = os.fork()
             if pid == 0:
                 end_with_parent(helper)

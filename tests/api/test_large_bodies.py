@@ -50,7 +50,10 @@ WRONG: dict[str, tuple[str, Any, int, str | None, str]] = {
     "depth": ("/generate", b'{"prompt": ' + b"[" * LONG, 400, None, "cannot be read as JSON"),
     "no text": ("/generate", b'{"prompt": "\xff"}' + FILL.encode(), 400, None, "cannot be read"),
     "values": ("/generate", many("prompt", 1_000_001), 413, None, "more than 1000000 values"),
-    "other values": ("/generate", many("xyz", 2**17), 413, "xyz", "more than 131072 values"),
+    "entries": ("/generate", many("xyz", 2**17), 400, "xyz", "at most 16384 entries"),
+    "other values": (
+        "/generate", {"prompt": "a", "b": [[1] * 999] * 132}, 413, "b", "more than 131072 values",
+    ),
 }  # fmt: skip
 
 

@@ -25,11 +25,12 @@ from autotp_serving.engine.sandbox_helper import (
     SandboxError,
     cpu_seconds,
 )
+from autotp_serving.engine.sandbox_worker import NICENESS
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.structured_output import StructuredOutput, structure_to_plain
 from tests.fakes import ByteTokenizer
 
-NUM_WORKERS = sandbox_module.NUM_AT_ONCE * len(sandbox_module.KINDS)
+NUM_WORKERS = sum(sandbox_module.KINDS.values())
 ROOT = Path(__file__).parents[2]
 TEMPLATE = """{% if k == 'loop' %}{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}
 {% endfor %}{% elif k == 'memory' %}{{ 'a' * 10 ** 10 }}{% elif k == 'long' %}{{ 'a' * 5000 }}
@@ -159,12 +160,12 @@ def test_a_long_job_is_sent_further_back_and_the_next_is_not(sandbox: Sandbox) -
                 found.append(os.getpriority(os.PRIO_PROCESS, pid))
         return found
 
-    wait_until(lambda: set(nicenesses()) == {10} and len(nicenesses()) == NUM_WORKERS)
+    wait_until(lambda: set(nicenesses()) == {NICENESS} and len(nicenesses()) == NUM_WORKERS)
     job = sandbox.submit("render", ([], {"k": "loop"}, 9), 1, 1.5)
     wait_until(lambda: 19 in nicenesses())
     with pytest.raises((SandboxError, SandboxBusyError)):
         job.result(20)
-    wait_until(lambda: set(nicenesses()) == {10} and len(nicenesses()) == NUM_WORKERS)
+    wait_until(lambda: set(nicenesses()) == {NICENESS} and len(nicenesses()) == NUM_WORKERS)
 
 
 def test_helpers_stand_back_and_have_nothing_of_a_rank(sandbox: Sandbox) -> None:
@@ -177,7 +178,7 @@ def test_helpers_stand_back_and_have_nothing_of_a_rank(sandbox: Sandbox) -> None
             names = {one.partition(b"=")[0].decode() for one in variables}
             theirs = set(sockets(pid))
             maps = Path(f"/proc/{pid}/maps").read_text()
-            assert os.getpriority(os.PRIO_PROCESS, pid) >= 10
+            assert os.getpriority(os.PRIO_PROCESS, pid) >= NICENESS
             assert not names & {"PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK", "AUTOTP_API_KEY"}
             assert not theirs & ours
             assert len(theirs) <= 2  # the one at which workers wait, and a job's

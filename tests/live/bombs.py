@@ -3,10 +3,11 @@
     python -m tests.live.bombs --seconds 60
 
 starts the embedded model, its chat template made nasty, on two ranks. In each of three rounds one
-ordinary stream runs alone, then for `--seconds` beside all bombs of bomb_bodies.py, which a client
-of lowest priority sends over and over, four at a time; `/health` is asked all the while. Printed
-are, for each bomb, how often it was answered, with what and after how long, and for each round the
-stream's pace, the slowest probe and the memory of each rank with its children.
+ordinary stream runs for `--seconds` beside all bombs of bomb_bodies.py, which a client of lowest
+priority sends over and over, four at a time, and alone before and after that; `/health` is asked
+all the while. Printed are, for each bomb, how often it was answered, with what and after how long,
+and for each round the stream's pace, the slowest probe and the memory of each rank with its
+children.
 
 The verdict, and exit code 1 if it is not met: the stream loses at most 25 % of its pace (median of
 the rounds), no probe takes over a second, memory ends within 100 MiB of its start, every bomb is
@@ -210,13 +211,17 @@ def report(server: Launch, names: list[str], seconds: float, num_rounds: int) ->
     total: dict[str, Answers] = {name: Answers() for name in names}
     print("round  tokens/s alone  beside  loss  slowest probe alone, beside  rank 0, 1 MiB")
     for number in range(1, num_rounds + 1):
-        alone = asyncio.run(measure(server.url, max(5.0, seconds / 3)))
+        before = asyncio.run(measure(server.url, max(5.0, seconds / 6)))
         # Those first whose turn did not come in the rounds before.
         in_turn = sorted(names, key=lambda name: total[name].statuses.total())
         beside, answers = bomb(server.url, in_turn, seconds)
         for name, one in answers.items():
             total[name].statuses += one.statuses
             total[name].slowest = max(total[name].slowest, one.slowest)
+        after = asyncio.run(measure(server.url, max(5.0, seconds / 6)))
+        alone = Measured(
+            (before.pace + after.pace) / 2, max(before.slowest_probe, after.slowest_probe)
+        )
         losses.append(1.0 - beside.pace / alone.pace if alone.pace else 1.0)
         probes.append(beside.slowest_probe)
         memory = ", ".join(f"{tree_mib(pid):.1f}" for pid in ranks)
