@@ -31,7 +31,9 @@ MAX_HEAD_BYTES = 256 * 2**10
 """Of address and headers, and of whatever else comes without being part of a body."""
 
 LINGER_SECONDS = 2.0
-"""For a client that was refused while it was sending to read why."""
+MAX_LINGER_SECONDS = 30.0
+"""For a client that was refused while it was sending to read why: until it pauses so long, and at
+most."""
 
 STUCK_SECONDS = 120.0
 """A client that takes nothing of what is written for so long has left."""
@@ -76,6 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._has_answered = False
         self._is_deaf = False
         self._is_lingering = False
+        self._heard = 0.0  # when what came last was thrown away
         self._running: RequestResponseCycle | None = None
         self._timer: asyncio.TimerHandle | HalfClosedWatch | None = None
         self._stuck_timer: asyncio.TimerHandle | None = None
@@ -126,7 +129,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self._connection.can_write_eof():
             self._connection.write_eof()
-        self._timer = self.loop.call_later(LINGER_SECONDS, self._connection.close)
+        self._heard = self.loop.time()
+        self._linger(self._heard + MAX_LINGER_SECONDS)
+
+    def _linger(self, end: float) -> None:
+        wait = min(self._heard + LINGER_SECONDS, end) - self.loop.time()
+        if wait > 0:
+            self._timer = self.loop.call_later(wait, self._linger, end)
+        else:
+            self._connection.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -194,6 +205,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
+            self._heard = self.loop.time()
             return
         self._unset_keepalive_if_required()
         self._gets_on = False

@@ -25,7 +25,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
-from autotp_serving.api.http_protocol import HttpProtocol
+from autotp_serving.api.http_protocol import LINGER_SECONDS, HttpProtocol
 from tests.api.conftest import LiveServer
 
 pytestmark = pytest.mark.live
@@ -499,6 +499,20 @@ def test_too_large_a_body_is_refused_while_it_comes(
     server = start_server(config={"max_body_size": 1000})
     [(status, body)] = ask(server, request(b"x" * 3_000_000))
     assert status == 413 and "--max-body-size" in message_of(body)
+
+
+def test_who_sends_slowly_what_is_refused_can_still_read_why(
+    start_server: Callable[..., LiveServer],
+) -> None:
+    """For longer than a client that sends nothing is waited for."""
+    server = start_server(config={"max_body_size": 1000})
+    data = request(b"x" * 100_000)
+    with connect(server) as client:
+        for start in range(0, len(data), len(data) // 8):
+            client.sendall(data[start : start + len(data) // 8])
+            time.sleep(1.4 * LINGER_SECONDS / 7)
+        [(status, _)] = parse(read_all(client))
+    assert status == 413
 
 
 def test_rubbish_after_a_request_does_not_spoil_its_answer(live: LiveServer) -> None:
