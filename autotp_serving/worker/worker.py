@@ -22,7 +22,7 @@ from autotp_serving.distributed.collectives import broadcast_tokens, join_collec
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
 from autotp_serving.distributed.store import close_doors
-from autotp_serving.memory.probe import count_blocks, probe_model
+from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import PROVED, check_heads, find_max_model_len
@@ -101,8 +101,8 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     model = load_model(
         config, model_config, group, device.torch_device, all_reduce, checker.check_plan
     )
-    shape, activation_bytes = probe_model(model, config, device, max_model_len)
-    num_blocks = count_blocks(config, shape, activation_bytes, device, group, max_model_len)
+    shape, step_bytes = probe_model(model, config, device, max_model_len)
+    num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)
     cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
