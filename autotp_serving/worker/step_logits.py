@@ -118,7 +118,7 @@ class LogitsGatherer:
         Returns:
             On ranks other than 0 it means nothing.
         """
-        if self._head.gathers:
+        if self._head.gathers or not len(logits):
             return StepLogits(logits)
         if len(logits) * self._head.vocab_size * logits.itemsize <= SMALL_BYTES:
             return StepLogits(self._head.gather(logits))

@@ -213,6 +213,8 @@ def test_only_what_is_needed_is_sent() -> None:
     asks = SampleInput(SamplingParams(logprobs=1))
     _, sent = sample_over_ranks(2, logits, [plain] * 7 + [asks], [])
     assert sent == [2 * 2 * 7 * 4, VOCAB_SIZE * logits.itemsize]
+    _, sent = sample_over_ranks(2, logits[:0], [], [])
+    assert sent == []
     _, sent = sample_over_ranks(2, logits, [plain] * 8, [], by_candidates=False)
     assert sent == [8 * VOCAB_SIZE * logits.itemsize]
 
