@@ -12,11 +12,11 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.kv_cache import CacheKernels, KVCacheShape
 from autotp_serving.model.self_check import check_unproved
+from autotp_serving.model.step_inputs import StepInputs
 
 CPU_PROBE_TOKENS = 16
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from autotp_serving.batch import Batch
 from autotp_serving.model.attention import AttentionContext
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 
 class Forward(Protocol):
