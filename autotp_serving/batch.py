@@ -40,6 +40,8 @@ class Batch:
         num_new_blocks: [num_grown], how many there are of each.
         new_blocks: theirs, one after another.
         sampled: indices of the sequences that get a token, in order.
+        num_top: [num_samples], how many of the largest logits are enough to choose each token; 0
+            where all are needed; [] where the largest is enough for each.
         score_rows: indices into the flattened tokens whose logits score the prompt.
         num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none.
         adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
@@ -55,6 +57,7 @@ class Batch:
     num_new_blocks: list[int] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
+    num_top: list[int] = field(default_factory=list)
     score_rows: list[int] = field(default_factory=list)
     num_drafts: list[int] = field(default_factory=list)
     adapters: list[int] = field(default_factory=list)
@@ -77,7 +80,7 @@ class Batch:
         query_lens = [] if self.query_lens == ones else self.query_lens
         num_known = [] if self.num_known == self.query_lens else self.num_known
         sampled = [] if self.sampled == list(range(num_seqs)) else self.sampled
-        lists = (query_lens, num_known, sampled, self.num_drafts, self.adapters)
+        lists = (query_lens, num_known, sampled, self.num_top, self.num_drafts, self.adapters)
         counts = [num_seqs, len(self.token_ids), len(self.grown), len(self.new_blocks)]
         counts += [len(self.score_rows), len(self.sampled), *map(len, lists)]
         packed = array("i", counts)
@@ -94,8 +97,8 @@ class Batch:
         packed.frombytes(data)
         values = packed.tolist()
         num_seqs, num_ids, num_grown, num_blocks, num_scored, num_sampled = values[:6]
-        num_lens, num_counts, num_listed, num_drafts, num_adapters = values[6:11]
-        cursor = 11
+        num_lens, num_counts, num_listed, num_top, num_drafts, num_adapters = values[6:12]
+        cursor = 12
 
         def take(count: int) -> list[int]:
             nonlocal cursor
@@ -106,7 +109,7 @@ class Batch:
         query_lens = take(num_lens) or [1] * num_seqs
         num_known = take(num_counts) or list(query_lens)
         sampled = take(num_listed) or list(range(num_sampled))
-        drafts, adapters = take(num_drafts), take(num_adapters)
+        top, drafts, adapters = take(num_top), take(num_drafts), take(num_adapters)
         return Batch(
             rows,
             starts,
@@ -118,6 +121,7 @@ class Batch:
             num_new_blocks=take(num_grown),
             new_blocks=take(num_blocks),
             sampled=sampled,
+            num_top=top,
             score_rows=take(num_scored),
             num_drafts=drafts,
             adapters=adapters,

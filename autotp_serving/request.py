@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 """Most alternatives that are listed beside a token."""
 
+MAX_CANDIDATES = 64
+"""Up to so large a top_k, a token is chosen from that many of the largest logits."""
+
 
 class RequestError(ValueError):
     """A request that cannot be served as asked; `field` names the culprit in the client's words."""
@@ -185,6 +188,21 @@ class SamplingParams:
             and self.logprobs is None
             and not (self.has_penalties or self.logit_bias or self.min_tokens)
         )
+
+    @cached_property
+    def num_top_logits(self) -> int:
+        """Structured output apart, how many of the largest logits are enough to choose a token: 1
+        for the most likely one, at least 2 for a draw from the top_k; 0 when all are needed.
+
+        What top_p and min_p leave of a top_k depends on these alone; of the whole vocabulary it
+        depends on the sum of all.
+        """
+        if self.is_plain:
+            return 1
+        changes = self.has_penalties or self.logit_bias or self.min_tokens
+        if changes or self.logprobs is not None or self.is_greedy:
+            return 0
+        return max(2, self.top_k) if 0 < self.top_k <= MAX_CANDIDATES else 0
 
 
 @dataclass(frozen=True)

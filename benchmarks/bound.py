@@ -115,13 +115,15 @@ class Bounds:
 
 def find_costs(config: ServingConfig) -> ModelCosts:
     """From config.json and the formats that the weights will have; reads no weight."""
-    from autotp_serving.memory.meta_planner import find_footprints
+    from autotp_serving.memory.footprint import MemorySetup
+    from autotp_serving.memory.planner import find_footprints
     from autotp_serving.model.families import find_max_model_len
     from autotp_serving.model.loader import read_model_config
 
     model_config = read_model_config(config)
     max_model_len = find_max_model_len(config, model_config)
-    footprint = find_footprints(config, model_config, 1, max_model_len, True)[0]
+    setup = MemorySetup(config, max_model_len, on_cpu=True)
+    footprint = find_footprints(setup, model_config)[0]
     text = model_config.get_text_config()
     num_experts, used = _find_experts(text)
     sizes: dict[str, list[float]] = {"body": [0, 0], "expert": [0, 0], "head": [0, 0]}

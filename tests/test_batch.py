@@ -34,6 +34,7 @@ def draw_batch(rng: random.Random) -> Batch:
         new_blocks=numbers(sum(num_new_blocks)),
         sampled=sorted(rng.sample(range(num_seqs), rng.randint(0, num_seqs))),
         score_rows=numbers(rng.randrange(4)),
+        num_top=rng.choice([[], numbers(num_seqs)]),
         num_drafts=rng.choice([[], numbers(num_seqs)]),
         adapters=rng.choice([[], numbers(num_seqs)]),
     )
@@ -75,5 +76,6 @@ def test_a_decode_step_of_256_long_sequences_is_small(is_known: bool) -> None:
         sampled=rows,
     )
     assert len(batch.to_bytes()) < 4 * 1024
+    assert len(replace(batch, num_top=[64] * 256).to_bytes()) < 5 * 1024
     fullest = replace(batch, query_lens=[4] * 256, num_drafts=[3] * 256, adapters=[1] * 256)
     assert len(fullest.to_bytes()) < 8 * 1024

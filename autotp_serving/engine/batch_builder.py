@@ -86,6 +86,9 @@ def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
         sequence.num_scheduled_tokens = end
         sequence.last_step = number
         num_tokens += query_len
+    num_top = [0 if one.guide else one.params.num_top_logits for one in step.sampled]
+    if num_top.count(1) < len(num_top):
+        batch.num_top = num_top
     return step
 
 

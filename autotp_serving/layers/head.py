@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class VocabParallelHead(nn.Module):
-    """Computes this rank's slice of the logits and hands every rank all of them.
+    """Computes this rank's slice of the logits.
 
     AutoTP would split the input instead, and so round each logit once per rank. Split over the
     vocabulary, logits are those of one rank, and a tied head is a view of the whole embedding
@@ -19,6 +19,10 @@ class VocabParallelHead(nn.Module):
     Attributes:
         weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
         low_bit: a layer without bias that multiplies by the converted weight.
+        gathers: whether `forward` hands every rank all logits, which is right for any family.
+            Where it does not, what comes after it must treat all logits alike, and
+            `LogitsGatherer` hands on what sampling needs.
+        all_reduce: sums a tensor over the ranks, in place.
     """
 
     def __init__(
@@ -37,7 +41,8 @@ class VocabParallelHead(nn.Module):
         self.num_ranks = num_ranks
         self.start = vocab_size * rank // num_ranks
         self.stop = vocab_size * (rank + 1) // num_ranks
-        self._all_reduce = all_reduce
+        self.gathers = True
+        self.all_reduce = all_reduce
         num_rows = self.stop - self.start
         self.weight = nn.Parameter(
             torch.empty((num_rows, hidden_size), dtype=dtype, device="meta"), requires_grad=False
@@ -59,14 +64,17 @@ class VocabParallelHead(nn.Module):
         self.weight = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map [..., hidden_size] to [..., vocab_size], equal on all ranks."""
+        """Map [..., hidden_size] to [..., vocab_size], equal on all ranks.
+
+        Where it does not gather: to [..., stop - start], this rank's.
+        """
         if self.low_bit is None:
             logits = functional.linear(hidden, self.weight, self.bias)
         else:
             logits = self.low_bit(hidden)
             if self.bias is not None:
                 logits = logits + self.bias
-        return self.gather(logits)
+        return self.gather(logits) if self.gathers else logits
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the logits, [..., its rows], to all of them on every rank."""
@@ -76,4 +84,4 @@ class VocabParallelHead(nn.Module):
         # backend.
         full = logits.new_zeros((*logits.shape[:-1], self.vocab_size))
         full[..., self.start : self.stop] = logits
-        return self._all_reduce(full)
+        return self.all_reduce(full)

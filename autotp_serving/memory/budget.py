@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices.base import Memory
-from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.memory.footprint import Footprint
+from autotp_serving.memory.footprint import Footprint, MemorySetup
 
 SERVER_BYTES = 64 * 2**20
 """What a rank's process grows by, apart from the model, once it has been planned: HTTP, tokenizer,
@@ -26,56 +24,50 @@ class MemoryBudget:
     Attributes:
         usable: bytes that weights, activations and cache may take together.
         blocks: KV blocks that are left to this rank; negative when the rest does not fit.
-        blocks_per_sequence: blocks of a sequence of the full length.
     """
 
     usable: int
     blocks: int
-    blocks_per_sequence: int
 
 
-def find_budget(
-    footprint: Footprint,
-    config: ServingConfig,
-    memory: Memory,
-    on_cpu: bool,
-    local_size: int,
-    max_model_len: int,
-) -> MemoryBudget:
-    """Divide a device's memory by the rules that the server sizes its cache by.
+def find_budget(footprint: Footprint, setup: MemorySetup, memory: Memory) -> MemoryBudget:
+    """Divide a device's memory: for `--plan`, before weights are read, and once they are placed.
+
+    Args:
+        footprint: of what is not yet in `memory`.
+        memory: as it is now.
 
     Raises:
         ConfigError: a cache is asked for that no such device could hold.
     """
-    num_sharing = local_size if on_cpu else 1
+    config = setup.config
+    num_sharing = setup.local_size if setup.on_cpu else 1
     if (config.kv_cache_memory or 0) * num_sharing > memory.total:
         raise ConfigError(
             f"--kv-cache-memory {show(config.kv_cache_memory)} on each of {num_sharing} rank(s) is "
             f"more than the {show(memory.total)} of memory that they share: lower it"
         )
     usable = int(memory.free - (1.0 - config.gpu_memory_utilization) * memory.total)
-    if on_cpu:
-        # A share of host memory is kept free of an automatic cache only, as count_blocks does.
-        usable = (usable if config.kv_cache_memory is None else memory.free) // local_size
-    per_sequence = -(-max_model_len // config.block_size)
+    if setup.on_cpu:
+        # A share of host memory is kept free of an automatic cache only.
+        usable = (usable if config.kv_cache_memory is None else memory.free) // num_sharing
     left = usable - footprint.weight_bytes - footprint.activation_bytes
     blocks = left // footprint.kv_bytes_per_block
     if config.kv_cache_memory is not None:
         blocks = min(blocks, config.kv_cache_memory // footprint.kv_bytes_per_block)
-    elif on_cpu:
-        blocks = min(blocks, config.max_num_seqs * per_sequence)
-    return MemoryBudget(usable, blocks, per_sequence)
+    elif setup.on_cpu:
+        blocks = min(blocks, config.max_num_seqs * setup.blocks_per_sequence)
+    return MemoryBudget(usable, blocks)
 
 
-def check_budget(
-    footprint: Footprint, budget: MemoryBudget, config: ServingConfig, rank: int, max_model_len: int
-) -> None:
+def check_budget(footprint: Footprint, budget: MemoryBudget, setup: MemorySetup, rank: int) -> None:
     """Refuse what cannot hold its weights and one sequence.
 
     Raises:
         ConfigError: with the numbers and the flags to change.
     """
-    kv_bytes = budget.blocks_per_sequence * footprint.kv_bytes_per_block
+    config, max_model_len = setup.config, setup.max_model_len
+    kv_bytes = setup.blocks_per_sequence * footprint.kv_bytes_per_block
     given = config.kv_cache_memory
     if given is not None and given < kv_bytes:
         tokens = given // footprint.kv_bytes_per_block * config.block_size
@@ -94,8 +86,11 @@ def check_budget(
         cure = f"set --max-model-len to at most {tokens}, or "
     else:
         cure = "start more ranks, choose a smaller --low-bit, lower --max-num-batched-tokens, or "
+    weights = (
+        f"weights {show(footprint.weight_bytes)}" if footprint.weights else "beside its weights"
+    )
     raise ConfigError(
-        f"rank {rank} needs {show(needed)} (weights {show(footprint.weight_bytes)}, a step's "
+        f"rank {rank} needs {show(needed)} ({weights}, a step's "
         f"activations {show(footprint.activation_bytes)}, KV cache of one sequence of "
         f"{max_model_len} tokens {show(kv_bytes)}) but may use {show(max(0, budget.usable))} "
         f"of its device's memory: "
@@ -103,33 +98,28 @@ def check_budget(
     )
 
 
-def find_host_peak(footprint: Footprint, blocks: int, on_cpu: bool, process_bytes: int) -> int:
+def find_host_peak(
+    footprint: Footprint, blocks: int, setup: MemorySetup, process_bytes: int = IMPORTED_BYTES
+) -> int:
     """Most host memory of a rank: loading or serving.
 
     Args:
         process_bytes: of the process before it loads anything.
     """
     process = process_bytes + SERVER_BYTES
-    if not on_cpu:
+    if not setup.on_cpu:
         return process + footprint.load_bytes
     cache = max(0, blocks) * footprint.kv_bytes_per_block
     serving = footprint.weight_bytes + footprint.activation_bytes + cache
     return process + max(footprint.load_bytes, serving)
 
 
-def check_host(host_peak: int, config: ServingConfig, group: RankGroup) -> None:
-    """Refuse ranks that together would take more of this host than --max-host-ram. All ranks.
+def check_host_peaks(peaks: list[int], config: ServingConfig) -> None:
+    """Refuse ranks that together would take more of their host than --max-host-ram.
 
     Raises:
         ConfigError: with the numbers and the flags to change.
     """
-    here = socket.gethostname()
-    peaks = [peak for host, peak in group.all_gather((here, host_peak)) if host == here]
-    check_host_peaks(peaks, config)
-
-
-def check_host_peaks(peaks: list[int], config: ServingConfig) -> None:
-    """The same for ranks whose peaks are known."""
     limit = config.max_host_ram
     if limit is not None and sum(peaks) > limit:
         raise ConfigError(

@@ -13,12 +13,33 @@ from typing import Any
 
 from autotp_serving.batch import MAX_SCORED_ROWS
 from autotp_serving.config import ServingConfig
-from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.low_bit.formats import Format
 from autotp_serving.low_bit.selection import LowBitSelection
 from autotp_serving.model.shapes import DTYPES, ModelShapes, TensorShape, count_head_bytes
 
 KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
+
+
+@dataclass(frozen=True)
+class MemorySetup:
+    """What the memory of every rank depends on.
+
+    Attributes:
+        max_model_len: most tokens of a sequence.
+        on_cpu: weights and cache are in the host's memory, which its ranks share.
+        num_ranks, local_size: ranks in all, and of them on one host.
+    """
+
+    config: ServingConfig
+    max_model_len: int
+    on_cpu: bool
+    num_ranks: int = 1
+    local_size: int = 1
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """KV blocks of a sequence of the full length."""
+        return -(-self.max_model_len // self.config.block_size)
 
 
 @dataclass(frozen=True)
@@ -59,16 +80,13 @@ def find_footprint(
     shapes: ModelShapes,
     checkpoint: Any,
     low_bit: LowBitSelection,
-    config: ServingConfig,
-    group: RankGroup,
-    max_model_len: int,
-    on_cpu: bool,
+    setup: MemorySetup,
+    rank: int,
 ) -> Footprint:
-    """Add up this rank's shapes.
+    """Add up a rank's shapes.
 
     Args:
         checkpoint: names tensors that are stored converted; None when there are none.
-        on_cpu: weights stay in host memory.
     """
     weights: dict[tuple[str, str], int] = {}
     held = load_bytes = 0
@@ -81,11 +99,11 @@ def find_footprint(
         if weight.is_converted_here:
             steps.append(weight.read_bytes + 2 * weight.kept_bytes)
         load_bytes = max(load_bytes, held + max(steps))
-        held += weight.kept_bytes if on_cpu else 0
+        held += weight.kept_bytes if setup.on_cpu else 0
     return Footprint(
         weights={key: size for key, size in weights.items() if size},
-        kv_bytes_per_block=config.block_size * _count_kv_bytes(shapes, config, group),
-        activation_bytes=estimate_activations(shapes, config, group, max_model_len),
+        kv_bytes_per_block=setup.config.block_size * _count_kv_bytes(shapes, setup, rank),
+        activation_bytes=_estimate_activations(shapes, setup),
         load_bytes=load_bytes,
     )
 
@@ -133,12 +151,12 @@ def _find_kind(name: str) -> str:
     return "other"
 
 
-def _count_kv_bytes(shapes: ModelShapes, config: ServingConfig, group: RankGroup) -> int:
+def _count_kv_bytes(shapes: ModelShapes, setup: MemorySetup, rank: int) -> int:
     """Bytes of one token's keys and values over all layers: AutoTP deals heads out in turn."""
     text, head_dim = shapes.text_config, _head_dim(shapes.text_config)
     num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    own_heads = num_heads // group.size + (group.rank < num_heads % group.size)
-    is_int8 = config.kv_cache_dtype == "int8"
+    own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
+    is_int8 = setup.config.kv_cache_dtype == "int8"
     head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
     return own_heads * head_bytes * text.num_hidden_layers
 
@@ -164,9 +182,7 @@ def count_loaded(model: Any) -> int:
     return held - (head.nbytes if is_view else 0)
 
 
-def estimate_activations(
-    shapes: ModelShapes, config: ServingConfig, group: RankGroup, max_model_len: int
-) -> int:
+def _estimate_activations(shapes: ModelShapes, setup: MemorySetup) -> int:
     """Most bytes that one step holds at once, of the steps that a layer consists of.
 
     Counted are the tensors that transformers' code holds at its widest points: the norm in
@@ -177,10 +193,11 @@ def estimate_activations(
     waste, and what kernels use inside.
     """
     text, size = shapes.text_config, shapes.itemsize
+    config, max_model_len = setup.config, setup.max_model_len
     num_tokens, hidden = config.max_num_batched_tokens, text.hidden_size
     head_dim, num_heads = _head_dim(text), text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    own_kv_heads = -(-num_kv_heads // group.size)
+    own_kv_heads = -(-num_kv_heads // setup.num_ranks)
     queries = own_kv_heads * (num_heads // num_kv_heads) * head_dim
     keys = own_kv_heads * head_dim
     wide = max(
@@ -192,7 +209,7 @@ def estimate_activations(
         default=hidden,
     )
     num_rows = min(num_tokens, config.max_num_seqs + MAX_SCORED_ROWS)
-    copies = 1 if group.size == 1 else 2
+    copies = 1 if setup.num_ranks == 1 else 2
     norm = num_tokens * hidden * (2 * size + 8)
     rotation = num_tokens * (2 * hidden + 4 * queries + 4 * keys) * size
     gathered = 5 * keys if config.kv_cache_dtype == "int8" else 0

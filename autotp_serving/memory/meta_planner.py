@@ -13,8 +13,7 @@ from typing import Any
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import LocalRankGroup
-from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
-from autotp_serving.memory.footprint import Footprint, find_footprint
+from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.model.build import build_sharded_model, find_dtype
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
@@ -22,24 +21,18 @@ from autotp_serving.model.shapes import ModelShapes
 from autotp_serving.model.shards import describe_shapes
 
 
-def find_footprints(
-    config: ServingConfig, model_config: Any, num_ranks: int, max_model_len: int, on_cpu: bool
-) -> list[Footprint]:
-    """The footprint of each rank."""
+def list_shapes(
+    config: ServingConfig, model_config: Any, num_ranks: int
+) -> tuple[list[ModelShapes], Checkpoint | DummyCheckpoint]:
+    """The shapes of each rank's model, and what tells which tensors are stored converted."""
     folder = Path(config.model_path)
     checkpoint = (
         Checkpoint(folder)
         if (folder / MANIFEST_NAME).exists()
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
-    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
-    footprints = []
-    for group in list_ranks(num_ranks):
-        shapes = shard_shapes(config, model_config, group)
-        footprints.append(
-            find_footprint(shapes, checkpoint, low_bit, config, group, max_model_len, on_cpu)
-        )
-    return footprints
+    shapes = [shard_shapes(config, model_config, group) for group in list_ranks(num_ranks)]
+    return shapes, checkpoint
 
 
 def list_ranks(num_ranks: int) -> list[LocalRankGroup]:

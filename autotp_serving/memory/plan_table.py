@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotp_serving.config import ServingConfig
 from autotp_serving.devices.base import Memory
 from autotp_serving.memory.budget import MemoryBudget, show
-from autotp_serving.memory.footprint import KINDS, Footprint
+from autotp_serving.memory.footprint import KINDS, Footprint, MemorySetup
 
 ESTIMATE = (
     "Activations are an estimate: the tensors of transformers' code at its widest step, without "
@@ -16,16 +15,16 @@ ESTIMATE = (
 
 
 def format_plan(
-    config: ServingConfig,
+    setup: MemorySetup,
     model_config: Any,
     footprints: list[Footprint],
     budgets: list[MemoryBudget],
     host_peaks: list[int],
     kind: str,
     memory: Memory,
-    max_model_len: int,
 ) -> str:
     """Lay out the plan; all ranks have the same number of blocks."""
+    config = setup.config
     blocks = max(0, budgets[0].blocks)
     formats = list(dict.fromkeys(key[1] for item in footprints for key in item.weights))
     keys = [
@@ -68,12 +67,13 @@ def format_plan(
         f"{show(memory.total)}, {show(memory.free)} of it free; a rank may use "
         f"{show(min(budget.usable for budget in budgets))}"
     )
-    lines = [title, "", *_align(rows), "", _format_capacity(config, budgets[0], max_model_len)]
+    lines = [title, "", *_align(rows), "", _format_capacity(setup, budgets[0])]
     return "\n".join([*lines, ESTIMATE])
 
 
-def _format_capacity(config: ServingConfig, budget: MemoryBudget, max_model_len: int) -> str:
+def _format_capacity(setup: MemorySetup, budget: MemoryBudget) -> str:
     """How many sequences fit beside each other, for a few lengths."""
+    config, max_model_len = setup.config, setup.max_model_len
     tokens = max(0, budget.blocks) * config.block_size
     lengths = [max_model_len // part for part in (1, 2, 4, 8) if max_model_len >= part]
     fits = ", ".join(f"{tokens // length} of {length}" for length in lengths)

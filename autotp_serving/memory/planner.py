@@ -13,17 +13,14 @@ from typing import Any
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.devices.base import Memory, has_card_files, is_host_name, read_host_memory
-from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
 from autotp_serving.memory.budget import (
-    IMPORTED_BYTES,
-    MemoryBudget,
     check_budget,
     check_host_peaks,
     find_budget,
     find_host_peak,
 )
-from autotp_serving.memory.footprint import Footprint, find_footprint
+from autotp_serving.memory.footprint import Footprint, MemorySetup, find_footprint
 from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
 from autotp_serving.memory.plan_table import format_plan
 from autotp_serving.model.families import adapt_rope, check_heads, find_max_model_len
@@ -54,37 +51,16 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     max_model_len = find_max_model_len(config, model_config)
     check_heads(model_config, num_ranks)
     kind, memory = find_memory(config)
-    on_cpu = is_host_name(kind)
-    if known is None:
-        from autotp_serving.memory.meta_planner import find_footprints
-
-        footprints = find_footprints(config, model_config, num_ranks, max_model_len, on_cpu)
-    else:
-        footprints = find_known_footprints(config, known, num_ranks, max_model_len, on_cpu)
-    budgets = [
-        find_budget(footprint, config, memory, on_cpu, local_size, max_model_len)
-        for footprint in footprints
-    ]
+    setup = MemorySetup(config, max_model_len, is_host_name(kind), num_ranks, local_size)
+    footprints = find_footprints(setup, model_config, known)
+    budgets = [find_budget(footprint, setup, memory) for footprint in footprints]
     blocks = min(budget.blocks for budget in budgets)
     budgets = [replace(budget, blocks=blocks) for budget in budgets]
-    peaks = [find_host_peak(footprint, blocks, on_cpu, IMPORTED_BYTES) for footprint in footprints]
-    print(
-        format_plan(config, model_config, footprints, budgets, peaks, kind, memory, max_model_len)
-    )
-    refuse(config, footprints, budgets, peaks[:local_size], max_model_len)
-
-
-def refuse(
-    config: ServingConfig,
-    footprints: list[Footprint],
-    budgets: list[MemoryBudget],
-    local_peaks: list[int],
-    max_model_len: int,
-) -> None:
-    """Raise ConfigError for the first thing that does not fit."""
+    peaks = [find_host_peak(footprint, blocks, setup) for footprint in footprints]
+    print(format_plan(setup, model_config, footprints, budgets, peaks, kind, memory))
     for rank, (footprint, budget) in enumerate(zip(footprints, budgets, strict=True)):
-        check_budget(footprint, budget, config, rank, max_model_len)
-    check_host_peaks(local_peaks, config)
+        check_budget(footprint, budget, setup, rank)
+    check_host_peaks(peaks[:local_size], config)
 
 
 def find_memory(config: ServingConfig) -> tuple[str, Memory]:
@@ -108,20 +84,21 @@ def find_memory(config: ServingConfig) -> tuple[str, Memory]:
     return device.kind, device.memory()
 
 
-def find_known_footprints(
-    config: ServingConfig, known: Any, num_ranks: int, max_model_len: int, on_cpu: bool
-) -> list[Footprint]:
-    """The footprint of each rank, without torch.
+def find_footprints(setup: MemorySetup, model_config: Any, known: Any = None) -> list[Footprint]:
+    """The footprint of each rank.
 
     Args:
-        known: of `read_known_config`.
+        known: of `read_known_config`; with it no torch is needed.
     """
-    low_bit = find_low_bit_selection(config, None)
-    footprints = []
-    for rank in range(num_ranks):
-        shapes = list_known_shapes(known, rank, num_ranks, find_dtype_name(config))
-        group = LocalRankGroup(rank, num_ranks, rank, num_ranks)
-        footprints.append(
-            find_footprint(shapes, None, low_bit, config, group, max_model_len, on_cpu)
-        )
-    return footprints
+    checkpoint = None
+    if known is None:
+        from autotp_serving.memory.meta_planner import list_shapes
+
+        shapes, checkpoint = list_shapes(setup.config, model_config, setup.num_ranks)
+    else:
+        dtype, ranks = find_dtype_name(setup.config), range(setup.num_ranks)
+        shapes = [list_known_shapes(known, rank, setup.num_ranks, dtype) for rank in ranks]
+    low_bit = find_low_bit_selection(setup.config, checkpoint.low_bit if checkpoint else None)
+    return [
+        find_footprint(one, checkpoint, low_bit, setup, rank) for rank, one in enumerate(shapes)
+    ]

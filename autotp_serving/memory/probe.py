@@ -1,26 +1,22 @@
-"""How large the KV cache may be, the same on all ranks. Every rank."""
+"""A first pass over the loaded model: what its cache must hold, what a step takes. Every rank."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from autotp_serving.batch import MAX_SCORED_ROWS
-from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.config import ServingConfig
 from autotp_serving.devices import Device
-from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.kv_cache import CacheKernels, KVCacheShape
 from autotp_serving.model.self_check import check_unproved
-
-logger = logging.getLogger(__name__)
+from autotp_serving.model.step_inputs import StepInputs
 
 CPU_PROBE_TOKENS = 16
 
@@ -45,13 +41,13 @@ class CacheProbe:
 
 def probe_model(
     model: nn.Module, config: ServingConfig, device: Device, max_model_len: int
-) -> tuple[KVCacheShape, int]:
+) -> tuple[KVCacheShape, int | None]:
     """Run the heaviest step once, to learn what the cache must hold and what a step needs.
 
-    A CPU's step is short: its peak is small beside host memory, and its time is not.
+    A CPU's step is short, as its time counts, and tells nothing of a heavy one's activations.
 
     Returns:
-        The cache's shape on this rank, and the peak bytes of activations.
+        The cache's shape on this rank, and the peak bytes of activations; None on CPU.
     """
     probe = CacheProbe(device.torch_device, config.block_size, {})
     num_tokens = CPU_PROBE_TOKENS if device.is_host else config.max_num_batched_tokens
@@ -63,7 +59,7 @@ def probe_model(
     with refuse_by_name(model.config), torch.inference_mode():
         PlainForward(model, probe)(inputs)
     device.synchronize()
-    peak = max(0, device.peak_memory() - before)
+    peak = None if device.is_host else max(0, device.peak_memory() - before)
     device.reset_peak_memory()
     check_attention(model, set(probe.head_shapes))
     if model.config.model_type not in PROVED:
@@ -72,52 +68,3 @@ def probe_model(
     head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
     is_int8 = config.kv_cache_dtype == "int8"
     return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8), peak
-
-
-def count_blocks(
-    config: ServingConfig,
-    shape: KVCacheShape,
-    activation_bytes: int,
-    device: Device,
-    group: RankGroup,
-    max_model_len: int,
-) -> int:
-    """Number of KV blocks that every rank can hold.
-
-    With --kv-cache-memory, as many as fit in it. Otherwise what is left of the device after
-    weights and activations; on CPU no more than the running sequences can fill, because host
-    memory has other uses.
-
-    Raises:
-        ConfigError: not even one sequence of the full length fits.
-    """
-    blocks_per_sequence = -(-max_model_len // config.block_size)
-    memory = device.memory()
-    if config.kv_cache_memory is not None:
-        budget = config.kv_cache_memory
-        wanted = budget // shape.bytes_per_block
-    elif device.is_host:
-        taken = (1.0 - config.gpu_memory_utilization) * memory.total
-        budget = int(max(0.0, memory.free - taken) / group.local_size)
-        wanted = min(budget // shape.bytes_per_block, config.max_num_seqs * blocks_per_sequence)
-    else:
-        taken = (1.0 - config.gpu_memory_utilization) * memory.total
-        budget = int(memory.free - taken) - activation_bytes
-        wanted = max(0, budget) // shape.bytes_per_block
-    num_blocks = min(group.all_gather(wanted))
-    if num_blocks < blocks_per_sequence:
-        raise ConfigError(
-            f"the KV cache holds {num_blocks * config.block_size} tokens in {budget >> 20} MiB, "
-            f"but --max-model-len is {max_model_len}, which takes "
-            f"{blocks_per_sequence * shape.bytes_per_block >> 20} MiB: "
-            "lower --max-model-len or raise --kv-cache-memory or --gpu-memory-utilization"
-        )
-    if group.rank == 0:
-        logger.info(
-            "KV cache: %d blocks of %d tokens in %s, %d MiB per rank",
-            num_blocks,
-            config.block_size,
-            str(shape.stored_dtype).removeprefix("torch."),
-            num_blocks * shape.bytes_per_block >> 20,
-        )
-    return num_blocks

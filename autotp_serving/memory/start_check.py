@@ -1,36 +1,42 @@
-"""At start: say what the model will take, refuse what cannot fit, then say what it took. All ranks.
+"""At start: say what the model will take, refuse what cannot fit, size the KV cache. All ranks.
 
-Each rank checks its own shapes before it reads a weight; rank 0 speaks for all.
+Each rank checks its own shapes before it reads a weight; rank 0 speaks for all. Once the weights
+are in place the same rule, with what was measured, gives the cache what is left.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
+import sys
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.devices import Device
+from autotp_serving.devices.base import Memory
 from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.low_bit.selection import LowBitSelection
 from autotp_serving.memory.budget import (
     check_budget,
-    check_host,
+    check_host_peaks,
     find_budget,
     find_host_peak,
     own_memory,
     show,
 )
-from autotp_serving.memory.footprint import count_loaded, find_footprint
+from autotp_serving.memory.footprint import Footprint, MemorySetup, count_loaded, find_footprint
+from autotp_serving.model.kv_cache import KVCacheShape
 from autotp_serving.model.shards import describe_shapes
 
 logger = logging.getLogger(__name__)
 
 
 class StartCheck:
-    """The plan of one start, and the comparison with what came of it."""
+    """The plan of one start, and what comes of it."""
 
     def __init__(
         self, config: ServingConfig, group: RankGroup, device: Device, max_model_len: int
@@ -38,7 +44,9 @@ class StartCheck:
         self._config = config
         self._group = group
         self._device = device
-        self._max_model_len = max_model_len
+        sizes = (group.size, group.local_size)
+        self._setup = MemorySetup(config, max_model_len, device.is_host, *sizes)
+        self._planned: Footprint | None = None
 
     def check_plan(self, model: nn.Module, checkpoint: Any, low_bit: LowBitSelection) -> None:
         """Log what the ranks will take together.
@@ -49,30 +57,53 @@ class StartCheck:
         Raises:
             ConfigError: it cannot fit; with the numbers and the flag to change.
         """
-        on_cpu = self._device.is_host
-        footprint = find_footprint(
-            describe_shapes(model),
-            checkpoint,
-            low_bit,
-            self._config,
-            self._group,
-            self._max_model_len,
-            on_cpu,
+        footprint = self._planned = find_footprint(
+            describe_shapes(model), checkpoint, low_bit, self._setup, self._group.rank
         )
-        budget = find_budget(
-            footprint,
-            self._config,
-            self._device.memory(),
-            on_cpu,
-            self._group.local_size,
-            self._max_model_len,
-        )
-        check_budget(footprint, budget, self._config, self._group.rank, self._max_model_len)
-        blocks = min(self._group.all_gather(budget.blocks))
-        host_peak = find_host_peak(footprint, blocks, on_cpu, own_memory())
-        check_host(host_peak, self._config, self._group)
+        blocks = self._agree_on_blocks(footprint, self._device.memory())
+        host_peak = find_host_peak(footprint, blocks, self._setup, own_memory())
+        here = socket.gethostname()
+        peaks = self._group.all_gather((here, host_peak))
+        check_host_peaks([peak for host, peak in peaks if host == here], self._config)
         cache = blocks * footprint.kv_bytes_per_block
         self._log("Planned", footprint.weight_bytes, cache, footprint.activation_bytes, host_peak)
+
+    def size_cache(self, shape: KVCacheShape, step_bytes: int | None) -> int:
+        """Number of KV blocks that every rank can hold, now that its weights are in place.
+
+        With --kv-cache-memory, as many as fit in it. Otherwise what is left of the device after
+        weights and activations; on CPU no more than the running sequences can fill, because host
+        memory has other uses.
+
+        Args:
+            step_bytes: most that a step's activations were seen to take; None: as planned.
+
+        Raises:
+            ConfigError: not even one sequence of the full length fits.
+        """
+        assert self._planned is not None, "check_plan comes first"
+        placed = replace(self._planned, weights={}, kv_bytes_per_block=shape.bytes_per_block)
+        if step_bytes is not None:
+            placed = replace(placed, activation_bytes=step_bytes)
+        memory = self._device.memory()
+        if self._config.kv_cache_memory is not None:  # was weighed before loading
+            memory = Memory(sys.maxsize, sys.maxsize)
+        blocks = self._agree_on_blocks(placed, memory)
+        if self._group.rank == 0:
+            logger.info(
+                "KV cache: %d blocks of %d tokens in %s, %d MiB per rank",
+                blocks,
+                shape.block_size,
+                str(shape.stored_dtype).removeprefix("torch."),
+                blocks * shape.bytes_per_block >> 20,
+            )
+        return blocks
+
+    def _agree_on_blocks(self, footprint: Footprint, memory: Memory) -> int:
+        """KV blocks that every rank can hold; all ranks must call it."""
+        budget = find_budget(footprint, self._setup, memory)
+        check_budget(footprint, budget, self._setup, self._group.rank)
+        return min(self._group.all_gather(budget.blocks))
 
     def report_measured(self, model: nn.Module, cache_bytes: int) -> None:
         """Log the same sizes as they came out; the host's peak so far, before the first request."""

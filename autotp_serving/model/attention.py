@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import Attention, KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 ATTENTION_NAME = "autotp_paged"
 

@@ -1,117 +1,24 @@
-"""What a rank keeps of the running sequences from step to step, and what a step reads. Every rank.
+"""What a rank keeps of the running sequences from step to step. Every rank.
 
 A batch says what has changed; `BatchState` holds the rest on the device: each row's block table
-and latest tokens. Of both it makes `StepInputs`, by one copy from the host to the device.
+and latest tokens. Of both it makes `StepInputs`, by one copy from the host to the device. A little
+longer than other files for two quicker ways, which a small model's step needs.
 """
 
 from __future__ import annotations
-
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autotp_serving.batch import Batch
-
-NOT_WRITTEN = -1
-"""The slot of a padding token: attention stores nothing for it."""
+from autotp_serving.model.stage import Stage
+from autotp_serving.model.step_inputs import NOT_WRITTEN, StepInputs
 
 FEW_SEQUENCES = 16
 """Up to so many that decode on a CPU, plain lists cost less than numpy, whose code the pass before
 has driven out of the caches: about 5 % of a small model's step.
 """
-
-NUM_STAGES = 3
-"""Buffers of pinned memory in turns: one more than the most steps in flight."""
-
-
-@dataclass(slots=True)
-class StepInputs:
-    """What a forward pass and attention read of one step. Tensors are on the device.
-
-    Attributes:
-        token_ids: [num_tokens] int64, the sequences' tokens one after another.
-        positions: [num_tokens] int64, of each in its sequence.
-        slots: [num_tokens] int64, block * block_size + offset: where its key and value go;
-            NOT_WRITTEN for padding.
-        rows: [num_seqs] int32, each sequence's row of `block_tables`.
-        query_starts: [num_seqs + 1] int32, where each sequence's tokens begin.
-        context_lens: [num_seqs] int32, tokens in the cache once this step's are there; 0 for
-            padding, whose output is zeros.
-        block_tables: [max_rows + 1, max_blocks_per_row] int32, of all rows; what lies behind a
-            context means nothing.
-        logit_rows: [num_logit_rows] int64, indices of the tokens whose logits rank 0 needs: those
-            of the sequences that get a token, in order, then those that score prompts. In a padded
-            step all tokens, so that its tensors have the same places whatever is sampled.
-        is_padded: whether a decode step was made ready for a graph, even if nothing was added.
-        chosen_rows: in a padded step, which of `logit_rows` these are; None: the first, as many as
-            there are sequences without padding.
-        host_query_lens, host_context_lens: [num_seqs], the same on the host, without padding.
-        num_seqs, num_tokens: with padding.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    rows: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
-    logit_rows: Tensor
-    host_query_lens: list[int]
-    host_context_lens: list[int]
-    num_seqs: int
-    num_tokens: int
-    chosen_rows: list[int] | None = None
-    is_padded: bool = False
-
-    @property
-    def is_decode(self) -> bool:
-        """True when every sequence runs one token."""
-        return self.num_tokens == self.num_seqs
-
-    @property
-    def max_query_len(self) -> int:
-        """Most tokens that a sequence runs."""
-        return max(self.host_query_lens, default=1)
-
-    @property
-    def max_context_len(self) -> int:
-        """Longest context."""
-        return max(self.host_context_lens, default=0)
-
-    @staticmethod
-    def of_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> StepInputs:
-        """Whole prompts with neither cache nor rows, and the logits of all their tokens: for
-        trials before there are any. All slots are 0.
-        """
-        lens = [len(prompt) for prompt in prompts]
-        num_tokens = sum(lens)
-
-        def ints(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int32, device=device)
-
-        def longs(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-        return StepInputs(
-            token_ids=longs(token for prompt in prompts for token in prompt),
-            positions=longs(position for length in lens for position in range(length)),
-            slots=longs([0] * num_tokens),
-            rows=ints(range(len(lens))),
-            query_starts=ints(accumulate(lens, initial=0)),
-            context_lens=ints(lens),
-            block_tables=torch.zeros((len(lens), max(lens)), dtype=torch.int32, device=device),
-            logit_rows=longs(range(num_tokens)),
-            host_query_lens=lens,
-            host_context_lens=lens,
-            num_seqs=len(lens),
-            num_tokens=num_tokens,
-        )
 
 
 class BatchState:
@@ -138,7 +45,6 @@ class BatchState:
     ) -> None:
         self._max_rows = max_rows
         self._block_size = block_size
-        self._device = device
         self.last_token_ids = torch.zeros(
             (max_rows + 1, 1 + num_drafts), dtype=torch.int64, device=device
         )
@@ -154,9 +60,8 @@ class BatchState:
         counts = torch.arange(FEW_SEQUENCES + 1)
         self._few_rows = [counts[:count] for count in range(FEW_SEQUENCES + 1)]
         self._few_starts = [counts[: count + 1].int() for count in range(FEW_SEQUENCES + 1)]
-        self._staged = torch.empty(0, dtype=torch.uint8, device=device)
+        self._stage = Stage(device)
         self._rows = torch.empty(0, dtype=torch.int32, device=device)  # of the latest step
-        self._stages: deque[tuple[Tensor, torch.Event]] = deque()
 
     @property
     def _is_host(self) -> bool:
@@ -185,10 +90,10 @@ class BatchState:
             arrays = self._pad(arrays, num_padded_seqs - batch.num_seqs)
         # Last, so that it moves nothing of a padded step.
         arrays += [] if unknown is None else [unknown]
-        tensors = self._copy(arrays)
+        tensors = self._stage.copy(arrays)
         tokens, positions, slots, logit_rows, rows, query_starts, context_lens = tensors[:7]
         if grown is not None:
-            of_row, column, blocks = self._send(grown)
+            of_row, column, blocks = self._stage.send(grown)
             self.block_tables[of_row, column] = blocks.int()
         if unknown is not None:
             place, of_row, column = tensors[-1].view(3, -1)
@@ -309,7 +214,7 @@ class BatchState:
             index = self._rows[: batch.num_seqs]  # they are there already
         else:
             rows = np.asarray([[batch.rows[index] for index in batch.sampled]], np.int64)
-            (index,) = self._send(rows)
+            (index,) = self._stage.send(rows)
         self.last_token_ids[index, : token_ids.shape[1]] = token_ids.clamp(min=0)
 
     def _grow_tables(self, batch: Batch) -> np.ndarray | None:
@@ -332,48 +237,7 @@ class BatchState:
 
     def reserve(self, num_tokens: int, num_seqs: int) -> None:
         """Make the device's buffer large enough for steps of this size, once and for all."""
-        num_bytes = 8 * 4 * num_tokens + 4 * (6 * num_seqs + 1)
-        self._staged = torch.empty(num_bytes + 8, dtype=torch.uint8, device=self._device)
-
-    def _copy(self, arrays: list[np.ndarray]) -> list[Tensor]:
-        """The arrays as tensors on the device, by one copy that the host does not wait for."""
-        if self._is_host:
-            return [torch.from_numpy(array) for array in arrays]
-        num_bytes = sum(array.nbytes for array in arrays)
-        stage = self._take_stage(num_bytes)
-        if len(self._staged) < num_bytes:
-            self._staged = torch.empty(2 * num_bytes, dtype=torch.uint8, device=self._device)
-        host = stage.numpy()
-        tensors = []
-        start = 0
-        for array in arrays:
-            stop = start + array.nbytes
-            host[start:stop] = array.view(np.uint8)
-            dtype = torch.int64 if array.itemsize == 8 else torch.int32
-            tensors.append(self._staged[start:stop].view(dtype))
-            start = stop
-        self._staged[:num_bytes].copy_(stage[:num_bytes], non_blocking=True)
-        copied = torch.Event(self._device)
-        copied.record()
-        self._stages.append((stage, copied))
-        return tensors
-
-    def _take_stage(self, num_bytes: int) -> Tensor:
-        """Pinned memory that no copy reads any more."""
-        if len(self._stages) < NUM_STAGES:
-            return torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
-        stage, copied = self._stages.popleft()
-        copied.synchronize()
-        if len(stage) < num_bytes:
-            return torch.empty(2 * num_bytes, dtype=torch.uint8, pin_memory=True)
-        return stage
-
-    def _send(self, numbers: np.ndarray) -> Tensor:
-        """A few more indices to the device, [num_lists, length] int64; rarely needed."""
-        tensor = torch.from_numpy(np.ascontiguousarray(numbers, np.int64))
-        if self._is_host:
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        self._stage.reserve(8 * 4 * num_tokens + 4 * (6 * num_seqs + 1) + 8)
 
 
 def _fill_gaps(batch: Batch) -> tuple[list[int], np.ndarray]:

@@ -9,15 +9,17 @@ from torch import nn
 
 from autotp_serving.batch import Batch
 from autotp_serving.model.attention import AttentionContext
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 
 class Forward(Protocol):
     """A way through the model's layers."""
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type."""
+        """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type;
+        only this rank's slice where its head does not gather them.
+        """
         ...
 
     def find_padded_size(self, batch: Batch) -> int:
@@ -37,11 +39,7 @@ class PlainForward:
         return 0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Run the step's tokens.
-
-        Returns:
-            Logits [num_logit_rows, vocab_size], in the model's type.
-        """
+        """See Forward."""
         return self._model(
             input_ids=inputs.token_ids[None],
             position_ids=inputs.positions[None],

@@ -23,8 +23,8 @@ from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
 from autotp_serving.kernels.cpu.linear import CpuMatmul
 from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Whose layers are: norm, attention, sum, norm, gated MLP, sum."""

@@ -24,7 +24,7 @@ from autotp_serving.kernels.cuda.activations import add_rms_norm
 from autotp_serving.kernels.cuda.products import can_multiply
 from autotp_serving.kernels.triton import attention as triton_attention
 from autotp_serving.layers.head import VocabParallelHead
-from autotp_serving.model.batch_state import BatchState, StepInputs
+from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.fused_layers import FAMILIES, Norm
 from autotp_serving.model.gpu_layers import (
     AllReduce,
@@ -35,6 +35,7 @@ from autotp_serving.model.gpu_layers import (
     join_linears,
 )
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.triton import attention as triton_attention
 from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.low_bit.formats import BLOCK
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.fused_layers import Norm, find_window
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.step_inputs import StepInputs
 
 AllReduce = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from autotp_serving.kernels.kv_pools import Pools
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.shapes import count_head_bytes
+from autotp_serving.model.step_inputs import StepInputs
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
+from autotp_serving.model.step_inputs import StepInputs
 
 CHECK_NAME = "autotp_check"
 FIRST_LEN, SECOND_LEN = 5, 16

@@ -32,6 +32,7 @@ from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
 from autotp_serving.worker.sampler import Sampler
+from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ LONGEST_PAUSE = 1.0
 PARTS = {
     "linears": [(CpuMatmul, "__call__"), (LowBitLinear, "forward")],
     "attention": [(CpuAttention, "attend"), (PortableAttention, "attend")],
-    "head": [(VocabParallelHead, "forward")],
+    "head": [(VocabParallelHead, "forward"), (LogitsGatherer, "__call__")],
     "norms, rotation, activation": [
         (LayerOps, "rms_norm"), (LayerOps, "rotate_and_store"), (LayerOps, "silu_multiply"),
     ],
@@ -176,7 +177,7 @@ class StepProfiler:
             self._undo.append(functools.partial(delattr, owner, name))
         setattr(owner, name, value)
 
-    def _run(self, run: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
+    def _run(self, run: Callable[[Batch], StepLogits], batch: Batch) -> StepLogits:
         """One forward pass; all ranks see the same batches, so all count the same steps."""
         self._begin_step(batch)
         if not self._is_timing:

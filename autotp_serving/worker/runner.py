@@ -15,6 +15,7 @@ from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.sampler import Sampled, Sampler
+from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
 
 STOP_MESSAGE = b""
 
@@ -24,6 +25,7 @@ class ModelRunner:
 
     Args:
         forward: the way through the model's layers.
+        gatherer: makes what is sampled from of the pass's logits.
         state: what this rank keeps of the running sequences.
         broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
             the host knows every token before it is needed, as with one step in flight.
@@ -32,24 +34,27 @@ class ModelRunner:
     def __init__(
         self,
         forward: Forward,
+        gatherer: LogitsGatherer,
         state: BatchState,
         times: StepTimes,
         broadcast: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.times = times
         self._forward = forward
+        self._gatherer = gatherer
         self._state = state
         self._broadcast = broadcast
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> StepLogits:
         """Run one forward pass; all ranks must do so together.
 
         Returns:
-            Logits [num_logit_rows, vocab_size], in the model's type.
+            What rank 0 samples from; on the others it means nothing.
         """
         started = time.perf_counter()
-        logits = self._forward(self._state.apply(batch, self._forward.find_padded_size(batch)))
+        inputs = self._state.apply(batch, self._forward.find_padded_size(batch))
+        logits = self._gatherer(self._forward(inputs), batch)
         self.times.add_step(time.perf_counter() - started)
         return logits
 
@@ -93,7 +98,7 @@ class LeadRunner:
         self._runner = runner
         self._channel = channel
         self._sampler = sampler
-        self._forwarded: tuple[Batch, torch.Tensor] | None = None
+        self._forwarded: tuple[Batch, StepLogits] | None = None
         self._in_flight: deque[Sampled] = deque()
         self._num_sent = 0
         self.num_blocks = cache.num_blocks

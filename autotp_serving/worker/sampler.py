@@ -16,7 +16,8 @@ from autotp_serving.batch import INVALID_TOKEN, SampleInput, ScoreInput, StepRes
 from autotp_serving.request import TokenLogprobs
 from autotp_serving.worker.logits_processors import LogitsProcessors
 from autotp_serving.worker.logprobs import Fetch, find_logprobs, score_prompts
-from autotp_serving.worker.sampling import sample_tokens
+from autotp_serving.worker.sampling import sample_candidates, sample_tokens
+from autotp_serving.worker.step_logits import StepLogits
 
 
 @dataclass(slots=True)
@@ -62,31 +63,40 @@ class Sampler:
     @torch.inference_mode()
     def sample(
         self,
-        logits: torch.Tensor,
+        logits: StepLogits,
         samples: Sequence[SampleInput],
         scores: Sequence[ScoreInput] = (),
     ) -> Sampled:
         """Begin to choose one token per row, and to score the prompts in the rows after those.
 
         Args:
-            logits: [num_rows, vocab_size], any floating type.
+            logits: of all these rows, whole ones of any floating type.
             samples: sampling inputs of the first rows, in the same order.
             scores: what is known of the other rows.
         """
-        scored = score_prompts(logits[len(samples) :], scores, self._fetch) if scores else []
-        best, token_ids = logits[: len(samples)].max(dim=-1)
-        rows = [row for row, sample in enumerate(samples) if not sample.is_plain]
+        num_samples = len(samples)
+        scored = score_prompts(logits.skip(num_samples), scores, self._fetch) if scores else []
+        best, token_ids = logits.find_best(num_samples)
+        device = token_ids.device
+        ranked = [] if logits.top is None else logits.top.rows
+        if logits.top is not None and ranked:
+            index = torch.tensor(ranked, device=device)
+            picked = [samples[row] for row in ranked]
+            token_ids[index] = sample_candidates(logits.top.values, logits.top.token_ids, picked)
+        done = {*ranked}
+        rows = [row for row, one in enumerate(samples) if not one.is_plain and row not in done]
         if rows:
             picked = [samples[row] for row in rows]
-            index = torch.tensor(rows, device=logits.device)
-            token_ids[index] = self._choose(logits[index].float(), picked)
+            index = torch.tensor(rows, device=device)
+            token_ids[index] = self._choose(logits.select(rows).float(), picked)
         token_ids = token_ids.where(best.isfinite(), INVALID_TOKEN)
         asked = [row for row in rows if samples[row].params.logprobs is not None]
         logprobs = None
         if asked:
-            index = torch.tensor(asked, device=logits.device)
+            index = torch.tensor(asked, device=device)
             num_top = [samples[row].params.logprobs for row in asked]
-            logprobs = find_logprobs(logits[index], token_ids[index], num_top, self._fetch)
+            whole = logits.select(asked)
+            logprobs = find_logprobs(whole, token_ids[index], num_top, self._fetch)
         return Sampled(token_ids, self._fetch(token_ids), asked, logprobs, scored)
 
     def release(self, request_id: str) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from autotp_serving.batch import SampleInput
+from autotp_serving.request import MAX_CANDIDATES
 
 MIN_TEMPERATURE = 1e-6
 
-FEW_CANDIDATES, MANY_CANDIDATES = 64, 1024
+FEW_CANDIDATES, MANY_CANDIDATES = MAX_CANDIDATES, 1024
 """Likeliest tokens that top-k and top-p look at first: sorting a whole vocabulary takes longer than
 a decoding step of a small model. Rows that need more are sorted."""
 
@@ -27,10 +28,7 @@ def sample_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch
         logits: [num_rows, vocab_size] in float32, overwritten.
         samples: num_rows sampling inputs; none of them greedy.
     """
-    # Lower temperatures would vanish in float32 and divide zero by zero.
-    temperature = _column(logits, [max(one.params.temperature, MIN_TEMPERATURE) for one in samples])
-    # The largest logit becomes 0 before the division, which then cannot overflow to +inf - inf.
-    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+    _apply_temperature(logits, samples)
     groups: dict[int, list[int]] = {}
     for row, sample in enumerate(samples):
         groups.setdefault(_num_candidates(sample, logits.shape[-1]), []).append(row)
@@ -44,6 +42,40 @@ def sample_tokens(logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch
         else:
             token_ids[index] = _sample_from_all(part, picked)
     return token_ids
+
+
+def sample_candidates(
+    values: torch.Tensor, token_ids: torch.Tensor, samples: Sequence[SampleInput]
+) -> torch.Tensor:
+    """Sample a token for each row of which the largest logits are known: what `sample_tokens` does.
+
+    Args:
+        values: [num_rows, FEW_CANDIDATES or more] in float32, overwritten: the largest logits.
+        token_ids: [num_rows, as many], theirs.
+        samples: num_rows sampling inputs, with a top_k of at most FEW_CANDIDATES.
+    """
+    _apply_temperature(values, samples)
+    values, token_ids = _sort_candidates(values, token_ids)
+    values, token_ids = values[:, :FEW_CANDIDATES], token_ids[:, :FEW_CANDIDATES]
+    chosen, _ = _sample_in_order(values, values[:, :1], samples)
+    return token_ids.gather(1, chosen[:, None]).squeeze(1)
+
+
+def _apply_temperature(logits: torch.Tensor, samples: Sequence[SampleInput]) -> None:
+    """Divide logits [num_rows, any], the largest of each row among them, in place."""
+    # Lower temperatures would vanish in float32 and divide zero by zero.
+    temperature = _column(logits, [max(one.params.temperature, MIN_TEMPERATURE) for one in samples])
+    # The largest logit becomes 0 before the division, which then cannot overflow to +inf - inf.
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+
+
+def _sort_candidates(
+    values: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely first; of equal logits the first token, as in a stable sort of all."""
+    token_ids, by_token = token_ids.sort(dim=-1)
+    values, by_value = values.gather(1, by_token).sort(dim=-1, descending=True, stable=True)
+    return values, token_ids.gather(1, by_value)
 
 
 def _num_candidates(sample: SampleInput, vocab_size: int) -> int:
@@ -63,11 +95,7 @@ def _sample_ranked(
     logits: torch.Tensor, samples: Sequence[SampleInput], num_candidates: int
 ) -> torch.Tensor:
     """Sample from the most likely tokens, or from all of them in order where those are too few."""
-    values, order = logits.topk(num_candidates, dim=-1)
-    # Of equal logits the first token comes first, as in a stable sort.
-    order, by_token = order.sort(dim=-1)
-    values, by_value = values.gather(1, by_token).sort(dim=-1, descending=True, stable=True)
-    order = order.gather(1, by_value)
+    values, order = _sort_candidates(*logits.topk(num_candidates, dim=-1))
     chosen, is_enough = _sample_in_order(values, logits.logsumexp(-1, keepdim=True), samples)
     token_ids = order.gather(1, chosen[:, None]).squeeze(1)
     # Whether top-k alone is enough is known without asking the device.
@@ -88,7 +116,8 @@ def _sample_in_order(
 
     Args:
         values: [num_rows, num_candidates], descending.
-        total: [num_rows, 1], the logarithm of the sum over the whole vocabulary.
+        total: [num_rows, 1], the logarithm of the sum over the whole vocabulary; read for rows
+            without a top_k among the candidates.
 
     Returns:
         [num_rows] ranks, and [num_rows] whether the candidates hold all that may be sampled.

@@ -22,15 +22,16 @@ from autotp_serving.distributed.collectives import broadcast_tokens, join_collec
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
 from autotp_serving.distributed.store import close_doors
-from autotp_serving.memory.probe import count_blocks, probe_model
+from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
-from autotp_serving.model.families import check_heads, find_max_model_len
+from autotp_serving.model.families import PROVED, check_heads, find_max_model_len
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
+from autotp_serving.worker.step_logits import LogitsGatherer
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     model = load_model(
         config, model_config, group, device.torch_device, all_reduce, checker.check_plan
     )
-    shape, activation_bytes = probe_model(model, config, device, max_model_len)
-    num_blocks = count_blocks(config, shape, activation_bytes, device, group, max_model_len)
+    shape, step_bytes = probe_model(model, config, device, max_model_len)
+    num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)
     cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
@@ -116,7 +117,10 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
-    runner = ModelRunner(forward, state, times, broadcast)
+    head = model.get_output_embeddings()
+    by_candidates = device.is_host and model.config.model_type in PROVED
+    gatherer = LogitsGatherer(head, by_candidates=by_candidates)
+    runner = ModelRunner(forward, gatherer, state, times, broadcast)
     channel = StepChannel(group)
     close_doors(group, is_host=device.is_host)
     lead = None
@@ -128,5 +132,4 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
 
         folder = Path(config.profile)
         StepProfiler(folder, group.rank, device, runner, lead).attach(model)
-    vocab_size = model.get_output_embeddings().vocab_size
-    return Worker(model, cache, runner, lead, channel, max_model_len, vocab_size)
+    return Worker(model, cache, runner, lead, channel, max_model_len, head.vocab_size)

@@ -347,3 +347,18 @@ def test_random_traffic_says_what_each_request_alone_would_say(seed):
         assert output(sequence) == expected
         assert sequence.finish_reason == "abort" or len(expected) == sequence.params.max_tokens
     assert bench.scheduler.blocks.num_held == 0
+
+
+def test_a_batch_says_how_many_logits_each_token_takes():
+    bench = Bench(max_num_batched_tokens=64, max_num_seqs=8)
+    bench.add("greedy", 3, max_tokens=4)
+    step = bench.step()
+    assert (len(step.sampled), step.batch.num_top) == (1, [])
+    bench.add("ranked", 4, temperature=1.0, top_k=20, max_tokens=2)
+    bench.add("any", 5, temperature=1.0, max_tokens=2)
+    bench.add("long", 60, temperature=1.0, top_k=5, max_tokens=2)  # is not sampled yet
+    step = bench.step()
+    wanted = {"greedy": 1, "ranked": 20, "any": 0}
+    assert step.batch.num_top == [wanted[one.request_id] for one in step.sampled]
+    assert {one.request_id for one in step.sampled} == set(wanted)
+    bench.run()

@@ -14,9 +14,8 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices.base import Memory
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.memory.budget import check_budget, check_host_peaks, find_budget, show
-from autotp_serving.memory.footprint import Footprint, count_loaded
-from autotp_serving.memory.meta_planner import find_footprints
-from autotp_serving.memory.planner import find_memory
+from autotp_serving.memory.footprint import Footprint, MemorySetup, count_loaded
+from autotp_serving.memory.planner import find_footprints, find_memory
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.loader import load_model, read_model_config
 from tests.model.checkpoints import save_tiny_llama
@@ -41,22 +40,23 @@ def load(config: ServingConfig) -> torch.nn.Module:
 def test_planned_weights_are_those_loaded(tmp_path: Path, low_bit: str, tied: bool) -> None:
     folder = save_tiny_llama(tmp_path, tie_word_embeddings=tied)
     config = ServingConfig(model_path=str(folder), low_bit=low_bit)
-    (planned,) = find_footprints(config, read_model_config(config), 1, 2048, on_cpu=True)
+    (planned,) = find_footprints(MemorySetup(config, 2048, True), read_model_config(config))
     assert planned.weight_bytes == count_loaded(load(config))
     assert planned.kv_bytes_per_block == 3 * 2 * 4 * 32 * 2 * 16  # layers, k and v, heads, ...
     config = replace(config, kv_cache_dtype="int8")
-    (planned,) = find_footprints(config, read_model_config(config), 1, 2048, on_cpu=True)
+    (planned,) = find_footprints(MemorySetup(config, 2048, True), read_model_config(config))
     assert planned.kv_bytes_per_block == 3 * 2 * 4 * (32 + 4) * 16
 
 
 def test_room_is_what_weights_and_activations_leave() -> None:
     config = ServingConfig(model_path="x", gpu_memory_utilization=0.5, block_size=16)
-    budget = find_budget(FOOTPRINT, config, Memory(32 * GIB, 30 * GIB), False, 2, 1600)
-    assert (budget.usable, budget.blocks, budget.blocks_per_sequence) == (14 * GIB, 7 * 1024, 100)
-    on_cpu = find_budget(FOOTPRINT, config, Memory(32 * GIB, 32 * GIB), True, 2, 1600)
+    setup = MemorySetup(config, 1600, False, 2, 2)
+    budget = find_budget(FOOTPRINT, setup, Memory(32 * GIB, 30 * GIB))
+    assert (budget.usable, budget.blocks, setup.blocks_per_sequence) == (14 * GIB, 7 * 1024, 100)
+    on_cpu = find_budget(FOOTPRINT, replace(setup, on_cpu=True), Memory(32 * GIB, 32 * GIB))
     assert (on_cpu.usable, on_cpu.blocks) == (8 * GIB, 800)
-    sized = replace(config, kv_cache_memory=GIB)
-    on_cpu = find_budget(FOOTPRINT, sized, Memory(32 * GIB, 20 * GIB), True, 2, 1600)
+    sized = replace(setup, on_cpu=True, config=replace(config, kv_cache_memory=GIB))
+    on_cpu = find_budget(FOOTPRINT, sized, Memory(32 * GIB, 20 * GIB))
     assert (on_cpu.usable, on_cpu.blocks) == (10 * GIB, 1024)
 
 
@@ -66,12 +66,13 @@ def test_room_is_what_weights_and_activations_leave() -> None:
 )
 def test_what_cannot_fit_is_refused_with_numbers_and_cure(total: int, cure: str) -> None:
     config = ServingConfig(model_path="x", gpu_memory_utilization=0.9)
-    budget = find_budget(FOOTPRINT, config, Memory(total * GIB, total * GIB), False, 1, 8192)
+    setup = MemorySetup(config, 8192, False)
+    budget = find_budget(FOOTPRINT, setup, Memory(total * GIB, total * GIB))
     with pytest.raises(ConfigError, match=cure) as error:
-        check_budget(FOOTPRINT, budget, config, 1, 8192)
+        check_budget(FOOTPRINT, budget, setup, 1)
     assert "rank 1 needs 7.50 GiB (weights 6.00 GiB, " in str(error.value)
-    fitting = find_budget(FOOTPRINT, config, Memory(9 * GIB, 9 * GIB), False, 1, 8192)
-    check_budget(FOOTPRINT, fitting, config, 1, 8192)
+    fitting = find_budget(FOOTPRINT, setup, Memory(9 * GIB, 9 * GIB))
+    check_budget(FOOTPRINT, fitting, setup, 1)
 
 
 def test_host_memory_is_that_of_all_ranks() -> None:

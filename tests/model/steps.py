@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from autotp_serving.batch import Batch
-from autotp_serving.model.batch_state import BatchState, StepInputs
+from autotp_serving.model.batch_state import BatchState
+from autotp_serving.model.step_inputs import StepInputs
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from autotp_serving.batch import Batch
-from autotp_serving.model.batch_state import NOT_WRITTEN, BatchState, StepInputs
+from autotp_serving.model.batch_state import BatchState
+from autotp_serving.model.step_inputs import NOT_WRITTEN, StepInputs
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import LocalRankGroup
-from autotp_serving.model.batch_state import StepInputs
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import FusedForward, fuse, join_linears
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.model.step_inputs import StepInputs
 from autotp_serving.worker.backend import choose_backend
 from tests.compiler import needs_compiler
 from tests.model.families import COMMON, save_family

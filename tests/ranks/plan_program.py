@@ -15,8 +15,8 @@ from pathlib import Path
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import join_group
-from autotp_serving.memory.footprint import count_loaded
-from autotp_serving.memory.meta_planner import find_footprints
+from autotp_serving.memory.footprint import MemorySetup, count_loaded
+from autotp_serving.memory.planner import find_footprints
 from autotp_serving.model.loader import read_model_config
 from autotp_serving.worker.worker import start_worker
 
@@ -28,9 +28,8 @@ def main() -> None:
     config = ServingConfig(model_path=model_path, **job["settings"])
     group = join_group(os.environ)
     if group.size == 1:
-        planned = find_footprints(
-            config, read_model_config(config), job["num_ranks"], 2048, on_cpu=True
-        )
+        setup = MemorySetup(config, 2048, True, job["num_ranks"], job["num_ranks"])
+        planned = find_footprints(setup, read_model_config(config))
         found = [[item.weight_bytes, item.kv_bytes_per_block] for item in planned]
     else:
         worker = start_worker(config, group)

@@ -21,6 +21,7 @@ from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.request import SamplingParams
 from autotp_serving.worker.logits_processors import TokenCounts
 from autotp_serving.worker.sampler import Sampler
+from autotp_serving.worker.step_logits import StepLogits
 from tests.worker.chi_square import assert_follows
 
 FETCH = CpuDevice(0).fetch
@@ -32,7 +33,7 @@ ANSWER = [5, 9, 9, 9, 12]
 
 
 def sample_tokens(logits: torch.Tensor, samples: list[SampleInput]) -> list[int]:
-    return Sampler(FETCH).sample(logits, samples).token_ids.tolist()
+    return Sampler(FETCH).sample(StepLogits(logits), samples).token_ids.tolist()
 
 
 def make_logits(num_rows: int = 1, seed: int = 3) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_a_released_request_leaves_nothing() -> None:
     sampler = Sampler(FETCH)
     logits = make_logits(3)
     samples = [make_sample(0.5, name, frequency_penalty=1.0, logit_bias={1: 2.0}) for name in "abc"]
-    sampler.sample(logits, samples)
+    sampler.sample(StepLogits(logits), samples)
     processors = sampler._logits_processors
     assert processors._counts.num_requests == len(processors._biases) == 3
     for name in "abcd":

@@ -12,6 +12,7 @@ from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.request import SamplingParams, TokenLogprobs
 from autotp_serving.worker.logprobs import ROWS_AT_ONCE, score_prompts
 from autotp_serving.worker.sampler import Sampler
+from autotp_serving.worker.step_logits import StepLogits
 
 VOCAB_SIZE = 50
 
@@ -45,7 +46,7 @@ def test_sampled_tokens() -> None:
         )
         for row, num_top in enumerate(asked)
     ]
-    result = Sampler(fetch).sample(logits, samples).wait()
+    result = Sampler(fetch).sample(StepLogits(logits), samples).wait()
     for row, num_top in enumerate(asked):
         if num_top is None:
             assert result.logprobs[row] is None
@@ -56,14 +57,15 @@ def test_sampled_tokens() -> None:
 
 
 def test_nobody_asks_nobody_pays() -> None:
-    sampled = Sampler(fetch).sample(make_logits(2), [SampleInput(SamplingParams())] * 2)
+    sampled = Sampler(fetch).sample(StepLogits(make_logits(2)), [SampleInput(SamplingParams())] * 2)
     assert sampled.wait().logprobs == ()
 
 
 def test_a_row_of_nan_is_reported_and_harms_no_other() -> None:
     logits = make_logits(2).float()
     logits[0] = float("nan")
-    result = Sampler(fetch).sample(logits, [SampleInput(SamplingParams(logprobs=2))] * 2).wait()
+    samples = [SampleInput(SamplingParams(logprobs=2))] * 2
+    result = Sampler(fetch).sample(StepLogits(logits), samples).wait()
     assert result.token_ids[0] == [INVALID_TOKEN]
     assert_equals_log_softmax(result.logprobs[1][0], logits[1], 2)
 

@@ -16,6 +16,7 @@ from autotp_serving.step_times import StepTimes
 from autotp_serving.worker import profiler as worker_profiler
 from autotp_serving.worker.profiler import PARTS, PartClock, StepProfiler
 from autotp_serving.worker.runner import ModelRunner
+from autotp_serving.worker.step_logits import StepLogits
 
 
 def make_batch(*query_lens: int) -> Batch:
@@ -67,7 +68,7 @@ def watched(tmp_path):
             return model(torch.zeros(1, 4))
 
     state = SimpleNamespace(apply=lambda batch, padded_size: batch)
-    runner = ModelRunner(SlowForward(), state, times)
+    runner = ModelRunner(SlowForward(), lambda logits, batch: StepLogits(logits), state, times)
     device = CpuDevice(0)
     profiler = StepProfiler(tmp_path / "made", 1, device, runner, None)
     return SimpleNamespace(runner=runner, profiler=profiler, model=model, folder=tmp_path / "made")

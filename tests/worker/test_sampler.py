@@ -20,6 +20,7 @@ from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.request import SamplingParams
 from autotp_serving.worker.sampler import Sampler
 from autotp_serving.worker.sampling import MANY_CANDIDATES
+from autotp_serving.worker.step_logits import StepLogits
 from tests.worker.chi_square import assert_follows
 
 FETCH = CpuDevice(0).fetch
@@ -50,7 +51,7 @@ def make_logits(num_rows: int = 1, seed: int = 3) -> torch.Tensor:
 
 
 def sample_tokens(logits: torch.Tensor, samples: list[SampleInput]) -> list[int]:
-    return Sampler(FETCH).sample(logits, samples).token_ids.tolist()
+    return Sampler(FETCH).sample(StepLogits(logits), samples).token_ids.tolist()
 
 
 def sample_one(logits: torch.Tensor, uniform: float, **params: float) -> int:

@@ -16,6 +16,7 @@ from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 from autotp_serving.request import SamplingParams
 from autotp_serving.structured_output import StructuredOutput
 from autotp_serving.worker.sampler import Sampler
+from autotp_serving.worker.step_logits import StepLogits
 from tests.generated_schemas import check, make_schema
 
 FETCH = CpuDevice(0).fetch
@@ -61,7 +62,7 @@ def test_100_generated_schemas_parse_at_temperature_1(tokenizer: HuggingFaceToke
         for guide in guides.values():
             samples.append(SampleInput(params, rng.random(), allowed=guide.allowed()))
         samples += [SampleInput(params, rng.random())] * NUM_FREE
-        tokens = sampler.sample(logits, samples).token_ids.tolist()[:-NUM_FREE]
+        tokens = sampler.sample(StepLogits(logits), samples).token_ids.tolist()[:-NUM_FREE]
         for number, token in zip(list(guides), tokens, strict=True):
             is_complete = guides[number].accept(token)
             assert guides[number].error is None

@@ -21,8 +21,8 @@ from autotp_serving.devices.build import BuildError, best_isa, build_library, is
 from autotp_serving.kernels.kv_pools import Pools
 
 if TYPE_CHECKING:
-    from autotp_serving.model.batch_state import StepInputs
     from autotp_serving.model.kv_cache import KVCacheShape
+    from autotp_serving.model.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 

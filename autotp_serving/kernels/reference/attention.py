@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from autotp_serving.kernels.kv_pools import Pools
 
 if TYPE_CHECKING:
-    from autotp_serving.model.batch_state import StepInputs
     from autotp_serving.model.kv_cache import KVCacheShape
+    from autotp_serving.model.step_inputs import StepInputs
 
 
 class ReferenceCache:
