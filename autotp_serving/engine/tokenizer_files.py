@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,14 @@ MODEL_SETTINGS = (
     *("continuing_subword_prefix", "end_of_word_suffix", "unk_id"),
 )
 
-CONVERTED_FILES = ("tokenizer.model", "*.tiktoken", "tiktoken.model", "tekken.json", "*.spm")
-"""Vocabularies that transformers converts where there is no tokenizer.json."""
+PLAIN_PROBE = re.sub("<[^>]*>|\\[[^]]*]|▁", "", PROBE)
+"""The same without names of special tokens."""
+
+MODEL_NAME = "tokenizer.model"
+"""A vocabulary that transformers converts where there is no tokenizer.json: sentencepiece's binary
+form, or tiktoken's lines of a token and its rank."""
+
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> LoadedTokenizer:
         special = _find_special(inner)
         path = _find_file(folder)
         if not path.exists():
+            check_conversion(folder, inner)
             logger.info("There is no %s: transformers has converted the tokenizer", FILE_NAME)
         elif type(outer).__module__.startswith("transformers."):
             inner = _take_file(path, outer, inner)
@@ -117,19 +125,52 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _find_cure(folder: Path) -> str:
     """What helps where no tokenizer could be loaded."""
-    if not (folder / FILE_NAME).exists():
-        names = [path.name for one in CONVERTED_FILES for path in sorted(folder.glob(one))]
-        missing = [
-            name for name in ("sentencepiece", "tiktoken") if importlib.util.find_spec(name) is None
-        ]
-        if names and missing:
+    model = folder / MODEL_NAME
+    if not (folder / FILE_NAME).exists() and model.exists():
+        needed = ("tiktoken",) if _is_tiktoken(model) else ("sentencepiece", "protobuf")
+        missing = [name for name in needed if not _is_installed(name)]
+        if missing:
             return (
-                f"without a {FILE_NAME}, {names[0]} is converted, which needs "
+                f"there is no {FILE_NAME}, and to convert {MODEL_NAME} takes "
                 f"{' and '.join(missing)}: pip install {' '.join(missing)}"
             )
     return (
         "download its tokenizer files again, or install the version of transformers that wrote them"
     )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return (
+            importlib.util.find_spec("google.protobuf" if name == "protobuf" else name) is not None
+        )
+    except ModuleNotFoundError:  # of the package that a module would be in
+        return False
+
+
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return TIKTOKEN_LINE.fullmatch(file.readline(4096)) is not None
+
+
+def check_conversion(folder: Path, inner: Any) -> None:
+    """Refuse a conversion of a sentencepiece model that gives other ids than the model itself.
+
+    Raises:
+        ConfigError: naming the file and the cure.
+    """
+    path = folder / MODEL_NAME
+    if not path.exists() or _is_tiktoken(path):
+        return
+    from sentencepiece import SentencePieceProcessor
+
+    expected = SentencePieceProcessor(model_file=str(path)).encode(PLAIN_PROBE)
+    if inner.encode(PLAIN_PROBE, add_special_tokens=False).ids != expected:
+        raise ConfigError(
+            f"{path} cannot be converted: transformers makes a tokenizer of it that gives other "
+            f"token ids. Add the {FILE_NAME} of this model, or name its class (LlamaTokenizer, "
+            "GemmaTokenizer) as tokenizer_class in tokenizer_config.json"
+        )
 
 
 def _take_file(path: Path, outer: Any, inner: Any) -> Any:
