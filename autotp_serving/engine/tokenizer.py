@@ -196,12 +196,14 @@ def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[in
     found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = read_object(path).get("eos_token_id") if path.exists() else None
-        token_ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token_id) is not int for token_id in token_ids):
-            raise ConfigError(
-                f"{path}: eos_token_id is {repr(value)[:60]}, which must be a token id or a list "
-                "of them: download it again"
-            )
-        found.update(token_ids)
+        settings = read_object(path) if path.exists() else {}
+        for part in (settings, settings.get("text_config")):  # of a vision-language model
+            value = part.get("eos_token_id") if isinstance(part, dict) else None
+            token_ids = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(token_id) is not int for token_id in token_ids):
+                raise ConfigError(
+                    f"{path}: eos_token_id is {repr(value)[:60]}, which must be a token id or a "
+                    "list of them: download it again"
+                )
+            found.update(token_ids)
     return frozenset(found)

@@ -79,6 +79,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> LoadedTokenizer:
                 "(save_pretrained of a fast tokenizer writes one)"
             )
         _keep_whole(inner)
+        if outer.chat_template is None:
+            outer.chat_template = _read_processor_template(folder)
         special = _find_special(inner)
         path = _find_file(folder)
         if not path.exists():
@@ -97,6 +99,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> LoadedTokenizer:
             f"{_find_cure(folder)}"
         ) from error
     return LoadedTokenizer(outer, inner, special)
+
+
+def _read_processor_template(folder: Path) -> str | None:
+    """The chat template of a model that also sees: its processor's, not its tokenizer's."""
+    path = folder / "chat_template.json"
+    found = read_object(path).get("chat_template") if path.exists() else None
+    return found if isinstance(found, str) else None
 
 
 def _keep_whole(inner: Any) -> None:
