@@ -90,10 +90,8 @@ def _drop_axes(rope: Any) -> Any:
     if not isinstance(rope, dict):
         return rope
     kept = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
-    for name in ("type", "rope_type"):
-        if kept.get(name) == "mrope":
-            del kept[name]
-    return {"rope_type": "default", **kept} if kept else None
+    kinds = {kept.pop(name, "default") for name in ("type", "rope_type")} - {"mrope", "default"}
+    return {**kept, "rope_type": min(kinds, default="default")}
 
 
 def _list_names(folder: Path) -> set[str]:

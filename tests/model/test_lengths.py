@@ -15,6 +15,7 @@ from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.memory.known_shapes import read_known_config
 from autotp_serving.model.lengths import describe_length, find_length, find_max_model_len
+from autotp_serving.model.loader import read_model_config
 from tests.model.families import COMMON, save_family
 
 SIZES = {
@@ -210,3 +211,18 @@ def test_the_sizes_above_have_heads_of_32() -> None:
     """As many frequencies as the factors of longrope."""
     assert COMMON["head_dim"] // 2 == len(FACTORS["long_factor"])
     assert SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2 == len(FACTORS["long_factor"])
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_yarn_in_a_vision_language_model(is_flat: bool, tmp_path: Path) -> None:
+    """As Qwen2.5-VL's card has it: among the settings of an image's axes."""
+    rope = {"type": "yarn", "mrope_section": [4, 6, 6], "factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    text = SIZES | {"max_position_embeddings": 64, "rope_scaling": rope, "rope_theta": 1e6}
+    wrapper = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 1, "hidden_size": 32}}
+    settings = wrapper | (text if is_flat else {"text_config": text})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = read_model_config(ServingConfig(str(tmp_path)))
+    assert config.model_type == "qwen2" and find_length(config).limit == 256
+    assert config.rope_parameters["rope_theta"] == 1e6
+    assert config.rope_parameters["rope_type"] == "yarn"
