@@ -281,6 +281,12 @@ class ServingConfig:
         parse=str,
         unit="FOLDER",
     )
+    generation_config: str = setting(
+        "auto",
+        "where /v1 has its sampling defaults from; auto: the model's generation_config.json; none: "
+        "temperature 1, and nothing else",
+        choices=("auto", "none"),
+    )
     seed: int = setting(
         0, "seeds the sampling of requests that name no seed of their own", unit="NUMBER"
     )

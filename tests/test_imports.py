@@ -88,6 +88,7 @@ WITHOUT_TORCH = {"base", "engine", "api"}
 HEAVY = {"torch", "transformers", "deepspeed", "triton"}
 LAZY_EXCEPTIONS = {
     "engine/tokenizer.py": {"transformers"},
+    "engine/tokenizer_files.py": {"transformers"},
     "engine/chat_template.py": {"transformers"},
 }
 STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structured_output.py", "batch.py"}

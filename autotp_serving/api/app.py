@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -25,6 +26,7 @@ from autotp_serving.api.openai.routes import openai_routes
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.sampling_defaults import read_sampling_defaults
 from autotp_serving.engine.sandbox import Sandbox
 from autotp_serving.engine.tokenizer import Tokenizer
 
@@ -74,7 +76,8 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    names = ModelNames(config, max_model_len)
+    defaults = read_sampling_defaults(Path(config.model_path), config.generation_config)
+    names = ModelNames(config, max_model_len, defaults)
     app.include_router(native_routes(engine, admission))
     app.include_router(
         openai_routes(engine, admission, names, CompletionParsers(tokenizer, config))

@@ -39,7 +39,8 @@ class SamplingFields(StructuredOutputFields):
         None,
         ge=0.0,
         le=1.0,
-        description="keep tokens at least this times as likely as the most likely; default 0",
+        description="keep tokens at least this times as likely as the most likely; default 0, in "
+        "/v1 the model's",
     )
     min_tokens: int | None = Field(
         None, ge=0, description="tokens to generate before the text may end; default 0"
@@ -60,7 +61,8 @@ class SamplingFields(StructuredOutputFields):
         None,
         ge=0.01,
         le=100.0,
-        description="divides the logits of tokens in prompt and completion; default 1",
+        description="divides the logits of tokens in prompt and completion; default 1, in /v1 "
+        "the model's",
     )
     logit_bias: LogitBias | None = Field(None, description="added to logits, by token id")
     stop_token_ids: list[int] | None = Field(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from autotp_serving.config import ConfigError
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError, describe_error
 from autotp_serving.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
+from autotp_serving.engine.tokenizer_files import load_tokenizer
 from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.request import RequestError
 
@@ -91,31 +92,9 @@ class HuggingFaceTokenizer:
     def __init__(
         self, folder: Path, *, trust_remote_code: bool = False, num_rows: int | None = None
     ) -> None:
-        from transformers import AutoTokenizer
-
         check_model_folder(folder)
-        try:
-            self._outer: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the Rust library panics, past every Exception
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"no tokenizer can be loaded from '{folder}' ({type(error).__name__}: {reason}): "
-                "download its tokenizer files again, or install the version of transformers that "
-                "wrote them"
-            ) from error
-        self._inner: Any = getattr(self._outer, "backend_tokenizer", None)
-        if self._inner is None:
-            raise ConfigError(
-                f"the tokenizer of '{folder}' has no fast implementation: add a tokenizer.json "
-                "(save_pretrained of a fast tokenizer writes one)"
-            )
-        # What a file asks for here is meant for training: prompts would be cut or filled up.
-        self._inner.no_truncation()
-        self._inner.no_padding()
+        loaded = load_tokenizer(folder, trust_remote_code)
+        self._outer, self._inner = loaded.outer, loaded.inner
         # Not how many there are: ids may have gaps.
         num_ids = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = num_ids if num_rows is None else min(num_ids, num_rows)
@@ -142,12 +121,9 @@ class HuggingFaceTokenizer:
         added = self._inner.get_added_tokens_decoder()
         self.special_token_ids = frozenset(
             number
-            for number, one in added.items()
-            if one.special and one.content not in TAGS_OF_TEXT and number < self.vocab_size
+            for number in loaded.special_token_ids
+            if number < self.vocab_size and added[number].content not in TAGS_OF_TEXT
         )
-        self._added: dict[int, bytes] = {
-            number: one.content.encode() for number, one in added.items()
-        }
         self._is_byte_level = '"ByteLevel"' in json.dumps(
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
         )
@@ -204,8 +180,6 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Tokenizer."""
-        if token_id in self._added:
-            return self._added[token_id]
         piece = self._inner.id_to_token(token_id)
         if piece is None:
             return b""
@@ -222,12 +196,14 @@ def _find_eos_token_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[in
     found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = read_object(path).get("eos_token_id") if path.exists() else None
-        token_ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token_id) is not int for token_id in token_ids):
-            raise ConfigError(
-                f"{path}: eos_token_id is {repr(value)[:60]}, which must be a token id or a list "
-                "of them: download it again"
-            )
-        found.update(token_ids)
+        settings = read_object(path) if path.exists() else {}
+        for part in (settings, settings.get("text_config")):  # of a vision-language model
+            value = part.get("eos_token_id") if isinstance(part, dict) else None
+            token_ids = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(token_id) is not int for token_id in token_ids):
+                raise ConfigError(
+                    f"{path}: eos_token_id is {repr(value)[:60]}, which must be a token id or a "
+                    "list of them: download it again"
+                )
+            found.update(token_ids)
     return frozenset(found)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.engine.tool_grammar import LLAMA_TAG
+
+MARK = "\x02"
+"""A character that begins no token with what follows it, and after which no blank is put."""
+
+MAX_MATCH_LEN = 64
+"""Bytes of the longest tokens that a text is matched with where the tokenizer is of no help."""
 
 
 class Vocabulary:
@@ -26,23 +33,25 @@ class Vocabulary:
         tokens: list[bytes],
         special_token_ids: list[int],
         eos_token_ids: list[int],
-        encode: Any = None,
+        encode: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.bos_token_id = None
         self.tokens = tokens
         self.special_token_ids = special_token_ids
         self.eos_token_ids = eos_token_ids
         self.eos_token_id = min(eos_token_ids)
-        self._encode = encode or self._match_longest
-        self._ids = {} if encode else {text: token for token, text in enumerate(tokens)}
-        self._longest = max(map(len, tokens))
+        self._encode = encode
+        no_text = {*special_token_ids, *eos_token_ids}
+        self._ids = {text: token for token, text in enumerate(tokens) if token not in no_text}
+        self._longest = min(MAX_MATCH_LEN, max(map(len, tokens)))
         self._lock = threading.Lock()
         self._loaded: Any = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         """That of a tokenizer."""
-        return cls(**list_vocabulary(tokenizer), encode=partial(_encode_plain, tokenizer))
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        return cls(**list_vocabulary(tokenizer), encode=encode)
 
     @property
     def has_llama_tag(self) -> bool:
@@ -50,11 +59,29 @@ class Vocabulary:
         return LLAMA_TAG.encode() in (self.tokens[token] for token in self.special_token_ids)
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """Tokens whose bytes are exactly those of a text that stands inside another.
 
-    def _match_longest(self, text: str) -> list[int]:
-        """A text in the longest tokens that there are; bytes that no token has are left out."""
+        The tokenizer itself may put a blank before the text, or write it in other characters.
+        """
         data = text.encode()
+        for token_ids in self._encode_inside(text):
+            known = all(token < len(self.tokens) for token in token_ids)
+            if known and b"".join(self.tokens[token] for token in token_ids) == data:
+                return token_ids
+        return self._match_longest(data)
+
+    def _encode_inside(self, text: str) -> Iterator[list[int]]:
+        """What the tokenizer makes of a text: at the beginning of a line, and after a mark."""
+        if self._encode is None:
+            return
+        yield self._encode(text)
+        mark = self._encode(MARK)
+        marked = self._encode(MARK + text)
+        if marked[: len(mark)] == mark:
+            yield marked[len(mark) :]
+
+    def _match_longest(self, data: bytes) -> list[int]:
+        """A text in the longest tokens that there are; bytes that no token has are left out."""
         token_ids = []
         start = 0
         while start < len(data):
@@ -80,26 +107,6 @@ class Vocabulary:
                     eos_token=self.eos_token_ids,
                 )
             return self._loaded
-
-
-def _encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text's tokens. Those that the model does not have are spelled, byte by byte."""
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if max(tokens, default=0) < tokenizer.vocab_size:
-        return tokens
-    byte_tokens = {
-        piece[0]: token
-        for token in range(tokenizer.vocab_size)
-        if len(piece := tokenizer.token_bytes(token)) == 1
-    }
-    spelled: list[int] = []
-    for token in tokens:
-        if token < tokenizer.vocab_size:
-            spelled.append(token)
-        else:
-            known = map(byte_tokens.get, tokenizer.token_bytes(token))
-            spelled.extend(one for one in known if one is not None)
-    return spelled
 
 
 def list_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from autotp_serving.memory.budget import (
 from autotp_serving.memory.footprint import Footprint, MemorySetup, find_footprint
 from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
 from autotp_serving.memory.plan_table import format_plan
-from autotp_serving.model.families import adapt_rope, check_heads, find_max_model_len
+from autotp_serving.model.families import adapt_rope, check_heads
+from autotp_serving.model.lengths import find_max_model_len
 from autotp_serving.model.shapes import find_dtype_name
 from autotp_serving.model_folder import check_model_folder
 

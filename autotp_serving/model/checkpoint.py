@@ -164,6 +164,10 @@ class Checkpoint:
         if source in self._formats:
             self._formats[name] = self._formats[source]
 
+    def hide(self, names: set[str]) -> None:
+        """Let these tensors be named no more."""
+        self._hidden |= names
+
     def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
         """Copy the rows and columns of a converted weight into host memory.
 

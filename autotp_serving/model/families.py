@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.config import ConfigError
 from autotp_serving.distributed.launch import GroupFailure, LaunchError
 from autotp_serving.low_bit.formats import LowBitError
 
@@ -35,12 +35,6 @@ PROVED = (
 
 COLUMN_NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_NAMES = ("o_proj", "down_proj")
-
-LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
-
-# Rotary embeddings that depend on how long a sequence is, beyond the length of their training:
-# they cannot differ between the sequences of one batch.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 # What transformers 4 reads from `rope_scaling` as transformers 5 does from `rope_parameters`.
 ROPE_SETTINGS = (
@@ -220,42 +214,3 @@ def adapt_rope(model_config: Any) -> None:
         )
     model_config.rope_theta = theta
     model_config.rope_scaling = None if scaling.get("rope_type") == "default" else scaling
-
-
-def find_length_limit(model_config: Any) -> int:
-    """Most tokens that a sequence may have."""
-    config = model_config.get_text_config()
-    limit = next(filter(None, (getattr(config, name, None) for name in LENGTH_NAMES)), None)
-    if limit is None:
-        raise ConfigError(
-            f"the family '{model_config.model_type}' cannot be served: its config.json names no "
-            "longest sequence (max_position_embeddings)"
-        )
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT_ROPE:
-        trained = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if trained is not None and (type(trained) is not int or trained < 1):
-            raise ConfigError(
-                f"config.json: original_max_position_embeddings is {trained!r:.40}: "
-                "download the checkpoint again"
-            )
-        return min(limit, trained or limit)
-    return limit
-
-
-def find_max_model_len(config: ServingConfig, model_config: Any) -> int:
-    """The asked length, or the model's own limit.
-
-    Raises:
-        ConfigError: more is asked than the model was made for.
-    """
-    limit = find_length_limit(model_config)
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ConfigError(
-            f"--max-model-len {config.max_model_len} is over the model's own limit of {limit}"
-        )
-    return config.max_model_len

@@ -34,6 +34,7 @@ from autotp_serving.model.families import adapt_rope, check_family, refuse_by_na
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
+from autotp_serving.model.vision_language import hide_vision_tensors, take_language_model
 from autotp_serving.model_folder import check_model_folder, read_object
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def read_model_config(config: ServingConfig) -> Any:
         raise ConfigError(
             f"{folder / 'config.json'} cannot be used ({type(error).__name__}): {reason[:300]}"
         ) from error
+    found = take_language_model(found, folder)
     adapt_rope(found)
     check_family(found)
     check_loaded_sizes(found)
@@ -98,6 +100,7 @@ def load_model(
         model_config, find_dtype(config), group, all_reduce, config.trust_remote_code
     )
     with refuse_by_name(model_config):
+        hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)
         match_tensor_names(model, checkpoint)
         shards = find_shards(model, checkpoint, group)
         check(model, checkpoint, low_bit)

@@ -13,7 +13,8 @@ from torch import nn
 from autotp_serving.layers.unfuse import FusedOutput
 from autotp_serving.model.checkpoint import Checkpoint
 
-# Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks.
+# Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks. The
+# last three are those inside a vision-language model.
 RENAMED = (
     (r"^lm_head\.", "embed_out."),
     (r"^embed_out\.", "lm_head."),
@@ -21,6 +22,9 @@ RENAMED = (
     (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
     (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
     (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    (r"^model\.", "language_model.model."),
+    (r"^model\.", "model.language_model."),
+    (r"^lm_head\.", "language_model.lm_head."),
 )
 
 

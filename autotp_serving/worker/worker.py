@@ -25,8 +25,9 @@ from autotp_serving.distributed.store import close_doors
 from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
-from autotp_serving.model.families import PROVED, check_heads, find_max_model_len
+from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
@@ -101,6 +102,10 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     model = load_model(
         config, model_config, group, device.torch_device, all_reduce, checker.check_plan
     )
+    fix_rotary(model, max_model_len)
+    note = describe_length(model_config, max_model_len)
+    if note and group.rank == 0:
+        logger.info(note)
     shape, step_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)

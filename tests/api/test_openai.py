@@ -272,6 +272,17 @@ def test_refused_messages(messages: Any, param: str) -> None:
     assert reply.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "video_url", "input_audio", "file"])
+def test_a_part_that_is_no_text_is_refused_in_one_sentence(kind: str) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:,"}}]
+    error = post("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}).json()
+    assert error["error"]["param"] == "messages.0.content"
+    assert error["error"]["message"] == (
+        f"messages.0.content: part 1 is of type {kind}, and this server reads text alone, whatever "
+        "the model could do: leave it out"
+    )
+
+
 def test_length_of_both_names() -> None:
     both = CHAT | {"max_tokens": 5, "max_completion_tokens": 6}
     reply = post("/v1/chat/completions", both)

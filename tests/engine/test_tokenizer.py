@@ -111,3 +111,18 @@ def test_templates_are_chosen_by_name() -> None:
     assert template.render(messages, options | {"tools": [{"type": "function"}]}) == "tools"
     with pytest.raises(ChatTemplateError, match="none of them"):
         ChatTemplate({"other": "a"}, {}).render(messages, options)
+
+
+def test_the_files_of_a_model_that_also_sees(folder: Path) -> None:
+    """Its template may be the processor's, its end token that of its text part."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = None
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    change(folder / "config.json", text_config={"eos_token_id": 5}, eos_token_id=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "seen"}))
+    tokenizer = HuggingFaceTokenizer(folder)
+    assert tokenizer.chat_template == "seen" and 5 in tokenizer.eos_token_ids
+    options = {"add_generation_prompt": True}
+    assert tokenizer.render_chat([{"role": "user", "content": "hi"}], options) == "seen"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": 5}))
+    assert HuggingFaceTokenizer(folder).chat_template == ""

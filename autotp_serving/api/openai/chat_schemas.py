@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from autotp_serving.api.openai.schemas import LABEL, OpenAIRequest
 from autotp_serving.api.openai.tool_schemas import (
@@ -24,6 +24,25 @@ MAX_MESSAGES = 2**14
 MAX_LABELS = 1024
 
 
+MEDIA = (
+    *("image_url", "image", "input_image", "image_pil", "image_embeds", "video_url", "video"),
+    *("input_audio", "audio_url", "audio", "file", "input_file"),
+)
+"""Types of parts that other servers and models read."""
+
+
+def _refuse_media(content: Any) -> Any:
+    """One sentence about a picture or sound, instead of all that it is not."""
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind in MEDIA:
+            raise ValueError(
+                f"part {number} is of type {kind}, and this server reads text alone, whatever the "
+                "model could do: leave it out"
+            )
+    return content
+
+
 class TextPart(StrictModel):
     """A piece of a message's content; images and audio are refused."""
 
@@ -37,7 +56,10 @@ class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="who says it; developer is another word for system"
     )
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+    content: Annotated[
+        Text | Annotated[list[TextPart], Field(fail_fast=True)] | None,
+        BeforeValidator(_refuse_media),
+    ] = Field(
         None, description="what is said, parts joined by lines; may be null beside tool_calls only"
     )
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(

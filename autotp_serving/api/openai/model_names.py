@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import asdict
 from typing import Any
 
 from autotp_serving import __version__
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.openai.schemas import OpenAIRequest
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.sampling_defaults import SamplingDefaults
 
 
 class ModelNames:
-    """The names under which the one model is served."""
+    """The names under which the one model is served.
 
-    def __init__(self, config: ServingConfig, max_model_len: int) -> None:
+    Attributes:
+        names: the preferred one first.
+        sampling_defaults: of requests that leave a field out.
+        fingerprint: of the program, the model and its formats.
+    """
+
+    def __init__(
+        self, config: ServingConfig, max_model_len: int, sampling_defaults: SamplingDefaults
+    ) -> None:
         self.names = config.model_names
         # As vLLM's clients call a model that was given no other name; shown to nobody.
         self._path = None if config.served_model_name else config.model_path.rstrip("/")
         self._max_model_len = max_model_len
+        self.sampling_defaults = sampling_defaults
         self._created = int(time.time())
         setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
         self.fingerprint = f"fp_{hashlib.sha256(setup.encode()).hexdigest()[:12]}"
@@ -45,6 +56,7 @@ class ModelNames:
             "created": self._created,
             "owned_by": "autotp-serving",
             "max_model_len": self._max_model_len,
+            "sampling_defaults": asdict(self.sampling_defaults),
         }
 
     def head(self, body: OpenAIRequest, request_id: str, prefix: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class OpenAIRoutes:
             max_tokens = body.max_new_tokens(admission.num_tokens_left(token_ids))
             requests += admission.admit(
                 token_ids,
-                _make_choices(body, max_tokens, wanted),
+                self._make_choices(body, max_tokens, wanted),
                 record,
                 first_choice=len(requests),
                 grammar=grammar,
@@ -130,7 +130,7 @@ class OpenAIRoutes:
         max_tokens = body.max_new_tokens(admission.num_tokens_left(token_ids))
         requests = admission.admit(
             token_ids,
-            _make_choices(body, max_tokens, wanted),
+            self._make_choices(body, max_tokens, wanted),
             record,
             prompt_field="messages",
             length_field="max_tokens" if body.max_tokens else "max_completion_tokens",
@@ -179,11 +179,14 @@ class OpenAIRoutes:
     def _text_of(self, prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self._admission.tokenizer.decode(prompt)
 
-
-def _make_choices(
-    body: OpenAIRequest, max_tokens: int, wanted: tuple[str, StructuredOutput] | None
-) -> list[SamplingParams]:
-    """How to sample each completion to one prompt."""
-    structured_output = wanted and wanted[1]
-    choices = range(body.num_sampled)
-    return [body.sampling_params(max_tokens, choice, structured_output) for choice in choices]
+    def _make_choices(
+        self, body: OpenAIRequest, max_tokens: int, wanted: tuple[str, StructuredOutput] | None
+    ) -> list[SamplingParams]:
+        """How to sample each completion to one prompt."""
+        structured_output = wanted and wanted[1]
+        defaults = self._names.sampling_defaults
+        choices = range(body.num_sampled)
+        return [
+            body.sampling_params(max_tokens, choice, structured_output, defaults)
+            for choice in choices
+        ]

@@ -21,6 +21,7 @@ from autotp_serving.api.schemas import (
     check_unicode,
     only,
 )
+from autotp_serving.engine.sampling_defaults import SamplingDefaults
 from autotp_serving.request import MAX_LOGPROBS, RequestError, SamplingParams
 from autotp_serving.structured_output import StructuredOutput
 
@@ -86,13 +87,21 @@ class OpenAIRequest(SamplingFields):
     stream: bool | None = Field(None, description="answer in server-sent events")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
     temperature: float | None = Field(
-        None, ge=0.0, le=100.0, description="what logits are divided by; 0 is greedy; default 1"
+        None,
+        ge=0.0,
+        le=100.0,
+        description="what logits are divided by; 0 is greedy; default: the model's, or 1",
     )
     top_p: float | None = Field(
-        None, gt=0.0, le=1.0, description="keep the most likely tokens of this share; default 1"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="keep the most likely tokens of this share; default: the model's, or 1",
     )
     top_k: int | None = Field(
-        None, ge=-1, description="keep so many most likely tokens; 0 or -1 keeps all; default 0"
+        None,
+        ge=-1,
+        description="keep so many most likely tokens; 0 or -1: all; default: the model's, or 0",
     )
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
@@ -139,16 +148,27 @@ class OpenAIRequest(SamplingFields):
         raise NotImplementedError
 
     def sampling_params(
-        self, max_tokens: int, choice: int, structured_output: StructuredOutput | None
+        self,
+        max_tokens: int,
+        choice: int,
+        structured_output: StructuredOutput | None,
+        defaults: SamplingDefaults,
     ) -> SamplingParams:
-        """The same in the engine's words, for one of the completions to a prompt."""
+        """The same in the engine's words, for one of the completions to a prompt.
+
+        Args:
+            defaults: of fields that the body leaves out.
+        """
+        shared = self.shared_params(max_tokens, structured_output)
+        shared.setdefault("min_p", defaults.min_p)
+        shared.setdefault("repetition_penalty", defaults.repetition_penalty)
         return SamplingParams(
-            **self.shared_params(max_tokens, structured_output),
+            **shared,
             **self.logprob_params(),
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(0, self.top_k or 0),
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+            top_k=defaults.top_k if self.top_k is None else max(0, self.top_k),
             # Each completion samples with its own numbers, the same ones at each call.
             seed=None if self.seed is None else self.seed + choice,
             stop=as_tuple(self.stop),
