@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -140,17 +140,13 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         """Refuse what only looks like a number or a text, and keep copies that nobody changes."""
-        for name in ("max_tokens", "top_k", "min_tokens"):
-            _check_type(name, getattr(self, name), Integral)
-        for name in ("seed", "logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_type(name, getattr(self, name), Integral)
-        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty",
-                     "repetition_penalty"):  # fmt: skip
-            _check_type(name, getattr(self, name), Real)
-        for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(name, "must be true or false")
+        kinds: dict[Any, type] = {"int": Integral, "int | None": Integral, "float": Real}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.type == "bool" and not isinstance(value, bool):
+                raise RequestError(one.name, "must be true or false")
+            if one.type in kinds and not (value is None and one.default is None):
+                _check_type(one.name, value, kinds[one.type])
         for name, kind in (("stop", str), ("stop_token_ids", Integral)):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list, set, frozenset)):

@@ -105,7 +105,7 @@ def make_contexts(shape: Shape, num_seqs: int, context_len: int, device: str) ->
     if shape.is_int8:
         tensors += [torch.empty(size[:2], dtype=torch.float32, device=device) for _ in range(2)]
     pools = Pools(*tensors)
-    for start in range(0, num_slots if device != "cpu" else 0, 2**15):
+    for start in range(0, 0 if pools.keys.is_cpu else num_slots, 2**15):
         slots = torch.arange(start, min(start + 2**15, num_slots), device=device)
         rows = torch.randn((2, len(slots), *size[1:]), dtype=torch.bfloat16, device=device)
         store(rows[0], rows[1], slots, pools)

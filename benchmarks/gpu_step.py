@@ -29,6 +29,7 @@ import torch
 from autotp_serving import LLM, SamplingParams
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
+from autotp_serving.devices import open_device
 from autotp_serving.distributed.launch import join_group
 from autotp_serving.model import loader
 from autotp_serving.model.dummy import WEIGHT_STD, DummyCheckpoint
@@ -116,7 +117,7 @@ def measure(config: ServingConfig, options: argparse.Namespace) -> None:
     running = start_worker(config, group)
     torch.cuda.synchronize()
     loaded = time.perf_counter() - started
-    hardware = measure_hardware(group, "cuda", torch.device("cuda"))
+    hardware = measure_hardware(group, open_device("cuda", 0))
     costs = find_costs(config)
     print(
         f"{config.low_bit}: started in {loaded:.1f} s; {hardware.describe()}; "

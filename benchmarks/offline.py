@@ -99,7 +99,7 @@ def measure_bounds(config: ServingConfig) -> tuple[Bounds | None, Hardware]:
     """All ranks: measure the machine. Bounds on rank 0, None on the others."""
     group = join_group(os.environ)
     device = open_device(config.device, group.local_rank)
-    hardware = measure_hardware(group, device.kind, device.torch_device)
+    hardware = measure_hardware(group, device)
     if group.rank:
         return None, hardware
     low_bit = config.low_bit not in ("bf16", "fp16")

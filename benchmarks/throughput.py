@@ -253,11 +253,11 @@ def run_hf(config: ServingConfig, options: argparse.Namespace, jobs: list[Job]) 
 
     from autotp_serving.devices import open_device
 
-    device = open_device(config.device, 0).torch_device
+    device = open_device(config.device, 0)
     model = AutoModelForCausalLM.from_pretrained(
         config.model_path, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
     )
-    model = model.to(device).eval()
+    model = model.to(device.torch_device).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
@@ -270,9 +270,11 @@ def run_hf(config: ServingConfig, options: argparse.Namespace, jobs: list[Job]) 
             mask[row, width - len(job.prompt) :] = 1
         with torch.inference_mode():
             model.generate(
-                ids.to(device), attention_mask=mask.to(device), max_new_tokens=num_tokens,
+                ids.to(device.torch_device),
+                attention_mask=mask.to(device.torch_device),
+                max_new_tokens=num_tokens,
                 do_sample=False,
-            )  # fmt: skip
+            )
 
     size = options.hf_max_batch_size
     generate(jobs[:1], 2)
@@ -280,8 +282,7 @@ def run_hf(config: ServingConfig, options: argparse.Namespace, jobs: list[Job]) 
     for start in range(0, len(jobs), size):
         batch = jobs[start : start + size]
         generate(batch, max(job.output_len for job in batch))
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    device.synchronize()
     return time.perf_counter() - started
 
 

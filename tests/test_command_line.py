@@ -54,7 +54,7 @@ def test_help_can_be_printed(capsys):
     assert "--max-num-seqs SEQUENCES, --max-num-seq SEQUENCES" in capsys.readouterr().out
 
 
-def test_the_seed_pages_spellings_mean_the_same():
+def test_the_guides_spellings_mean_the_same():
     config = parse("--max-num-seq", "5", "--max-num-batched-token", "77")
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (5, 77)
 

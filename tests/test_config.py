@@ -13,7 +13,7 @@ from autotp_serving.config import ConfigError, ServingConfig, parse_bytes
 MODEL = ["--repo-id-or-model-path", "folder/model"]
 
 
-def test_defaults_are_those_of_the_seed_page() -> None:
+def test_defaults_are_those_of_the_guide() -> None:
     config = parse_args(MODEL)
     assert config == ServingConfig(model_path="folder/model")
     assert (config.port, config.max_num_seqs, config.max_num_batched_tokens) == (8000, 8, 4096)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from autotp_serving.api.metrics import PREFIX, Latencies, render
-from autotp_serving.engine import EngineStats
 from autotp_serving.step_times import RankTimes
+from tests.api.service import build_service
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kinds() -> dict[str, str]:
     """Kind of every metric that the server has, by name without prefix."""
-    stats = EngineStats(*[0] * 2, 1, *[0] * 7, {"stop": 0}, 0.0)
+    stats = build_service().engine.engine.stats()
     text = render(stats, Latencies(), {"queue_full": 0}, [RankTimes()], "m")
     return dict(re.findall(rf"^# TYPE {PREFIX}(\S+) (\S+)$", text, re.MULTILINE))
 

@@ -83,15 +83,9 @@ class SamplingFields(StructuredOutputFields):
         """
         if self.min_tokens and self.min_tokens > max_tokens:
             raise RequestError("min_tokens", f"is over the {max_tokens} tokens to generate at most")
-        given: dict[str, Any] = {
-            "min_p": self.min_p,
-            "min_tokens": self.min_tokens,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias and {int(k): v for k, v in self.logit_bias.items()},
-            "stop_token_ids": self.stop_token_ids and tuple(self.stop_token_ids),
-            "skip_special_tokens": self.skip_special_tokens,
-            "structured_output": structured_output,
-        }
+        names = SamplingFields.model_fields.keys() - StructuredOutputFields.model_fields.keys()
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        given["structured_output"] = structured_output
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return {name: value for name, value in given.items() if value is not None}

@@ -43,7 +43,7 @@ def run_curl(live: LiveServer, command: str) -> str:
     ).stdout
 
 
-def test_console_shows_the_seed_pages_lines(live: LiveServer) -> None:
+def test_console_shows_the_guides_lines(live: LiveServer) -> None:
     expected = [
         r"INFO:     Started server process \[\d+\]",
         r"INFO:     Waiting for application startup\.",
@@ -54,7 +54,7 @@ def test_console_shows_the_seed_pages_lines(live: LiveServer) -> None:
         assert re.fullmatch(pattern, line), line
 
 
-def test_seed_page_curl_generate(live: LiveServer) -> None:
+def test_guide_curl_generate(live: LiveServer) -> None:
     assert json.loads(run_curl(live, SEED_CURL.format(route="generate"))) == {
         "index": 0,
         "message": {"role": "assistant", "content": "a branch of computer science"},
@@ -62,7 +62,7 @@ def test_seed_page_curl_generate(live: LiveServer) -> None:
     }
 
 
-def test_seed_page_curl_generate_stream(live: LiveServer) -> None:
+def test_guide_curl_generate_stream(live: LiveServer) -> None:
     output = run_curl(live, SEED_CURL.format(route="generate_stream"))
     first, *_, last = output.splitlines()
     assert first == (
@@ -91,7 +91,7 @@ def test_lines_arrive_while_tokens_are_made(start_server: Callable[..., LiveServ
 
 
 @pytest.mark.parametrize("route", ["generate", "generate_stream"])
-def test_a_client_that_leaves_frees_its_pages(live: LiveServer, route: str) -> None:
+def test_a_client_that_leaves_frees_its_blocks(live: LiveServer, route: str) -> None:
     body = {"prompt": "hello " * 20, "n_predict": 3000, "ignore_eos": True}
     with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as sock:
         data = json.dumps(body).encode()

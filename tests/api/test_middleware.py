@@ -231,7 +231,7 @@ def test_calm_key_is_served_within_a_turn_of_the_flood():
 # Deadlines
 
 
-def test_a_late_answer_is_504_and_frees_its_pages():
+def test_a_late_answer_is_504_and_frees_its_blocks():
     async def go(http: httpx.AsyncClient, service: Service) -> None:
         for path, body in (
             ("/generate", LONG),

@@ -42,7 +42,7 @@ def expected(prompt: str, num_tokens: int) -> str:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/"])
-def test_generate_has_the_seed_pages_shape(path: str) -> None:
+def test_generate_has_the_guides_shape(path: str) -> None:
     reply = post(path, {"prompt": "What is AI?", "n_predict": 64})
     assert reply.status_code == 200
     assert reply.json() == {
@@ -64,7 +64,7 @@ def test_generate_predicts_32_tokens_by_default() -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate_stream", "/generate_stream/"])
-def test_stream_has_the_seed_pages_lines(path: str) -> None:
+def test_stream_has_the_guides_lines(path: str) -> None:
     reply = post(path, {"prompt": "What is AI?", "n_predict": 3})
     assert reply.headers["content-type"] == "application/x-ndjson"
     assert reply.text == (

@@ -214,7 +214,7 @@ def test_async_and_many_at_once(async_client: openai.AsyncOpenAI) -> None:
     assert asyncio.run(go()) == [ANSWER] * 24
 
 
-def test_closing_a_stream_frees_its_pages(client: openai.OpenAI, live: LiveServer) -> None:
+def test_closing_a_stream_frees_its_blocks(client: openai.OpenAI, live: LiveServer) -> None:
     stream = client.completions.create(
         model=MODEL, prompt="x", max_tokens=3000, n=3, stream=True, extra_body={"ignore_eos": True}
     )

@@ -276,7 +276,7 @@ def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(llm: Any) -> Non
     assert not llm._engine.has_work and llm._engine.stats().num_held_blocks == 0
 
 
-def test_a_prompt_that_fills_the_cache_to_its_last_page_is_answered_and_a_longer_one_refused() -> (
+def test_a_prompt_that_fills_the_cache_to_its_last_block_is_answered_and_a_longer_one_refused() -> (
     None
 ):
     """One that only wants its own logprobs needs room for its last token as well."""

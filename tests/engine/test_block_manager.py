@@ -24,12 +24,12 @@ def fill(blocks: BlockManager, tokens: list[int]) -> list[int]:
     return table
 
 
-def test_grow_takes_pages_only_at_page_borders_and_all_or_nothing():
+def test_grow_takes_blocks_only_at_block_borders_and_all_or_nothing():
     blocks = BlockManager(3, BLOCK_SIZE)
     table: list[int] = []
-    for num_tokens, num_pages in ((1, 1), (4, 1), (5, 2), (12, 3)):
+    for num_tokens, num_blocks in ((1, 1), (4, 1), (5, 2), (12, 3)):
         assert blocks.grow(table, num_tokens)
-        assert len(table) == num_pages
+        assert len(table) == num_blocks
     other: list[int] = []
     assert not blocks.grow(table, 13)
     assert not blocks.grow(other, 1)
@@ -48,7 +48,7 @@ def test_reuse_never_covers_the_whole_prompt():
     assert blocks.match([0]) == []
 
 
-def test_a_page_is_found_only_under_the_same_beginning():
+def test_a_block_is_found_only_under_the_same_beginning():
     blocks = BlockManager(8, BLOCK_SIZE)
     first = fill(blocks, [1, 1, 1, 1, 7, 7, 7, 7, 0])
     second = fill(blocks, [2, 2, 2, 2, 7, 7, 7, 7, 0])
@@ -57,7 +57,7 @@ def test_a_page_is_found_only_under_the_same_beginning():
     assert blocks.match([7, 7, 7, 7, 0]) == []
 
 
-def test_unregistered_pages_are_not_found():
+def test_unregistered_blocks_are_not_found():
     blocks = BlockManager(8, BLOCK_SIZE)
     table: list[int] = []
     blocks.grow(table, 9)
@@ -67,7 +67,7 @@ def test_unregistered_pages_are_not_found():
     blocks.check_integrity([])
 
 
-def test_equal_pages_registered_twice_become_one():
+def test_equal_blocks_registered_twice_become_one():
     """Two equal prompts in one step cannot see each other's blocks, but share them afterwards."""
     blocks = BlockManager(8, BLOCK_SIZE)
     tables: list[list[int]] = [[], []]
@@ -118,7 +118,7 @@ def test_oldest_content_goes_first_and_its_end_before_its_beginning():
     blocks.check_integrity([held])
 
 
-def test_pages_in_use_are_never_taken():
+def test_blocks_in_use_are_never_taken():
     blocks = BlockManager(3, BLOCK_SIZE)
     table = fill(blocks, list(range(9)))
     shared: list[int] = []
@@ -129,7 +129,7 @@ def test_pages_in_use_are_never_taken():
     blocks.check_integrity([shared])
 
 
-def test_num_needed_counts_cached_pages_but_not_shared_ones():
+def test_num_needed_counts_cached_blocks_but_not_shared_ones():
     blocks = BlockManager(4, BLOCK_SIZE)
     table = fill(blocks, list(range(9)))
     matched = blocks.match(list(range(9)))
@@ -138,7 +138,7 @@ def test_num_needed_counts_cached_pages_but_not_shared_ones():
     assert blocks.num_needed(9, matched) == 3
 
 
-def test_forgotten_pages_are_not_found_even_if_someone_holds_them():
+def test_forgotten_blocks_are_not_found_even_if_someone_holds_them():
     """After NaN logits the blocks are suspect; blocks that follow them must not be found either."""
     blocks = BlockManager(8, BLOCK_SIZE)
     tokens = list(range(13))
@@ -180,7 +180,7 @@ def test_registering_out_of_order_is_caught():
         blocks.register(table, 1, [0] * BLOCK_SIZE)
 
 
-def test_audit_sees_a_lost_page():
+def test_audit_sees_a_lost_block():
     blocks = BlockManager(2, BLOCK_SIZE)
     blocks.grow([], 1)
     with pytest.raises(AssertionError, match="holder counts"):

@@ -261,7 +261,7 @@ def test_request_ids_are_unique_among_the_living():
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 8])
-def test_abort_frees_pages_before_the_next_step(num_steps):
+def test_abort_frees_blocks_before_the_next_step(num_steps):
     """Before it was seen, in the middle of its prompt, while it streams, while it waits."""
     bench = Bench(max_num_seqs=2, max_num_batched_tokens=20)
     bench.submit("victim", prompt="v" * 100, max_tokens=100)

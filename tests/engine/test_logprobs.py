@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from autotp_serving.batch import MAX_SCORED_ROWS
@@ -160,6 +162,14 @@ def test_values_out_of_range_are_refused_by_name(params, field):
     with pytest.raises(RequestError) as refused:
         SamplingParams(**params)
     assert refused.value.field_name == field
+
+
+@pytest.mark.parametrize("field", [one.name for one in fields(SamplingParams)])
+def test_values_of_another_type_are_refused_by_name(field):
+    for value in (object(), {"text": "text"}):
+        with pytest.raises(RequestError) as refused:
+            SamplingParams(**{field: value})
+        assert refused.value.field_name == field
 
 
 def test_bias_of_unknown_tokens_is_refused():

@@ -129,7 +129,7 @@ def test_head_of_the_queue_is_not_overtaken_by_a_smaller_one():
     assert [seq.request_id for seq in bench.scheduler.waiting] == ["large", "small"]
 
 
-def test_admission_leaves_a_page_for_each_that_runs():
+def test_admission_leaves_a_block_for_each_that_runs():
     """Else the newcomer would be preempted in the next step, its prompt computed for nothing."""
     bench = Bench(num_blocks=6, max_num_seqs=4)
     bench.add("a", 7, max_tokens=4)
@@ -276,7 +276,7 @@ def test_equal_prompt_is_taken_from_the_cache_and_counted():
     assert bench.scheduler.num_prefix_hit_tokens == 16
 
 
-def test_equal_prompts_in_one_step_do_not_read_each_others_unwritten_pages():
+def test_equal_prompts_in_one_step_do_not_read_each_others_unwritten_blocks():
     """A block may be found only in a step after the one that writes it; the runner checks reads."""
     bench = Bench()
     pair = [bench.add(name, 18, max_tokens=4) for name in "ab"]
@@ -287,7 +287,7 @@ def test_equal_prompts_in_one_step_do_not_read_each_others_unwritten_pages():
     assert output(pair[0]) == output(pair[1]) == reference(pair[0])
 
 
-def test_pages_of_a_chunk_that_has_not_run_are_not_found():
+def test_blocks_of_a_chunk_that_has_not_run_are_not_found():
     bench = Bench(max_num_batched_tokens=16)
     pair = [bench.add(name, 26, max_tokens=4) for name in "ab"]
     assert rows(bench.step()) == {"a": 16}

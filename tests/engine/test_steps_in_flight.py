@@ -36,7 +36,7 @@ def test_the_next_step_begins_before_its_tokens_are_known():
 
 
 @pytest.mark.parametrize("how", ["end token", "stop string", "abort", "invalid"])
-def test_a_token_that_comes_late_is_dropped_and_its_pages_wait_for_it(how):
+def test_a_token_that_comes_late_is_dropped_and_its_blocks_wait_for_it(how):
     """The runner checks that no block is handed on before."""
     bench = Bench(FakeRunner(num_blocks=4, block_size=4))
     if how == "invalid":

@@ -28,7 +28,7 @@ from autotp_serving.model.kv_cache import KVCache, KVCacheShape
 from tests.compiler import can_compile, needs_compiler
 from tests.model.steps import make_inputs
 
-NUM_PAGES = 200
+NUM_BLOCKS = 200
 MIXED = ((1, 1), (1, 64), (1, 65), (5, 5), (37, 300), (1, 500), (130, 130), (64, 128))
 
 
@@ -139,10 +139,10 @@ def make_case(
 ) -> Case:
     """Blocks in random order; what no context covers is NaN and must not be read into it."""
     torch.manual_seed(0)
-    num_slots = NUM_PAGES * block_size
+    num_slots = NUM_BLOCKS * block_size
     keys = torch.randn(num_slots, heads[1], dims[0]).bfloat16()
     values = torch.randn(num_slots, heads[1], dims[1]).bfloat16()
-    blocks = random.Random(0).sample(range(NUM_PAGES), NUM_PAGES)
+    blocks = random.Random(0).sample(range(NUM_BLOCKS), NUM_BLOCKS)
     tables = [[blocks.pop() for _ in range(-(-context // block_size))] for _, context in spans]
     query = torch.randn(sum(length for length, _ in spans), heads[0], dims[0]).bfloat16()
     case = Case(keys, values, query, spans, tables, block_size, is_int8)

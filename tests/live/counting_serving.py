@@ -35,7 +35,7 @@ def main() -> int:
                 "files": len(os.listdir("/proc/self/fd")),
                 "streams": engine.num_open,
                 "sequences": len(scheduler.running) + len(scheduler.waiting),
-                "pages": scheduler.blocks.num_held,
+                "blocks": scheduler.blocks.num_held,
             }
 
         return app

@@ -41,7 +41,7 @@ NUM_CLIENTS = 16
 SETTLE_MINUTES = 5.0
 MAX_GROWTH_MIB = 30.0
 SAMPLE_SECONDS = 5.0
-EMPTY = ("streams", "sequences", "pages")
+EMPTY = ("streams", "sequences", "blocks")
 
 
 @dataclass

@@ -89,7 +89,7 @@ def test_500_connections_of_which_half_leave_at_random(demo_server: Launch) -> N
     memory = [resident_mib(pid) for pid in demo_server.rank_pids()]
     run_round(demo_server.url, 200, seed=6)
     after = kept(demo_server)
-    assert not any(after[name] for name in ("streams", "sequences", "pages"))
+    assert not any(after[name] for name in ("streams", "sequences", "blocks"))
     assert after["tasks"] <= before["tasks"]
     assert after["files"] <= before["files"] + 2
     assert after["threads"] <= before["threads"] + 2  # those that compile grammars start when asked

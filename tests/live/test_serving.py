@@ -45,7 +45,7 @@ def test_64_streams_of_mixed_lengths_each_have_their_own(server: Launch) -> None
     assert server.health()["num_finished"]["length"] == before + 64
 
 
-def test_a_client_that_leaves_frees_its_pages_and_disturbs_nobody(server: Launch) -> None:
+def test_a_client_that_leaves_frees_its_blocks_and_disturbs_nobody(server: Launch) -> None:
     prompt, n_predict = "Who goes there? ", 30
     expected = server.generate(prompt, n_predict)
     with server.stream("neighbour " * 5, 60) as neighbour:

@@ -1,7 +1,9 @@
 """Names and sizes of the formats; none of it needs torch."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,17 @@ def test_block_bytes_are_those_of_ipex_llm(name: str) -> None:
     """But for fp8_e5m2, where ipex-llm stores a scale that is always 1."""
     spared = 4 if name == "fp8_e5m2" else 0
     assert find_format(name).block_bytes == NATIVE_FORMATS[name][1] - spared
+
+
+def test_docs_list_every_format_with_its_bytes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "low_bit.md").read_text()
+    listed = {}
+    for cells, sizes in re.findall(r"^\| (`\w+`.*?) \| 64 . .*\| ([\d, ]+) \|$", text, re.M):
+        names = re.findall(r"`(\w+)`", cells)
+        numbers = [int(size) for size in sizes.split(",")]
+        listed |= dict(zip(names, numbers * (len(names) // len(numbers)), strict=True))
+    wanted = {name: find_format(name) for name in NAMES}
+    assert listed == {name: format.block_bytes for name, format in wanted.items() if format}
 
 
 def test_sizes() -> None:

@@ -175,7 +175,7 @@ def test_int8_sees_the_rounded_numbers_of_all_however_the_prompt_is_cut() -> Non
         assert_close(torch.cat(outputs), expected)
 
 
-def test_two_sequences_may_share_pages() -> None:
+def test_two_sequences_may_share_blocks() -> None:
     """As prefix reuse has it: the second begins behind blocks that the first has filled."""
     first, second = make_sequences([12, 12], 4, 2)
     for name in ("query", "key", "value"):

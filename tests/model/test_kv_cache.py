@@ -15,7 +15,7 @@ def make_cache(shape: KVCacheShape, num_blocks: int) -> KVCache:
     return KVCache(shape, num_blocks, device, choose_backend(device).cache(shape))
 
 
-def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:
+def test_bytes_of_a_block_count_all_layers_keys_and_values() -> None:
     shape = KVCacheShape(((2, 8, 8), (1, 8, 4)), block_size=16, dtype=torch.bfloat16)
     assert shape.bytes_per_block == (2 * 16 + 1 * 12) * 16 * 2
     cache = make_cache(shape, 5)
@@ -25,7 +25,7 @@ def test_bytes_of_a_page_count_all_layers_keys_and_values() -> None:
 @pytest.mark.parametrize(
     "dims", [(64, 64), (24, 8)]
 )  # in the kernel's order, if there is one, or not
-def test_bytes_of_an_int8_page_count_the_scales(dims: tuple[int, int]) -> None:
+def test_bytes_of_an_int8_block_count_the_scales(dims: tuple[int, int]) -> None:
     shape = KVCacheShape(((2, *dims),) * 3, 16, torch.bfloat16, is_int8=True)
     assert shape.bytes_per_block == 3 * 2 * (sum(dims) + 8) * 16
     assert make_cache(shape, 5).num_bytes == 5 * shape.bytes_per_block

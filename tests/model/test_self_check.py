@@ -78,7 +78,7 @@ def test_a_window_that_only_the_mask_knows_is_found(load: Any) -> None:
         check_unproved(model, CPU)
 
 
-def test_state_beside_the_pages_is_found(load: Any) -> None:
+def test_state_beside_the_blocks_is_found(load: Any) -> None:
     """A token that sees its neighbour sees, in a batch, another sequence."""
     model = load("llama")
     mlp = model.model.layers[1].mlp

@@ -25,7 +25,7 @@ struct Format {
     static constexpr Kind kKind = kKindOf;
     static constexpr Scale kScale = kScaleOf;
     static constexpr bool kMins = kHasMins;
-    // Codes above 31 overflow AVX2's 16-bit products.
+    // Codes above 128 overflow AVX2's 16-bit products.
     static constexpr bool kWide = kKind != Kind::kCodes || kLow == 8;
     static constexpr int kLowBytes = kRows * kBlock * kLow / 8;
     static constexpr int kHighBytes = kRows * kBlock * kHigh / 8;
