@@ -18,8 +18,6 @@ from autotp_serving.low_bit.selection import ROW_PARALLEL
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
-STACKED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts")
-
 
 class FusedOutput(nn.Module):
     """Stands where the fused layer was: the outputs of its parts, side by side.
@@ -43,24 +41,39 @@ class FusedOutput(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: a gated MLP."""
+    """One expert: a gated MLP.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module) -> None:
+    Args:
+        activate: maps [num_tokens, 2 * intermediate_size], gate and up side by side, to half of it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activate: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = act_fn
+        self._activate = activate
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate_up = torch.cat((self.gate_proj(hidden), self.up_proj(hidden)), dim=-1)
+        return self.down_proj(self._activate(gate_up))
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer; one all-reduce over the ranks for all of them together."""
+    """All experts of a layer; one all-reduce over the ranks for all of them together.
+
+    Attributes:
+        is_transposed: where a checkpoint stacks them, it has [input, output] of each.
+    """
 
     reduce: AllReduce | None = None
+    is_transposed = False
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -69,14 +82,31 @@ class Experts(nn.ModuleList):
 
         Args:
             hidden: [num_tokens, hidden_size].
-            top_k_index, top_k_weights: [num_tokens, experts of one token].
+            top_k_index, top_k_weights: [num_tokens, experts of one token]; an index past the last
+                expert stands for none.
         """
         out = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
+            if number >= len(self):
+                continue
             token, position = torch.where(top_k_index == number)
             part = self[number](hidden[token]) * top_k_weights[token, position, None]
             out.index_add_(0, token, part.to(out.dtype))
         return out if self.reduce is None else self.reduce(out)
+
+
+def is_stack_of_experts(module: nn.Module) -> bool:
+    """Whether transformers' code for a layer's experts is what `Experts` computes.
+
+    Their classes say of themselves how they are laid out, and share one forward pass.
+    """
+    return (
+        getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not module.has_bias
+        and not module.has_post_expert_norm
+        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+    )
 
 
 def split_layers(model: nn.Module) -> None:
@@ -92,7 +122,7 @@ def split_layers(model: nn.Module) -> None:
         elif kind == "Phi3MLP":
             size = module.config.intermediate_size
             _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
-        elif kind in STACKED_EXPERTS:
+        elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
 
 
@@ -107,12 +137,18 @@ def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> 
 
 
 def _split_experts(stacked: nn.Module) -> Experts:
-    num_experts, hidden_size, intermediate_size = stacked.down_proj.shape
+    num_experts, *sizes = stacked.down_proj.shape
+    is_transposed = bool(stacked.is_transposed)
+    intermediate_size, hidden_size = sizes if is_transposed else reversed(sizes)
+    dtype = stacked.down_proj.dtype
+    # What is left of it is its way to join gate and up, with whatever that needs.
+    del stacked.gate_up_proj, stacked.down_proj
     with torch.device("meta"):
         experts = Experts(
-            Expert(hidden_size, intermediate_size, stacked.act_fn) for _ in range(num_experts)
+            Expert(hidden_size, intermediate_size, stacked._apply_gate) for _ in range(num_experts)
         )
-    return experts.to(stacked.down_proj.dtype)
+    experts.is_transposed = is_transposed
+    return experts.to(dtype)
 
 
 def finish_split(model: nn.Module, num_ranks: int, all_reduce: AllReduce) -> None:
