@@ -15,24 +15,19 @@ from safetensors import SafetensorError, safe_open
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
 from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
+from autotp_serving.model.leftovers import check_stored, check_type
+from autotp_serving.model.quantized.settings import find_quantization
+from autotp_serving.model.stored_tensors import CheckpointError, list_stored_tensors
 from autotp_serving.model_folder import (
-    INDEX_NAME,
     MAX_LARGE_BYTES,
     ModelFolderError,
     find_file,
     read_object,
 )
 
-SINGLE_NAME = "model.safetensors"
 MANIFEST_VERSION = 1
 
-ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-
 Ranges = tuple[tuple[int, int], ...]
-
-
-class CheckpointError(ModelFolderError):
-    """A checkpoint that cannot be read; the message names the file and the cure."""
 
 
 class Checkpoint:
@@ -54,27 +49,30 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, Path] = {}
         self.checksums: dict[str, str] | None = None
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._itemsizes: dict[str, int] = {}
+        self.stored = list_stored_tensors(folder)
+        self.files = {name: tensor.path for name, tensor in self.stored.items()}
+        self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
         self._hidden: set[str] = set()
-        for path in self._list_files():
-            with self._open(path) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                    self.files[name] = path
-                    part = tensors.get_slice(name)
-                    self._shapes[name] = tuple(part.get_shape())
-                    self._itemsizes[name] = ITEMSIZES.get(part.get_dtype(), 1)
         self._formats: dict[str, Format] = {}
         self.low_bit = self._read_manifest()
+        if self.low_bit is None:  # where checksums know better
+            check_stored(self.stored, self._shapes)
 
     def _read_manifest(self) -> str | None:
         """Join the planes of converted weights, each checked against what the format asks."""
         path = self.folder / MANIFEST_NAME
+        quantization = find_quantization(self.folder)
         if not path.exists():
             return None
+        if quantization is not None:
+            raise quantization.refuse(
+                "this folder was saved low-bit from weights that were quantized already, by a "
+                "version that took their codes for weights",
+                "save it again from the checkpoint that it was made of",
+            )
         try:
             manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
             version, low_bit = manifest["version"], manifest["low_bit"]
@@ -105,27 +103,6 @@ class Checkpoint:
             self._formats[name] = format
             self._shapes[name] = shape
         return low_bit
-
-    def _list_files(self) -> list[Path]:
-        index_path = self.folder / INDEX_NAME
-        if index_path.exists():
-            index = read_object(find_file(self.folder, INDEX_NAME), MAX_LARGE_BYTES)
-            try:
-                files = sorted(set(index["weight_map"].values()))
-                "".join(files)  # all of them are names
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{index_path} is no safetensors index ({error!r}): download it again"
-                ) from error
-            return [find_file(self.folder, name, INDEX_NAME) for name in files]
-        if (self.folder / SINGLE_NAME).exists():
-            return [find_file(self.folder, SINGLE_NAME)]
-        if list(self.folder.glob("*.bin")):
-            raise CheckpointError(
-                f"{self.folder} holds pickled weights (.bin), which can run code when loaded: "
-                "convert them to safetensors first (save_pretrained in transformers does)"
-            )
-        raise CheckpointError(f"{self.folder} holds no {SINGLE_NAME} and no {INDEX_NAME}")
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -181,7 +158,9 @@ class Checkpoint:
         planes = {}
         for plane in format.planes:
             cols = (first * plane.entries, last * plane.entries)
-            planes[plane.name] = self.read(f"{name}.{plane.name}", ((row_start, row_stop), cols))
+            planes[plane.name] = self._read_stored(
+                f"{name}.{plane.name}", ((row_start, row_stop), cols)
+            )
         return LowBitTensor(format, (row_stop - row_start, col_stop - col_start), planes)
 
     def read(self, name: str, ranges: Ranges) -> torch.Tensor:
@@ -190,11 +169,19 @@ class Checkpoint:
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+
+        Raises:
+            CheckpointError: its numbers are not what they stand for.
         """
         name, first_row = self._views.get(name, (name, 0))
+        check_type(name, self.stored[name])
         if first_row:
             (row_start, row_stop), *others = ranges
             ranges = ((row_start + first_row, row_stop + first_row), *others)
+        return self._read_stored(name, ranges)
+
+    def _read_stored(self, name: str, ranges: Ranges) -> torch.Tensor:
+        """The same of a tensor under the name that it has in its file."""
         with self._open(self.files[name]) as tensors:
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.

@@ -65,6 +65,10 @@ def read_model_config(config: ServingConfig) -> Any:
         raise ConfigError(
             f"{folder / 'config.json'} cannot be used ({type(error).__name__}): {reason[:300]}"
         ) from error
+    # The checkpoint reads it from the file; transformers and DeepSpeed would act on it.
+    for part in (found, found.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     adapt_rope(found)
     check_family(found)
     check_loaded_sizes(found)

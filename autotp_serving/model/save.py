@@ -26,6 +26,7 @@ from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
 from autotp_serving.model.checksums import compute_checksums
+from autotp_serving.model.shards import report_unused
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model_folder import INDEX_NAME, check_link
 
@@ -61,7 +62,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> 
     selection = find_low_bit_selection(config, checkpoint.low_bit)
     if selection.linears is None:
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
-    converter = _Converter(config, model_config, checkpoint, selection)
+    converter = _Converter(config, model_config, checkpoint, selection, group.rank == 0)
     converter.write(partial, group)
     parts = group.all_gather((converter.weight_map, converter.manifest, converter.checksums))
     if group.rank == 0:
@@ -120,11 +121,13 @@ class _Converter:
         model_config: Any,
         checkpoint: Checkpoint,
         selection: LowBitSelection,
+        is_reporter: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = find_dtype(config)
         model = build_on_meta(model_config, self._dtype, config.trust_remote_code)
         match_tensor_names(model, checkpoint)
+        report_unused(model, checkpoint, is_reporter=is_reporter)
         head_name = next(
             name
             for name, module in model.named_modules()
