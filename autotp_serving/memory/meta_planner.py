@@ -30,11 +30,11 @@ def find_footprints(
     """The footprint of each rank."""
     folder = Path(config.model_path)
     checkpoint = (
-        Checkpoint(folder)
+        Checkpoint(folder, config)
         if config.load_format != "dummy" and has_weights(folder)
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
-    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
+    low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     footprints = []
     for group in list_ranks(num_ranks):
         model = shard_model(config, model_config, group)

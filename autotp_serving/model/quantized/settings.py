@@ -6,6 +6,7 @@ it. A method that is not read here is refused by name: its tensors would be take
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ SIDE_FILES = (
 )
 IPEX_LLM_KEY = "bigdl_transformers_low_bit"
 
-METHODS: tuple[str, ...] = ()
+METHODS = ("fp8", "fbgemm_fp8")
 """What is read; `quant_method` in a config."""
 
 CURE = "get the 16-bit original, which --low-bit converts while it loads"
@@ -105,3 +106,17 @@ def _judge(path: Path, key: str, settings: Any, default: str | None) -> Quantiza
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
     return Quantization(str(method), settings, path)
+
+
+def drop_quantization(folder: Path) -> None:
+    """Take out of a folder that was saved here what its source said of other people's layouts."""
+    path = folder / "config.json"
+    config = read_object(path)
+    for part in (config, *(config.get(name) for name in TEXT_PARTS)):
+        if isinstance(part, dict):
+            for key in (*CONFIG_KEYS, IPEX_LLM_KEY):
+                part.pop(key, None)
+    path.unlink()  # a copy may have the permissions of its source
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    for name, _, _ in SIDE_FILES:
+        (folder / name).unlink(missing_ok=True)
