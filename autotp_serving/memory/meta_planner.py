@@ -13,13 +13,15 @@ from typing import Any
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import LocalRankGroup
-from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
+from autotp_serving.low_bit.selection import find_low_bit_selection
 from autotp_serving.memory.footprint import Footprint, find_footprint
 from autotp_serving.model.build import build_sharded_model, find_dtype
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.shapes import ModelShapes
-from autotp_serving.model.shards import describe_shapes
+from autotp_serving.model.shards import describe_shapes, report_unused
+from autotp_serving.model.stored_tensors import has_weights
+from autotp_serving.model.tensor_names import match_tensor_names
 
 
 def find_footprints(
@@ -28,14 +30,17 @@ def find_footprints(
     """The footprint of each rank."""
     folder = Path(config.model_path)
     checkpoint = (
-        Checkpoint(folder)
-        if (folder / MANIFEST_NAME).exists()
+        Checkpoint(folder, config)
+        if config.load_format != "dummy" and has_weights(folder)
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
-    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
+    low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     footprints = []
     for group in list_ranks(num_ranks):
-        shapes = shard_shapes(config, model_config, group)
+        model = shard_model(config, model_config, group)
+        match_tensor_names(model, checkpoint)
+        report_unused(model, checkpoint, is_reporter=group.rank == 0)
+        shapes = describe_shapes(model)
         footprints.append(
             find_footprint(shapes, checkpoint, low_bit, config, group, max_model_len, on_cpu)
         )
@@ -48,20 +53,24 @@ def list_ranks(num_ranks: int) -> list[LocalRankGroup]:
 
 
 def shard_shapes(config: ServingConfig, model_config: Any, group: LocalRankGroup) -> ModelShapes:
-    """The shapes of one rank's model, by AutoTP itself.
+    """The shapes of one rank's model, by AutoTP itself."""
+    return describe_shapes(shard_model(config, model_config, group))
+
+
+def shard_model(config: ServingConfig, model_config: Any, group: LocalRankGroup) -> Any:
+    """One rank's model on the meta device, sharded by AutoTP itself.
 
     DeepSpeed keeps the groups of its first call, so a process can do this for one number of ranks.
     """
     if group.size > 1:
         _pretend_rank(group)
-    model = build_sharded_model(
+    return build_sharded_model(
         model_config,
         find_dtype(config),
         group,
         lambda tensor: tensor,
         config.trust_remote_code,
     )
-    return describe_shapes(model)
 
 
 def _pretend_rank(group: LocalRankGroup) -> None:

@@ -24,10 +24,17 @@ from autotp_serving.memory.budget import (
     find_host_peak,
 )
 from autotp_serving.memory.footprint import Footprint, find_footprint
-from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
+from autotp_serving.memory.known_shapes import (
+    list_known_names,
+    list_known_shapes,
+    read_known_config,
+)
 from autotp_serving.memory.plan_table import format_plan
 from autotp_serving.model.families import adapt_rope, check_heads, find_max_model_len
+from autotp_serving.model.leftovers import check_leftovers, check_stored
+from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shapes import find_dtype_name
+from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors
 from autotp_serving.model_folder import check_model_folder
 
 
@@ -43,7 +50,9 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if (folder / MANIFEST_NAME).exists() else read_known_config(folder)
+    known = None if is_converted(folder) else read_known_config(folder)
+    if known is not None and not check_known_names(config, folder, known):
+        known = None
     if known is None:
         from autotp_serving.model.loader import read_model_config
 
@@ -72,6 +81,31 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
         format_plan(config, model_config, footprints, budgets, peaks, kind, memory, max_model_len)
     )
     refuse(config, footprints, budgets, peaks[:local_size], max_model_len)
+
+
+def is_converted(folder: Path) -> bool:
+    """True where weights are stored low-bit, by --save-low-bit or by others.
+
+    Raises:
+        ConfigError: quantized in a way that is not read here.
+    """
+    return find_quantization(folder) is not None or (folder / MANIFEST_NAME).exists()
+
+
+def check_known_names(config: ServingConfig, folder: Path, known: Any) -> bool:
+    """True if the folder's tensors, where there are any, are those of the known shapes.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a tensor that can be no weight.
+    """
+    if config.load_format == "dummy" or not has_weights(folder):
+        return True
+    stored = list_stored_tensors(folder)
+    check_stored(stored, stored)
+    names = list_known_names(known)
+    return not check_leftovers(
+        stored.keys() - names, (), {name: tensor.shape for name, tensor in stored.items()}
+    )
 
 
 def refuse(
