@@ -68,6 +68,7 @@ class Checkpoint:
         self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
+        self._slices: dict[str, tuple[str, int, int, bool]] = {}  # see add_slice
         self._hidden: set[str] = set()
         self._formats: dict[str, Format] = {}
         self._quantized = QuantizedTensors({})
@@ -210,6 +211,23 @@ class Checkpoint:
         if source in self._formats:
             self._formats[name] = self._formats[source]
 
+    def add_slice(
+        self, name: str, source: str, index: int, rows: tuple[int, int], *, is_transposed: bool
+    ) -> None:
+        """Let rows of one of the matrices stacked in a tensor count as a tensor of their own.
+
+        Args:
+            source: [number of matrices, rows, columns]; it is named no more.
+            index: which matrix.
+            rows: (start, stop).
+            is_transposed: the matrices in `source` have their rows as columns.
+        """
+        num_cols = self._shapes[source][1 if is_transposed else 2]
+        self._slices[name] = (source, index, rows[0], is_transposed)
+        self._hidden.add(source)
+        self._shapes[name] = (rows[1] - rows[0], num_cols)
+        self._itemsizes[name] = self._itemsizes[source]
+
     def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
         """Copy the rows and columns of a converted weight into host memory.
 
@@ -251,6 +269,8 @@ class Checkpoint:
         Raises:
             CheckpointError: its numbers are not what they stand for.
         """
+        if name in self._slices:
+            return self._read_slice(name, ranges)
         name, first_row = self._views.get(name, (name, 0))
         is_quantized = name in self._quantized.weights
         if not is_quantized:
@@ -262,6 +282,15 @@ class Checkpoint:
             weight = self._quantized.weights[name]
             return read_dense(weight, self._dense_dtype, self._read_stored, *ranges)
         return self._read_stored(name, ranges)
+
+    def _read_slice(self, name: str, ranges: Ranges) -> torch.Tensor:
+        source, index, first_row, is_transposed = self._slices[name]
+        check_type(source, self.stored[source])
+        (row_start, row_stop), cols = ranges
+        rows = (row_start + first_row, row_stop + first_row)
+        block = (cols, rows) if is_transposed else (rows, cols)
+        (part,) = self._read_stored(source, ((index, index + 1), *block))
+        return part.T.contiguous() if is_transposed else part
 
     def _read_stored(self, name: str, ranges: Ranges) -> torch.Tensor:
         """The same of a tensor under the name that it has in its file."""
