@@ -8,6 +8,7 @@ parameter, which AutoTP leaves whole. Both become plain linear layers under the 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -119,11 +120,22 @@ def split_layers(model: nn.Module) -> None:
             _split_linear(
                 module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
             )
-        elif kind == "Phi3MLP":
-            size = module.config.intermediate_size
+        elif is_gated_mlp(module):
+            size = module.gate_up_proj.out_features // 2
             _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether one matrix computes gate and up, one after the other, in an MLP like Phi-3's."""
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    return (
+        isinstance(gate_up, nn.Linear)
+        and isinstance(down, nn.Linear)
+        and gate_up.out_features == 2 * down.in_features
+        and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
+    )
 
 
 def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:

@@ -117,11 +117,12 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
         )
 
 
-def check_sharding(model: nn.Module) -> None:
+def check_sharding(model: nn.Module, has_plan: bool = False) -> None:
     """Refuse an unproved family that AutoTP has sharded wrongly, or where this cannot be checked.
 
     Args:
         model: sharded for several ranks, on the meta device.
+        has_plan: its matrices are sharded as transformers' own plan has it.
 
     Raises:
         ConfigError: naming the family and the layer.
@@ -137,6 +138,8 @@ def check_sharding(model: nn.Module) -> None:
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
         if module is head or not (is_matrix or has_stacked_weights(module)):
+            continue
+        if has_plan and not has_stacked_weights(module):
             continue
         last = name.rpartition(".")[2]
         expected = "LinearLayer" if last in COLUMN_NAMES else "LinearAllreduce"
@@ -156,6 +159,8 @@ def check_unsharded_parameters(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the family and the parameter.
     """
+    from autotp_serving.model.sharding_plan import GatheredNorm
+
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, module in model.named_modules():
@@ -165,7 +170,7 @@ def check_unsharded_parameters(model: nn.Module) -> None:
             if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
-                if tuple(parameter.shape) == (head_dim,):
+                if tuple(parameter.shape) == (head_dim,) or isinstance(inner.forward, GatheredNorm):
                     continue
                 parts = ".".join(filter(None, (name, inner_name, own_name)))
                 raise ConfigError(
