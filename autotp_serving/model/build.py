@@ -17,7 +17,7 @@ from autotp_serving.layers.unfuse import finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.sharding_plan import AllReduce, find_plan, follow_plan, list_matrices
+from autotp_serving.model.sharding_plan import AllReduce, find_cuts, follow_cuts, list_matrices
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -82,12 +82,12 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
 
 def _shard(model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
     """Cut the model by AutoTP and, for a family that is not proved, by transformers' plan."""
-    plan = None if model.config.model_type in PROVED else find_plan(model)
     matrices = list_matrices(model)
+    cuts = None if model.config.model_type in PROVED else find_cuts(model, matrices)
     _shard_with_autotp(model, num_ranks, dtype)
-    if plan is not None:
-        follow_plan(model, plan, matrices, all_reduce)
-    check_sharding(model, plan is not None)
+    if cuts is not None:
+        follow_cuts(model, cuts, matrices, all_reduce)
+    check_sharding(model, has_cuts=cuts is not None)
 
 
 def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> None:

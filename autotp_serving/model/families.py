@@ -36,6 +36,9 @@ PROVED = (
 COLUMN_NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_NAMES = ("o_proj", "down_proj")
 
+# Of latent attention: what comes before the matrices that are cut.
+WHOLE_PARTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 # Rotary embeddings that depend on how long a sequence is, beyond the length of their training:
@@ -117,12 +120,12 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
         )
 
 
-def check_sharding(model: nn.Module, has_plan: bool = False) -> None:
+def check_sharding(model: nn.Module, *, has_cuts: bool) -> None:
     """Refuse an unproved family that AutoTP has sharded wrongly, or where this cannot be checked.
 
     Args:
         model: sharded for several ranks, on the meta device.
-        has_plan: its matrices are sharded as transformers' own plan has it.
+        has_cuts: its matrices are sharded as transformers' own plan or their names have it.
 
     Raises:
         ConfigError: naming the family and the layer.
@@ -139,7 +142,7 @@ def check_sharding(model: nn.Module, has_plan: bool = False) -> None:
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
         if module is head or not (is_matrix or has_stacked_weights(module)):
             continue
-        if has_plan and not has_stacked_weights(module):
+        if has_cuts and not has_stacked_weights(module):
             continue
         last = name.rpartition(".")[2]
         expected = "LinearLayer" if last in COLUMN_NAMES else "LinearAllreduce"
@@ -170,7 +173,8 @@ def check_unsharded_parameters(model: nn.Module) -> None:
             if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
-                if tuple(parameter.shape) == (head_dim,) or isinstance(inner.forward, GatheredNorm):
+                is_known = inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
+                if is_known or tuple(parameter.shape) == (head_dim,):
                     continue
                 parts = ".".join(filter(None, (name, inner_name, own_name)))
                 raise ConfigError(

@@ -2,15 +2,15 @@
 
 AutoTP decides by names, and takes a router, say, for a matrix to cut. Most families of transformers
 name the matrices that are cut by rows or columns (`base_model_tp_plan`); all others stay whole on
-every rank. Where AutoTP has cut another matrix, or left one of these whole, its own layers are put
-in place as the plan has them. A family without a plan is judged by `families.check_sharding`.
+every rank. Others are told by the names that most families share. Where AutoTP has cut another
+matrix, or left one of these whole, its own layers are put in place.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,57 +22,78 @@ AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output")
 ROW_STYLES = ("rowwise", "rowwise_split_input")
-LAYER_OF = {"column": "LinearLayer", "row": "LinearAllreduce", "whole": "Linear"}
+CUT_BY_NAME = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
+    **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
+    **dict.fromkeys(("o_proj", "down_proj"), "row"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
+    **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
+}
+"""Llama's names, those of latent attention (DeepSeek-V2), and those of routers."""
+
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A linear layer before AutoTP: shapes and no memory."""
-
-    out_features: int
-    in_features: int
-    has_bias: bool
-    dtype: torch.dtype
-
-    def build(self) -> nn.Linear:
-        return nn.Linear(
-            self.in_features, self.out_features, self.has_bias, device="meta", dtype=self.dtype
-        )
-
-
-def list_matrices(model: nn.Module) -> dict[str, Matrix]:
-    """All linear layers but the head, by name; before AutoTP."""
+def list_matrices(model: nn.Module) -> dict[str, nn.Linear]:
+    """Copies of all linear layers but the head, by name; before AutoTP, which changes them."""
     head = model.get_output_embeddings()
     return {
-        name: Matrix(
-            module.out_features, module.in_features, module.bias is not None, module.weight.dtype
-        )
+        name: copy.deepcopy(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
 
 
-def find_plan(model: nn.Module) -> dict[str, str] | None:
-    """Styles by pattern of module names; None where transformers does not cut its attention."""
-    plan = {
-        pattern: style
-        for pattern, style in (getattr(model, "_tp_plan", None) or {}).items()
+def find_cuts(model: nn.Module, matrices: dict[str, nn.Linear]) -> dict[str, str] | None:
+    """How each matrix is cut: by "column" of its output, by "row" of its input, or "whole".
+
+    Args:
+        matrices: all linear layers, before AutoTP.
+
+    Returns:
+        A cut by name; None where neither transformers nor its name tells of one.
+    """
+    plan = getattr(model, "_tp_plan", None) or {}
+    styles = {
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+")): style
+        for pattern, style in plan.items()
         if style in COLUMN_STYLES + ROW_STYLES
     }
-    has_attention = any(pattern.endswith(".o_proj") for pattern in plan)
-    return plan if has_attention and any(style in ROW_STYLES for style in plan.values()) else None
+    is_whole_plan = any("att" in pattern.pattern for pattern in styles)
+    cuts = {}
+    for name in matrices:
+        style = next((style for one, style in styles.items() if one.fullmatch(name)), None)
+        cut = _find_own_cut(model, name)
+        if cut is None and style is not None:
+            cut = "column" if style in COLUMN_STYLES else "row"
+        if cut is None:  # what a whole plan leaves out stays whole
+            cut = "whole" if is_whole_plan else CUT_BY_NAME.get(name.rpartition(".")[2])
+        if cut is None:
+            return None
+        cuts[name] = cut
+    return cuts if "row" in cuts.values() else None
 
 
-def follow_plan(
-    model: nn.Module, plan: dict[str, str], matrices: dict[str, Matrix], all_reduce: AllReduce
+def _find_own_cut(model: nn.Module, name: str) -> str | None:
+    """Of the parts that our own code has made of others."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
+        return CUT_BY_NAME[last]
+    is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
+    return "column" if is_part else None
+
+
+def follow_cuts(
+    model: nn.Module, cuts: dict[str, str], matrices: dict[str, nn.Linear], all_reduce: AllReduce
 ) -> None:
-    """Make each linear layer what the plan wants; after AutoTP.
+    """Make each linear layer what it is to be; after AutoTP.
 
     Norms over the queries or keys of all heads see all of them, and heads are counted anew.
 
     Args:
+        cuts: of `find_cuts`.
         matrices: what was there before AutoTP.
     """
     from deepspeed import comm
@@ -81,12 +102,11 @@ def follow_plan(
 
     options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config)}
     for name, matrix in matrices.items():
-        wanted = _find_cut(model, plan, name)
-        if type(model.get_submodule(name)).__name__ == LAYER_OF[wanted]:
+        kind = {"column": LinearLayer, "row": LinearAllreduce}.get(cuts[name], type(matrix))
+        if type(model.get_submodule(name)) is kind:
             continue
-        layer: nn.Module = matrix.build()
-        if wanted != "whole":
-            kind = LinearLayer if wanted == "column" else LinearAllreduce
+        layer: nn.Module = matrix
+        if cuts[name] != "whole":
             layer = kind(layer, comm.get_world_group(), name=name, **options)
         model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
@@ -97,30 +117,17 @@ def follow_plan(
                 _gather_for_norm(module, projection, norm, all_reduce)
 
 
-def _find_cut(model: nn.Module, plan: dict[str, str], name: str) -> str:
-    """How a linear layer is cut: by "column" of its output, by "row" of its input, or "whole"."""
-    parent_name, _, last = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    grandparent = model.get_submodule(parent_name.rpartition(".")[0])
-    if isinstance(grandparent, Experts):
-        return "row" if last == "down_proj" else "column"
-    if any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children()):
-        return "column"
-    for pattern, style in plan.items():
-        if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
-            return "column" if style in COLUMN_STYLES else "row"
-    return "whole"
-
-
 def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
-    """Some families shape queries and keys by the config's count of heads, which is of all ranks."""
+    """Some families shape queries and keys by the config's counts, which are of all ranks."""
     config = model.config.get_text_config()
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     for projection, total, names in (
         (attention.q_proj, num_heads, HEAD_COUNTS),
-        (attention.k_proj, num_kv_heads, KV_HEAD_COUNTS),
+        (getattr(attention, "k_proj", None), num_kv_heads, KV_HEAD_COUNTS),
     ):
+        if projection is None:  # latent keys
+            continue
         num_rows = sum(projection._partition_sizes)
         for name in names:
             if getattr(attention, name, None) == total and num_rows % total == 0:
@@ -131,7 +138,8 @@ def _gather_for_norm(
     attention: nn.Module, projection_name: str, norm_name: str, all_reduce: AllReduce
 ) -> None:
     """Give a norm over all heads the outputs of all ranks; it goes on with this rank's part."""
-    projection, norm = getattr(attention, projection_name), getattr(attention, norm_name, None)
+    projection = getattr(attention, projection_name, None)
+    norm = getattr(attention, norm_name, None)
     weight = getattr(norm, "weight", None)
     sizes = getattr(projection, "_partition_sizes", ())
     if weight is None or tuple(weight.shape) != (sum(sizes),) or len(sizes) < 2:
