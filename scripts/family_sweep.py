@@ -77,9 +77,9 @@ SMALL: dict[str, Any] = {
 SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
 
 # What the names above do not say of a family.
-LATENT = {"head_dim": 16, "rope_interleave": True}  # of the rotated part
+LATENT = {"head_dim": 16, "rope_interleave": True, "num_key_value_heads": 4}  # keys of every head
 EXTRA: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 32}),
+    **{name: {"head_dim": 32} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     **dict.fromkeys(("deepseek_v3", "youtu", "axk1"), LATENT),
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"},

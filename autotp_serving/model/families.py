@@ -173,7 +173,8 @@ def check_unsharded_parameters(model: nn.Module) -> None:
             if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
-                is_known = inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
+                is_known = own_name == "sinks" and not inner_name  # cut by `follow_cuts`
+                is_known |= inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
                 if is_known or tuple(parameter.shape) == (head_dim,):
                     continue
                 parts = ".".join(filter(None, (name, inner_name, own_name)))

@@ -71,7 +71,8 @@ def read_model_config(config: ServingConfig) -> Any:
             del part.quantization_config
     adapt_rope(found)
     check_family(found)
-    check_loaded_sizes(found)
+    with refuse_by_name(found):
+        check_loaded_sizes(found)
     return found
 
 

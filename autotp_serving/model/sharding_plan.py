@@ -1,14 +1,12 @@
-"""Which matrix is cut how, by transformers' own plan; AutoTP's work is brought in line. Every rank.
+"""Which matrix is cut how, where transformers or a name tells; by AutoTP's layers. Every rank.
 
-AutoTP decides by names, and takes a router, say, for a matrix to cut. Most families of transformers
-name the matrices that are cut by rows or columns (`base_model_tp_plan`); all others stay whole on
-every rank. Others are told by the names that most families share. Where AutoTP has cut another
-matrix, or left one of these whole, its own layers are put in place.
+AutoTP decides by names alone, and takes a router, say, for a matrix to cut. Most families of
+transformers name the matrices that are cut by rows or columns (`base_model_tp_plan`), and all
+others stay whole on every rank; some are told by names that most families share.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -35,25 +33,13 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
-def list_matrices(model: nn.Module) -> dict[str, nn.Linear]:
-    """Copies of all linear layers but the head, by name; before AutoTP, which changes them."""
-    head = model.get_output_embeddings()
-    return {
-        name: copy.deepcopy(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-
-
-def find_cuts(model: nn.Module, matrices: dict[str, nn.Linear]) -> dict[str, str] | None:
-    """How each matrix is cut: by "column" of its output, by "row" of its input, or "whole".
-
-    Args:
-        matrices: all linear layers, before AutoTP.
+def find_cuts(model: nn.Module) -> dict[str, str] | None:
+    """How each linear layer is cut: by "column" of its output, by "row" of its input, or "whole".
 
     Returns:
-        A cut by name; None where neither transformers nor its name tells of one.
+        A cut by name, for all but the head; None where neither transformers nor a name tells.
     """
+    head = model.get_output_embeddings()
     plan = getattr(model, "_tp_plan", None) or {}
     styles = {
         re.compile(re.escape(pattern).replace(r"\*", r"\d+")): style
@@ -62,7 +48,9 @@ def find_cuts(model: nn.Module, matrices: dict[str, nn.Linear]) -> dict[str, str
     }
     is_whole_plan = any("att" in pattern.pattern for pattern in styles)
     cuts = {}
-    for name in matrices:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
         style = next((style for one, style in styles.items() if one.fullmatch(name)), None)
         cut = _find_own_cut(model, name)
         if cut is None and style is not None:
@@ -85,34 +73,32 @@ def _find_own_cut(model: nn.Module, name: str) -> str | None:
     return "column" if is_part else None
 
 
-def follow_cuts(
-    model: nn.Module, cuts: dict[str, str], matrices: dict[str, nn.Linear], all_reduce: AllReduce
-) -> None:
-    """Make each linear layer what it is to be; after AutoTP.
+def follow_cuts(model: nn.Module, cuts: dict[str, str], all_reduce: AllReduce) -> None:
+    """Put AutoTP's layers in the place of those that are cut.
 
     Norms over the queries or keys of all heads see all of them, and heads are counted anew.
 
     Args:
+        model: on the meta device.
         cuts: of `find_cuts`.
-        matrices: what was there before AutoTP.
     """
     from deepspeed import comm
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config)}
-    for name, matrix in matrices.items():
-        kind = {"column": LinearLayer, "row": LinearAllreduce}.get(cuts[name], type(matrix))
-        if type(model.get_submodule(name)) is kind:
-            continue
-        layer: nn.Module = matrix
-        if cuts[name] != "whole":
-            layer = kind(layer, comm.get_world_group(), name=name, **options)
-        model.set_submodule(name, layer.to_empty(device="meta"))
+    kinds = {"column": LinearLayer, "row": LinearAllreduce}
+    for name, cut in cuts.items():
+        if cut != "whole":
+            layer = kinds[cut](
+                model.get_submodule(name), comm.get_world_group(), name=name, **options
+            )
+            model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
         query = getattr(module, "q_proj", None)
         if type(query).__name__ == "LinearLayer":
             _take_share_of_heads(model, module)
+            _cut_sinks(module)
             for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
                 _gather_for_norm(module, projection, norm, all_reduce)
 
@@ -132,6 +118,15 @@ def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
         for name in names:
             if getattr(attention, name, None) == total and num_rows % total == 0:
                 setattr(attention, name, projection.weight.shape[0] * total // num_rows)
+
+
+def _cut_sinks(attention: nn.Module) -> None:
+    """Keep this rank's part of what attention has one number a head of."""
+    sinks = getattr(attention, "sinks", None)
+    if isinstance(sinks, nn.Parameter):
+        query = attention.q_proj
+        num_heads = query.weight.shape[0] * sinks.numel() // sum(query._partition_sizes)
+        attention.sinks = nn.Parameter(sinks.new_empty(num_heads), requires_grad=False)
 
 
 def _gather_for_norm(
