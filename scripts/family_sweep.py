@@ -69,14 +69,20 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "vocab_size_per_layer_input": 320,
     "patch_size": 14,
     "image_size": 28,
 }
 
-SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4}
+SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
 
 # What the names above do not say of a family.
+LATENT = {"head_dim": 16, "rope_interleave": True, "num_key_value_heads": 4}  # keys of every head
 EXTRA: dict[str, dict[str, Any]] = {
+    **{name: {"head_dim": 32} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    **dict.fromkeys(("deepseek_v3", "youtu", "axk1"), LATENT),
+    "deepseek_v2": LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "gptj": {"n_inner": None},
     "phi3": {"resid_pdrop": 0.0},
     "gemma2": {"query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0},

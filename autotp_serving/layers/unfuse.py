@@ -8,6 +8,7 @@ parameter, which AutoTP leaves whole. Both become plain linear layers under the 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -17,8 +18,6 @@ from torch.nn import functional
 from autotp_serving.low_bit.selection import ROW_PARALLEL
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
-
-STACKED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts")
 
 
 class FusedOutput(nn.Module):
@@ -43,24 +42,39 @@ class FusedOutput(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: a gated MLP."""
+    """One expert: a gated MLP.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module) -> None:
+    Args:
+        activate: maps [num_tokens, 2 * intermediate_size], gate and up side by side, to half of it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activate: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = act_fn
+        self._activate = activate
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate_up = torch.cat((self.gate_proj(hidden), self.up_proj(hidden)), dim=-1)
+        return self.down_proj(self._activate(gate_up))
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer; one all-reduce over the ranks for all of them together."""
+    """All experts of a layer; one all-reduce over the ranks for all of them together.
+
+    Attributes:
+        is_transposed: where a checkpoint stacks them, it has [input, output] of each.
+    """
 
     reduce: AllReduce | None = None
+    is_transposed = False
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -69,14 +83,31 @@ class Experts(nn.ModuleList):
 
         Args:
             hidden: [num_tokens, hidden_size].
-            top_k_index, top_k_weights: [num_tokens, experts of one token].
+            top_k_index, top_k_weights: [num_tokens, experts of one token]; an index past the last
+                expert stands for none.
         """
         out = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
+            if number >= len(self):
+                continue
             token, position = torch.where(top_k_index == number)
             part = self[number](hidden[token]) * top_k_weights[token, position, None]
             out.index_add_(0, token, part.to(out.dtype))
         return out if self.reduce is None else self.reduce(out)
+
+
+def is_stack_of_experts(module: nn.Module) -> bool:
+    """Whether transformers' code for a layer's experts is what `Experts` computes.
+
+    Their classes say of themselves how they are laid out, and share one forward pass.
+    """
+    return (
+        getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not module.has_bias
+        and not module.has_post_expert_norm
+        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+    )
 
 
 def split_layers(model: nn.Module) -> None:
@@ -89,11 +120,22 @@ def split_layers(model: nn.Module) -> None:
             _split_linear(
                 module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
             )
-        elif kind == "Phi3MLP":
-            size = module.config.intermediate_size
+        elif is_gated_mlp(module):
+            size = module.gate_up_proj.out_features // 2
             _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
-        elif kind in STACKED_EXPERTS:
+        elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether one matrix computes gate and up, one after the other, in an MLP like Phi-3's."""
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    return (
+        isinstance(gate_up, nn.Linear)
+        and isinstance(down, nn.Linear)
+        and gate_up.out_features == 2 * down.in_features
+        and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
+    )
 
 
 def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
@@ -107,12 +149,18 @@ def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> 
 
 
 def _split_experts(stacked: nn.Module) -> Experts:
-    num_experts, hidden_size, intermediate_size = stacked.down_proj.shape
+    num_experts, *sizes = stacked.down_proj.shape
+    is_transposed = bool(stacked.is_transposed)
+    intermediate_size, hidden_size = sizes if is_transposed else reversed(sizes)
+    dtype = stacked.down_proj.dtype
+    # What is left of it is its way to join gate and up, with whatever that needs.
+    del stacked.gate_up_proj, stacked.down_proj
     with torch.device("meta"):
         experts = Experts(
-            Expert(hidden_size, intermediate_size, stacked.act_fn) for _ in range(num_experts)
+            Expert(hidden_size, intermediate_size, stacked._apply_gate) for _ in range(num_experts)
         )
-    return experts.to(stacked.down_proj.dtype)
+    experts.is_transposed = is_transposed
+    return experts.to(dtype)
 
 
 def finish_split(model: nn.Module, num_ranks: int, all_reduce: AllReduce) -> None:

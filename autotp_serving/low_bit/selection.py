@@ -72,11 +72,17 @@ def is_linear(module: Any) -> bool:
     return type(module).__name__ in (*COLUMN_PARALLEL, *ROW_PARALLEL)
 
 
-def find_low_bit_selection(config: ServingConfig, stored: str | None) -> LowBitSelection:
+def find_low_bit_selection(
+    config: ServingConfig, stored: str | None, is_quantized: bool = False
+) -> LowBitSelection:
     """What is to be converted while loading; nothing of a folder that was saved converted.
+
+    Of a checkpoint that others have quantized, what they left in 16 bits stays so, but for a head
+    that is asked for by name; the rest is the checkpoint's own business.
 
     Args:
         stored: the format that the folder was saved in, None for an ordinary checkpoint.
+        is_quantized: by others.
 
     Raises:
         ConfigError: an unknown format, or one that differs from the saved folder's.
@@ -89,6 +95,9 @@ def find_low_bit_selection(config: ServingConfig, stored: str | None) -> LowBitS
         )
     except LowBitError as error:
         raise ConfigError(f"--low-bit: {error}") from error
+    if is_quantized:
+        is_asked = config.lm_head_low_bit != AUTO_HEAD
+        return LowBitSelection(linears=None, head=selection.head if is_asked else None)
     if stored is None:
         return selection
     if selection.linears is None or selection.linears.name != stored:

@@ -100,6 +100,22 @@ def list_known_shapes(config: Any, rank: int, num_ranks: int, dtype: str) -> Mod
     )
 
 
+def list_known_names(config: Any) -> set[str]:
+    """The names under which checkpoints hold the tensors of these shapes.
+
+    Args:
+        config: of `read_known_config`.
+    """
+    shapes = list_known_shapes(config, 0, 1, "bfloat16")
+    names = {tensor.name for tensor in shapes.tensors} | {shapes.head.name, "embed_out.weight"}
+    if config.model_type != "phi3":
+        return names
+    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    return names | {
+        name.replace(part, whole) for name in names for part, whole in fused.items() if part in name
+    }
+
+
 def _list_llama(config: Any, rank: int, num_ranks: int) -> Iterator[Any]:
     """Llama and those that differ from it by biases and norms."""
     family, hidden = config.model_type, config.hidden_size

@@ -13,12 +13,14 @@ from typing import Any
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import LocalRankGroup
-from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.model.build import build_sharded_model, find_dtype
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.shapes import ModelShapes
-from autotp_serving.model.shards import describe_shapes
+from autotp_serving.model.shards import describe_shapes, report_unused
+from autotp_serving.model.stored_tensors import has_weights
+from autotp_serving.model.tensor_names import match_tensor_names
+from autotp_serving.model.vision_language import hide_vision_tensors
 
 
 def list_shapes(
@@ -27,11 +29,17 @@ def list_shapes(
     """The shapes of each rank's model, and what tells which tensors are stored converted."""
     folder = Path(config.model_path)
     checkpoint = (
-        Checkpoint(folder)
-        if (folder / MANIFEST_NAME).exists()
+        Checkpoint(folder, config)
+        if config.load_format != "dummy" and has_weights(folder)
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
-    shapes = [shard_shapes(config, model_config, group) for group in list_ranks(num_ranks)]
+    hide_vision_tensors(model_config, checkpoint, is_told=False)
+    shapes = []
+    for group in list_ranks(num_ranks):
+        model = shard_model(config, model_config, group)
+        match_tensor_names(model, checkpoint)
+        report_unused(model, checkpoint, is_reporter=group.rank == 0)
+        shapes.append(describe_shapes(model))
     return shapes, checkpoint
 
 
@@ -40,21 +48,20 @@ def list_ranks(num_ranks: int) -> list[LocalRankGroup]:
     return [LocalRankGroup(rank, num_ranks, rank, num_ranks) for rank in range(num_ranks)]
 
 
-def shard_shapes(config: ServingConfig, model_config: Any, group: LocalRankGroup) -> ModelShapes:
-    """The shapes of one rank's model, by AutoTP itself.
+def shard_model(config: ServingConfig, model_config: Any, group: LocalRankGroup) -> Any:
+    """One rank's model on the meta device, sharded by AutoTP itself.
 
     DeepSpeed keeps the groups of its first call, so a process can do this for one number of ranks.
     """
     if group.size > 1:
         _pretend_rank(group)
-    model = build_sharded_model(
+    return build_sharded_model(
         model_config,
         find_dtype(config),
         group,
         lambda tensor: tensor,
         config.trust_remote_code,
     )
-    return describe_shapes(model)
 
 
 def _pretend_rank(group: LocalRankGroup) -> None:

@@ -21,11 +21,18 @@ from autotp_serving.memory.budget import (
     find_host_peak,
 )
 from autotp_serving.memory.footprint import Footprint, MemorySetup, find_footprint
-from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
+from autotp_serving.memory.known_shapes import (
+    list_known_names,
+    list_known_shapes,
+    read_known_config,
+)
 from autotp_serving.memory.plan_table import format_plan
 from autotp_serving.model.families import adapt_rope, check_heads
+from autotp_serving.model.leftovers import check_leftovers, check_stored
 from autotp_serving.model.lengths import find_max_model_len
+from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shapes import find_dtype_name
+from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors
 from autotp_serving.model_folder import check_model_folder
 
 
@@ -41,7 +48,9 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if (folder / MANIFEST_NAME).exists() else read_known_config(folder)
+    known = None if is_converted(folder) else read_known_config(folder)
+    if known is not None and not check_known_names(config, folder, known):
+        known = None
     if known is None:
         from autotp_serving.model.loader import read_model_config
 
@@ -62,6 +71,31 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     for rank, (footprint, budget) in enumerate(zip(footprints, budgets, strict=True)):
         check_budget(footprint, budget, setup, rank)
     check_host_peaks(peaks[:local_size], config)
+
+
+def is_converted(folder: Path) -> bool:
+    """True where weights are stored low-bit, by --save-low-bit or by others.
+
+    Raises:
+        ConfigError: quantized in a way that is not read here.
+    """
+    return find_quantization(folder) is not None or (folder / MANIFEST_NAME).exists()
+
+
+def check_known_names(config: ServingConfig, folder: Path, known: Any) -> bool:
+    """True if the folder's tensors, where there are any, are those of the known shapes.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a tensor that can be no weight.
+    """
+    if config.load_format == "dummy" or not has_weights(folder):
+        return True
+    stored = list_stored_tensors(folder)
+    check_stored(stored, stored)
+    names = list_known_names(known)
+    return not check_leftovers(
+        stored.keys() - names, (), {name: tensor.shape for name, tensor in stored.items()}
+    )
 
 
 def find_memory(config: ServingConfig) -> tuple[str, Memory]:
@@ -99,7 +133,11 @@ def find_footprints(setup: MemorySetup, model_config: Any, known: Any = None) ->
     else:
         dtype, ranks = find_dtype_name(setup.config), range(setup.num_ranks)
         shapes = [list_known_shapes(known, rank, setup.num_ranks, dtype) for rank in ranks]
-    low_bit = find_low_bit_selection(setup.config, checkpoint.low_bit if checkpoint else None)
+    low_bit = find_low_bit_selection(
+        setup.config,
+        checkpoint.low_bit if checkpoint else None,
+        checkpoint is not None and checkpoint.is_quantized,
+    )
     return [
         find_footprint(one, checkpoint, low_bit, setup, rank) for rank, one in enumerate(shapes)
     ]

@@ -19,8 +19,8 @@ from autotp_serving.model.step_inputs import StepInputs
 
 ATTENTION_NAME = "autotp_paged"
 
-HARMLESS_TENSORS = ("cache_position", "position_ids", "s_aux")
-"""Arguments that tell attention nothing it does not know; `s_aux` has a refusal of its own."""
+HARMLESS_TENSORS = ("cache_position", "position_ids")
+"""Arguments that tell attention nothing it does not know."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def paged_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -72,6 +73,7 @@ def paged_attention(
         key, value: [1, num_kv_heads, num_tokens, head_dim].
         sliding_window: how many of the latest positions are visible; None for all.
         softcap: logits become softcap * tanh(logits / softcap).
+        s_aux: [num_heads], a logit of each head that has no value (an attention sink).
         attention_context: passed through the model's forward by the runner.
 
     Returns:
@@ -85,16 +87,14 @@ def paged_attention(
             f"{type(module).__name__} does not pass keyword arguments on to its attention: "
             "this architecture cannot be served"
         )
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError(
-            f"{type(module).__name__} has attention sinks: this architecture cannot be served yet"
-        )
     _refuse_unknown(module, attention_mask, kwargs)
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     pools = context.cache.write(module.layer_idx, context.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = context.attention.attend(query, (key, value), pools, scaling, sliding_window, softcap)
+    output = context.attention.attend(
+        query, (key, value), pools, scaling, sliding_window, softcap, s_aux
+    )
     return output[None], None
 
 

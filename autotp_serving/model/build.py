@@ -15,8 +15,9 @@ from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.unfuse import finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
-from autotp_serving.model.families import check_heads, check_sharding, refuse_by_name
+from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
+from autotp_serving.model.sharding_plan import AllReduce, find_cuts, follow_cuts
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -40,8 +41,7 @@ def build_sharded_model(
     model = build_on_meta(model_config, dtype, trust_remote_code)
     with refuse_by_name(model_config):
         if group.size > 1:
-            _shard_with_autotp(model, group.size, dtype)
-            check_sharding(model)
+            _shard(model, group.size, dtype, all_reduce)
         finish_split(model, group.size, all_reduce)
         _install_head(model, group, all_reduce)
     return model
@@ -78,6 +78,16 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
         model = model.to(dtype)
         split_layers(model)
     return model
+
+
+def _shard(model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
+    """Cut the model by transformers' plan, or else as AutoTP finds right."""
+    cuts = None if model.config.model_type in PROVED else find_cuts(model)
+    if cuts is None:
+        _shard_with_autotp(model, num_ranks, dtype)
+    else:
+        follow_cuts(model, cuts, all_reduce)
+    check_sharding(model, has_cuts=cuts is not None)
 
 
 def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> None:

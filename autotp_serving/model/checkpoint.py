@@ -1,4 +1,4 @@
-"""Read slices of a safetensors checkpoint, 16-bit or saved low-bit. Each rank reads what it keeps.
+"""Read slices of a safetensors checkpoint, 16-bit or quantized. Each rank reads what it keeps.
 
 Each read opens the file anew: a file kept open would keep every page it ever touched in this
 process's resident set.
@@ -6,75 +6,143 @@ process's resident set.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
 from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
+from autotp_serving.model.leftovers import check_stored, check_type
+from autotp_serving.model.quantized.methods import QuantizedTensors, find_quantized_tensors
+from autotp_serving.model.quantized.settings import Quantization, find_quantization
+from autotp_serving.model.quantized.targets import Targets, choose_targets, describe_targets
+from autotp_serving.model.quantized.weight import Loss, read_dense, read_low_bit
+from autotp_serving.model.shapes import find_dtype_name
+from autotp_serving.model.stored_tensors import CheckpointError, list_stored_tensors
 from autotp_serving.model_folder import (
-    INDEX_NAME,
     MAX_LARGE_BYTES,
     ModelFolderError,
     find_file,
     read_object,
 )
 
-SINGLE_NAME = "model.safetensors"
 MANIFEST_VERSION = 1
 
-ITEMSIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-
 Ranges = tuple[tuple[int, int], ...]
-
-
-class CheckpointError(ModelFolderError):
-    """A checkpoint that cannot be read; the message names the file and the cure."""
 
 
 class Checkpoint:
     """The tensors of one model folder, by name.
 
-    In a folder that `--save-low-bit` wrote, a converted weight is one tensor of this class, though
-    several planes on disk.
+    A weight that is stored quantized, by --save-low-bit or by others, is one tensor of this class,
+    though several on disk.
+
+    Args:
+        config: what quantized weights are to become; None leaves that to the folder.
 
     Attributes:
         low_bit: the --low-bit name the folder was saved with; None for an ordinary checkpoint.
+        quantization: what the folder says of weights that others have quantized, or None.
         checksums: of the tensors as stored, by name; None for an ordinary checkpoint, and for one
             saved low-bit before there were any.
         files: where each stored tensor is, by name.
 
     Raises:
         ModelFolderError: a file that leads out of the folder, or is none.
-        CheckpointError: no safetensors, a shard that is missing, or one that is cut short.
+        CheckpointError: no safetensors, a shard that is missing, or one that is cut short; or a
+            tensor that is not understood.
+        ConfigError: weights quantized in a way that is not read here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: ServingConfig | None = None) -> None:
         self.folder = folder
-        self.files: dict[str, Path] = {}
         self.checksums: dict[str, str] | None = None
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._itemsizes: dict[str, int] = {}
+        self.quantization = find_quantization(folder)
+        self.stored = list_stored_tensors(folder)
+        self.files = {name: tensor.path for name, tensor in self.stored.items()}
+        self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
+        self._slices: dict[str, tuple[str, int, int, bool]] = {}  # see add_slice
         self._hidden: set[str] = set()
-        for path in self._list_files():
-            with self._open(path) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                    self.files[name] = path
-                    part = tensors.get_slice(name)
-                    self._shapes[name] = tuple(part.get_shape())
-                    self._itemsizes[name] = ITEMSIZES.get(part.get_dtype(), 1)
         self._formats: dict[str, Format] = {}
+        self._quantized = QuantizedTensors({})
+        self._targets: Targets = {}
+        self._loss = Loss()
+        self._dense_dtype = torch.float32
         self.low_bit = self._read_manifest()
+        if self.quantization is not None:
+            self._join_quantized(self.quantization, config)
+        if self.low_bit is None:  # where checksums know better
+            dense = self._shapes.keys() - self._quantized.weights.keys()
+            check_stored(self.stored, dense)
+
+    def _join_quantized(self, quantization: Quantization, config: ServingConfig | None) -> None:
+        """Let the tensors of each quantized weight count as one."""
+        self._quantized = find_quantized_tensors(quantization, self.stored)
+        weights = self._quantized.weights
+        self._targets = choose_targets(weights, config)
+        if config is not None:
+            self._dense_dtype = getattr(torch, find_dtype_name(config))
+        for name in self._quantized.consumed:
+            del self._shapes[name]
+        for name, weight in weights.items():
+            self._shapes[name] = weight.shape
+            self._itemsizes[name] = self._dense_dtype.itemsize
+            target = self._targets[name]
+            if target is not None:
+                self._formats[name] = target
+
+    @property
+    def is_quantized(self) -> bool:
+        """True for weights that others have quantized."""
+        return self.quantization is not None
+
+    @property
+    def main_format(self) -> Format | None:
+        """What most of its weights that others have quantized become; None: plain numbers."""
+        counts = Counter(target.name for target in self._targets.values() if target is not None)
+        return FORMATS[counts.most_common(1)[0][0]] if counts else None
+
+    def describe_quantized(self) -> list[str]:
+        """Lines for the log: what becomes of weights that others have quantized."""
+        if self.quantization is None:
+            return []
+        phrases = describe_targets(self._quantized.weights, self._targets)
+        lines = [
+            f"Quantized by {self.quantization.method} ({self.quantization.source.name}): "
+            f"{'; '.join(phrases) or 'no weight'}; all others stay in 16 bits"
+        ]
+        for reason, names in self._quantized.unneeded.items():
+            lines.append(f"{len(names)} tensors are not used: {reason} (as {min(names)})")
+        return lines
+
+    def describe_loss(self) -> str | None:
+        """A line for the log: what converting again has cost so far; None where nothing was."""
+        if not self._loss.num_weights:
+            return None
+        return (
+            f"{self._loss.num_weights} weights that others had quantized were converted again, "
+            f"which moved them by {self._loss.relative:.2%} (root mean square, of a sample): "
+            "a --low-bit of more bits moves them less"
+        )
 
     def _read_manifest(self) -> str | None:
         """Join the planes of converted weights, each checked against what the format asks."""
         path = self.folder / MANIFEST_NAME
         if not path.exists():
             return None
+        if self.quantization is not None:
+            raise self.quantization.refuse(
+                "this folder was saved low-bit from weights that were quantized already, by a "
+                "version that took their codes for weights",
+                "save it again from the checkpoint that it was made of",
+            )
         try:
             manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
             version, low_bit = manifest["version"], manifest["low_bit"]
@@ -106,27 +174,6 @@ class Checkpoint:
             self._shapes[name] = shape
         return low_bit
 
-    def _list_files(self) -> list[Path]:
-        index_path = self.folder / INDEX_NAME
-        if index_path.exists():
-            index = read_object(find_file(self.folder, INDEX_NAME), MAX_LARGE_BYTES)
-            try:
-                files = sorted(set(index["weight_map"].values()))
-                "".join(files)  # all of them are names
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    f"{index_path} is no safetensors index ({error!r}): download it again"
-                ) from error
-            return [find_file(self.folder, name, INDEX_NAME) for name in files]
-        if (self.folder / SINGLE_NAME).exists():
-            return [find_file(self.folder, SINGLE_NAME)]
-        if list(self.folder.glob("*.bin")):
-            raise CheckpointError(
-                f"{self.folder} holds pickled weights (.bin), which can run code when loaded: "
-                "convert them to safetensors first (save_pretrained in transformers does)"
-            )
-        raise CheckpointError(f"{self.folder} holds no {SINGLE_NAME} and no {INDEX_NAME}")
-
     @staticmethod
     def _open(path: Path) -> Any:
         try:
@@ -149,7 +196,7 @@ class Checkpoint:
         return self._itemsizes[name]
 
     def low_bit_format(self, name: str) -> Format | None:
-        """Format of a weight that is stored converted."""
+        """Format of a weight that is stored converted, or becomes so while it is read."""
         return self._formats.get(name)
 
     def add_view(self, name: str, source: str, start: int, stop: int) -> None:
@@ -168,11 +215,28 @@ class Checkpoint:
         """Let these tensors be named no more."""
         self._hidden |= names
 
+    def add_slice(
+        self, name: str, source: str, index: int, rows: tuple[int, int], *, is_transposed: bool
+    ) -> None:
+        """Let rows of one of the matrices stacked in a tensor count as a tensor of their own.
+
+        Args:
+            source: [number of matrices, rows, columns]; it is named no more.
+            index: which matrix.
+            rows: (start, stop).
+            is_transposed: the matrices in `source` have their rows as columns.
+        """
+        num_cols = self._shapes[source][1 if is_transposed else 2]
+        self._slices[name] = (source, index, rows[0], is_transposed)
+        self._hidden.add(source)
+        self._shapes[name] = (rows[1] - rows[0], num_cols)
+        self._itemsizes[name] = self._itemsizes[source]
+
     def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
         """Copy the rows and columns of a converted weight into host memory.
 
         Raises:
-            LowBitError: the columns would split a block.
+            LowBitError: the columns would split a block, or numbers that cannot be.
         """
         format = self._formats[name]
         (row_start, row_stop), (col_start, col_stop) = ranges
@@ -182,10 +246,21 @@ class Checkpoint:
         first, last = col_start // BLOCK, num_blocks(col_stop)
         name, first_row = self._views.get(name, (name, 0))
         row_start, row_stop = row_start + first_row, row_stop + first_row
+        if name in self._quantized.weights:
+            return read_low_bit(
+                self._quantized.weights[name],
+                format,
+                self._read_stored,
+                (row_start, row_stop),
+                (col_start, col_stop),
+                self._loss,
+            )
         planes = {}
         for plane in format.planes:
             cols = (first * plane.entries, last * plane.entries)
-            planes[plane.name] = self.read(f"{name}.{plane.name}", ((row_start, row_stop), cols))
+            planes[plane.name] = self._read_stored(
+                f"{name}.{plane.name}", ((row_start, row_stop), cols)
+            )
         return LowBitTensor(format, (row_stop - row_start, col_stop - col_start), planes)
 
     def read(self, name: str, ranges: Ranges) -> torch.Tensor:
@@ -194,12 +269,38 @@ class Checkpoint:
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+
+        Raises:
+            CheckpointError: its numbers are not what they stand for.
         """
+        if name in self._slices:
+            return self._read_slice(name, ranges)
         name, first_row = self._views.get(name, (name, 0))
+        is_quantized = name in self._quantized.weights
+        if not is_quantized:
+            check_type(name, self.stored[name])
         if first_row:
             (row_start, row_stop), *others = ranges
             ranges = ((row_start + first_row, row_stop + first_row), *others)
+        if is_quantized:
+            weight = self._quantized.weights[name]
+            return read_dense(weight, self._dense_dtype, self._read_stored, *ranges)
+        return self._read_stored(name, ranges)
+
+    def _read_slice(self, name: str, ranges: Ranges) -> torch.Tensor:
+        source, index, first_row, is_transposed = self._slices[name]
+        check_type(source, self.stored[source])
+        (row_start, row_stop), cols = ranges
+        rows = (row_start + first_row, row_stop + first_row)
+        block = (cols, rows) if is_transposed else (rows, cols)
+        (part,) = self._read_stored(source, ((index, index + 1), *block))
+        return part.T.contiguous() if is_transposed else part
+
+    def _read_stored(self, name: str, ranges: Ranges) -> torch.Tensor:
+        """The same of a tensor under the name that it has in its file."""
         with self._open(self.files[name]) as tensors:
+            if not ranges:
+                return tensors.get_tensor(name).clone()
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.
             return part.clone()

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.stored_tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ class DummyCheckpoint:
     """Looks like `Checkpoint`; nothing of it is stored anywhere."""
 
     low_bit = None
+    is_quantized = False
 
     def __init__(self, folder: Path, model_config: Any, trust_remote_code: bool) -> None:
         self.folder = folder
@@ -47,6 +48,14 @@ class DummyCheckpoint:
 
     def low_bit_format(self, name: str) -> None:
         """No tensor is stored converted."""
+        return
+
+    def describe_quantized(self) -> list[str]:
+        """Nothing is stored, so nothing is quantized."""
+        return []
+
+    def describe_loss(self) -> None:
+        """Nothing is converted again."""
         return
 
     def read(self, name: str, ranges: Ranges) -> torch.Tensor:

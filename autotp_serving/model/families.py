@@ -36,6 +36,9 @@ PROVED = (
 COLUMN_NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_NAMES = ("o_proj", "down_proj")
 
+# Of latent attention: what comes before the matrices that are cut.
+WHOLE_PARTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+
 # What transformers 4 reads from `rope_scaling` as transformers 5 does from `rope_parameters`.
 ROPE_SETTINGS = (
     "rope_type",
@@ -111,11 +114,12 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
         )
 
 
-def check_sharding(model: nn.Module) -> None:
+def check_sharding(model: nn.Module, *, has_cuts: bool) -> None:
     """Refuse an unproved family that AutoTP has sharded wrongly, or where this cannot be checked.
 
     Args:
         model: sharded for several ranks, on the meta device.
+        has_cuts: its matrices are sharded as transformers' own plan or their names have it.
 
     Raises:
         ConfigError: naming the family and the layer.
@@ -131,6 +135,8 @@ def check_sharding(model: nn.Module) -> None:
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
         if module is head or not (is_matrix or has_stacked_weights(module)):
+            continue
+        if has_cuts and not has_stacked_weights(module):
             continue
         last = name.rpartition(".")[2]
         expected = "LinearLayer" if last in COLUMN_NAMES else "LinearAllreduce"
@@ -150,6 +156,8 @@ def check_unsharded_parameters(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the family and the parameter.
     """
+    from autotp_serving.model.sharding_plan import GatheredNorm
+
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, module in model.named_modules():
@@ -159,7 +167,9 @@ def check_unsharded_parameters(model: nn.Module) -> None:
             if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
-                if tuple(parameter.shape) == (head_dim,):
+                is_known = own_name == "sinks" and not inner_name  # cut by `follow_cuts`
+                is_known |= inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
+                if is_known or tuple(parameter.shape) == (head_dim,):
                     continue
                 parts = ".".join(filter(None, (name, inner_name, own_name)))
                 raise ConfigError(

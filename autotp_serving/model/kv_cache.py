@@ -54,6 +54,7 @@ class Attention(Protocol):
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend in one layer.
 
@@ -63,6 +64,7 @@ class Attention(Protocol):
             pools: the layer's, with the new.
             sliding_window: how many of the latest positions are visible; None for all.
             softcap: logits become softcap * tanh(logits / softcap); None for as they are.
+            sinks: [num_heads], a logit of each head that has no value; None for none.
 
         Returns:
             [num_tokens, num_heads, value_head_dim].

@@ -8,7 +8,7 @@ converts it if its weights are low-bit, and places it on its device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.layers.unfuse import take_over_sums
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection
+from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection, is_linear
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_sharded_model, find_dtype, rebuild_buffers
 from autotp_serving.model.checkpoint import Checkpoint
@@ -67,9 +67,14 @@ def read_model_config(config: ServingConfig) -> Any:
             f"{folder / 'config.json'} cannot be used ({type(error).__name__}): {reason[:300]}"
         ) from error
     found = take_language_model(found, folder)
+    # The checkpoint reads it from the file; transformers and DeepSpeed would act on it.
+    for part in (found, found.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     adapt_rope(found)
     check_family(found)
-    check_loaded_sizes(found)
+    with refuse_by_name(found):
+        check_loaded_sizes(found)
     return found
 
 
@@ -94,7 +99,7 @@ def load_model(
         ConfigError: in one line, with the cure.
     """
     checkpoint = open_checkpoint(config, model_config)
-    low_bit = find_low_bit_selection(config, checkpoint.low_bit)
+    low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
         model_config, find_dtype(config), group, all_reduce, config.trust_remote_code
@@ -105,14 +110,23 @@ def load_model(
         shards = find_shards(model, checkpoint, group)
         check(model, checkpoint, low_bit)
     check_checksums(checkpoint, group)
+    log_lines(checkpoint.describe_quantized(), group)
     filler = WeightFiller(
         model, checkpoint, low_bit, convert, find_dtype(config), device, all_reduce
     )
     filler.fill(shards, show_progress=group.rank == 0)
+    log_lines(filter(None, [checkpoint.describe_loss()]), group)
     take_over_sums(model, all_reduce)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()
+
+
+def log_lines(lines: Iterable[str], group: RankGroup) -> None:
+    """Log what holds for all ranks, once."""
+    if group.rank == 0:
+        for line in lines:
+            logger.info("%s", line)
 
 
 def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | DummyCheckpoint:
@@ -120,7 +134,7 @@ def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | Du
     folder = Path(config.model_path)
     if config.load_format == "dummy":
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
-    return Checkpoint(folder)
+    return Checkpoint(folder, config)
 
 
 def choose_convert(
@@ -147,7 +161,7 @@ def choose_convert(
     if low_bit.linears is None:
         raise ConfigError(
             f"--low-bit-provider ipex-llm converts 16-bit checkpoints only, and "
-            f"'{config.model_path}' was saved low-bit: leave the flag out"
+            f"'{config.model_path}' holds low-bit weights: leave the flag out"
         )
     return lambda module, weight: convert_linear(module, weight, name, model_config)
 
@@ -212,6 +226,11 @@ class WeightFiller:
         module_name, _, attribute = name.rpartition(".")
         module = self._model.get_submodule(module_name)
         if self._checkpoint.low_bit_format(name) is not None:
+            if not (is_linear(module) or isinstance(module, VocabParallelHead)):
+                raise LowBitError(
+                    f"a {type(module).__name__} takes no low-bit weight "
+                    f"(--modules-to-not-convert {module_name.rpartition('.')[2]} decodes it)"
+                )
             check_columns(shard.ranges[1], shard.full_shape[1])
             weight = self._checkpoint.read_low_bit(name, shard.ranges).to(self._device)
             if isinstance(module, VocabParallelHead):

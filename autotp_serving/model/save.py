@@ -24,8 +24,11 @@ from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.selection import MANIFEST_NAME, LowBitSelection, find_low_bit_selection
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
-from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
+from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint, Ranges
 from autotp_serving.model.checksums import compute_checksums
+from autotp_serving.model.loader import log_lines
+from autotp_serving.model.quantized.settings import drop_quantization
+from autotp_serving.model.shards import report_unused
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model.vision_language import hide_vision_tensors
 from autotp_serving.model_folder import INDEX_NAME, check_link
@@ -58,18 +61,26 @@ def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> 
         except OSError as error:
             raise _cannot_write(partial, error) from error
     group.all_gather("folder made")
-    checkpoint = Checkpoint(Path(config.model_path))
+    checkpoint = Checkpoint(Path(config.model_path), config)
     hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)
-    selection = find_low_bit_selection(config, checkpoint.low_bit)
-    if selection.linears is None:
-        raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
-    converter = _Converter(config, model_config, checkpoint, selection)
+    selection = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
+    main_format = checkpoint.main_format if checkpoint.is_quantized else selection.linears
+    if main_format is None:
+        raise ConfigError(
+            "--save-low-bit needs a checkpoint that was not saved so already, and a --low-bit that "
+            "converts"
+        )
+    log_lines(checkpoint.describe_quantized(), group)
+    converter = _Converter(config, model_config, checkpoint, selection, group.rank == 0)
     converter.write(partial, group)
     parts = group.all_gather((converter.weight_map, converter.manifest, converter.checksums))
+    log_lines(filter(None, [checkpoint.describe_loss()]), group)
     if group.rank == 0:
         try:
             for path in _list_companions(checkpoint.folder):
                 shutil.copy(path, partial)
+            if checkpoint.is_quantized:
+                drop_quantization(partial)
         except OSError as error:
             raise _cannot_write(partial, error) from error
         weight_map, tensors, checksums = (
@@ -79,7 +90,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> 
         index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
         manifest = {
             "version": MANIFEST_VERSION,
-            "low_bit": selection.linears.name,
+            "low_bit": main_format.name,
             "tensors": dict(sorted(tensors.items())),
             "crc32": dict(sorted(checksums.items())),
         }
@@ -122,11 +133,13 @@ class _Converter:
         model_config: Any,
         checkpoint: Checkpoint,
         selection: LowBitSelection,
+        is_reporter: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = find_dtype(config)
         model = build_on_meta(model_config, self._dtype, config.trust_remote_code)
         match_tensor_names(model, checkpoint)
+        report_unused(model, checkpoint, is_reporter=is_reporter)
         head_name = next(
             name
             for name, module in model.named_modules()
@@ -182,13 +195,22 @@ class _Converter:
         """Read one tensor whole and make of it what is stored."""
         source = self._sources[name]
         shape = self._checkpoint.shape(source)
-        tensor = self._checkpoint.read(source, tuple((0, size) for size in shape))
+        ranges = tuple((0, size) for size in shape)
+        stored = self._checkpoint.low_bit_format(source)
+        try:
+            if stored is not None:
+                weight = self._checkpoint.read_low_bit(source, ranges)
+                self.manifest[name] = {"format": stored.name, "shape": list(shape)}
+                return weight.to_dict(name)
+            return self._convert_dense(name, source, ranges)
+        except LowBitError as error:
+            raise ConfigError(f"{name} cannot be converted: {error}") from error
+
+    def _convert_dense(self, name: str, source: str, ranges: Ranges) -> dict[str, torch.Tensor]:
+        """The same of a tensor that is stored in 16 bits, or decoded to them."""
+        tensor = self._checkpoint.read(source, ranges)
         format = self._formats.get(name)
         if format is None:
             return {name: tensor}
-        try:
-            weight = quantize(tensor.to(self._dtype), format)
-        except LowBitError as error:
-            raise ConfigError(f"{name} cannot be converted: {error}") from error
-        self.manifest[name] = {"format": format.name, "shape": list(shape)}
-        return weight.to_dict(name)
+        self.manifest[name] = {"format": format.name, "shape": list(tensor.shape)}
+        return quantize(tensor.to(self._dtype), format).to_dict(name)

@@ -148,9 +148,12 @@ def _check_heads(model: nn.Module, query: tuple[int, ...], key: tuple[int, ...])
     config = model.config.get_text_config()
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if getattr(config, "kv_lora_rank", None):  # latent keys become those of every head
+        num_kv_heads = num_heads
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     share, rest = divmod(num_kv_heads, head.num_ranks)
     share += head.rank < rest
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     expected = (share * (num_heads // num_kv_heads), head_dim, share, head_dim)
     if (query[1], query[3], key[1], key[3]) != expected:
         raise ConfigError(

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from torch import nn
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.low_bit.selection import is_linear
-from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.leftovers import check_leftovers
 from autotp_serving.model.shapes import ModelShapes, TensorShape
+from autotp_serving.model.stored_tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +82,7 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, group: RankGroup) -> d
                 )
             ranges.append(found)
         shards[name] = Shard(full_shape, tuple(ranges))
-    if group.rank == 0:
-        _report_unused(known - set(shards) - {f"{head_name}.weight"})
+    report_unused(model, checkpoint, is_reporter=group.rank == 0)
     return shards
 
 
@@ -136,8 +138,24 @@ def describe_shapes(model: nn.Module) -> ModelShapes:
     )
 
 
-def _report_unused(names: set[str]) -> None:
-    """Warn of tensors that nobody wants; old checkpoints carry rotary frequencies, harmless."""
-    unused = sorted(name for name in names if not name.endswith("inv_freq"))
-    if unused:
-        logger.warning("%d tensors of the checkpoint are not used: %s", len(unused), unused[:5])
+def report_unused(model: nn.Module, checkpoint: Any, is_reporter: bool) -> None:
+    """Refuse tensors that the model should have used, and tell of others in one line.
+
+    Args:
+        model: on the meta device; the checkpoint's tensors have its names.
+        is_reporter: on one rank only.
+
+    Raises:
+        CheckpointError: naming a tensor that lies inside the model.
+    """
+    own = set(model.state_dict(keep_vars=True))
+    leftovers = checkpoint.names() - own
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    shapes = {name: checkpoint.shape(name) for name in leftovers}
+    unused = check_leftovers(leftovers, own, shapes, tuple(ignored))
+    if unused and is_reporter:
+        logger.warning(
+            "%d tensors of the checkpoint are not used, of parts that this model does not have: %s",
+            len(unused),
+            ", ".join(unused[:5]),
+        )

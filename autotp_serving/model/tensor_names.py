@@ -1,20 +1,24 @@
 """From the names of a model's tensors to those in its checkpoint. Every rank.
 
 The checkpoint keeps the names of its day, while the model has those of the installed transformers,
-in which some layers were renamed and our own parts (`unfuse.py`) take the place of others.
+in which some layers were renamed or stacked, and our own parts (`unfuse.py`) take the place of
+others. Transformers says itself what it renames and stacks (its conversion mapping).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from autotp_serving.layers.unfuse import FusedOutput
+from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.model.checkpoint import Checkpoint
 
-# Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks. The
-# last three are those inside a vision-language model.
+# Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
+# transformers 4, where transformers 5 leaves a tied head's name open, and (the last three) inside a
+# vision-language model.
 RENAMED = (
     (r"^lm_head\.", "embed_out."),
     (r"^embed_out\.", "lm_head."),
@@ -27,6 +31,8 @@ RENAMED = (
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
+STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 
 def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give the checkpoint's tensors the names of the model's.
@@ -34,10 +40,21 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     Args:
         model: on the meta device.
     """
+    wanted = set(model.state_dict(keep_vars=True))
     known = checkpoint.names()
-    for name in model.state_dict(keep_vars=True):
-        if name in known:
-            continue
+    experts = {name: one for name, one in model.named_modules() if isinstance(one, Experts)}
+    for source, target, part in _rename(model, sorted(known - wanted)):
+        parent, _, last = target.rpartition(".")
+        if parent in experts and last in STACKED_PARTS:
+            if part is None:
+                _match_stack(parent, experts[parent], last, source, checkpoint)
+                continue
+            number, position = part
+            target = f"{parent}.{number}.{STACKED_PARTS[last][position]}.weight"
+        if target in wanted and target not in known:
+            checkpoint.add_view(target, source, 0, checkpoint.shape(source)[0])
+    known = checkpoint.names()
+    for name in wanted - known:
         for pattern, replacement in RENAMED:
             source = re.sub(pattern, replacement, name)
             if source != name and source in known:
@@ -46,6 +63,73 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     for fused_name, module in model.named_modules():
         if isinstance(module, FusedOutput):
             _match_parts(fused_name, module.sizes, checkpoint)
+
+
+def _rename(
+    model: nn.Module, sources: list[str]
+) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+    """What transformers calls tensors of a checkpoint.
+
+    Yields:
+        The checkpoint's name, transformers' name, and where it is one of many that transformers
+        stacks in that tensor: its number, and which of the matrices of that number it is.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers 4 loads what a checkpoint says
+        return
+    transforms = get_model_conversion_mapping(model)
+    names = set(model.state_dict(keep_vars=True))
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for source in sources:
+        target, part = source, None
+        for transform in transforms:
+            if not isinstance(transform, WeightConverter):
+                target, _ = transform.rename_source_key(target)
+        for transform in transforms:
+            if isinstance(transform, WeightConverter):
+                renamed, pattern = transform.rename_source_key(target)
+                if pattern is not None:
+                    part = _find_part(transform, pattern, target)
+                    target = renamed
+                    break
+        stem = target.rpartition(".")[0]
+        if prefix + target in names or (stem not in modules and prefix + stem in modules):
+            target = prefix + target
+        elif target.startswith(prefix) and target.removeprefix(prefix) in names:
+            target = target.removeprefix(prefix)
+        yield source, target, part
+
+
+def _find_part(converter: Any, pattern: str, name: str) -> tuple[int, int] | None:
+    """The number that stands for the `*` of a converter's source, and which source it is."""
+    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+    if found is None or not found.groups():
+        return None
+    return int(found[1]), converter.source_patterns.index(pattern)
+
+
+def _match_stack(
+    name: str, experts: Experts, stack: str, source: str, checkpoint: Checkpoint
+) -> None:
+    """Let the experts of a layer be slices of one tensor of the checkpoint."""
+    shape = checkpoint.shape(source)
+    if len(shape) != 3 or shape[0] != len(experts):
+        return  # the missing ones are named later
+    num_rows = shape[2 if experts.is_transposed else 1]
+    parts = STACKED_PARTS[stack]
+    size = num_rows // len(parts)
+    for number in range(len(experts)):
+        for position, part in enumerate(parts):
+            checkpoint.add_slice(
+                f"{name}.{number}.{part}.weight",
+                source,
+                number,
+                (position * size, (position + 1) * size),
+                is_transposed=experts.is_transposed,
+            )
 
 
 def _match_parts(fused_name: str, sizes: dict[str, int], checkpoint: Checkpoint) -> None:

@@ -110,7 +110,9 @@ class Case:
         slots = (blocks[:, None] * self.block_size + torch.arange(self.block_size)).flatten()
         return slots[: self.spans[index][1]]
 
-    def exact(self, index: int, window: int | None, softcap: float | None) -> Tensor:
+    def exact(
+        self, index: int, window: int | None, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """What a sequence's output should be, in float64."""
         query = self.query.split([length for length, _ in self.spans])[index].double()
         group = query.shape[1] // self.keys.shape[1]
@@ -126,7 +128,11 @@ class Case:
         visible = torch.arange(context) <= position
         if window is not None:
             visible &= torch.arange(context) > position - window
-        weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+        logits = logits.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            sink = sinks.double()[:, None, None].expand(*logits.shape[:2], 1)
+            logits = torch.cat((logits, sink), -1)
+        weights = logits.softmax(-1)[..., :context]
         return torch.einsum("hts,shd->thd", weights, values)
 
 
@@ -167,6 +173,19 @@ def test_equals_plain_attention(
         # Weights and output are rounded to 8 bits; the values' magnitudes are below 5.
         assert (out.double() - exact).abs().max() < 0.02
         assert (out.double() - exact).norm() < 0.004 * exact.norm()
+
+
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_sinks_take_their_share(isa: str, is_int8: bool, window: int | None) -> None:
+    case = make_case(is_int8=is_int8)
+    sinks = torch.tensor([-100.0, -3.0, 0.0, 1.0, 2.0, 5.0, 10.0, 60.0])
+    outs = case.attend(sliding_window=window, sinks=sinks, isa=isa)
+    for index, out in enumerate(outs):
+        exact = case.exact(index, window, None, sinks)
+        assert (out.double() - exact).abs().max() < 0.02
+        assert (out.double() - exact).norm() < 0.004 * exact.norm()
+        assert (out[:, 7] == 0).all() or out[:, 7].abs().max() < 1e-6  # all goes to the sink
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (7, 1), (32, 4)])

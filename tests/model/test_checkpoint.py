@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autotp_serving.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from autotp_serving.model_folder import ModelFolderError
+from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.stored_tensors import SINGLE_NAME
+from autotp_serving.model_folder import INDEX_NAME, ModelFolderError
 
 TENSORS = {
     "a.weight": torch.arange(60, dtype=torch.float32).reshape(6, 10),

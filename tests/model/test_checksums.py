@@ -11,8 +11,9 @@ import pytest
 
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.low_bit.selection import MANIFEST_NAME
-from autotp_serving.model.checkpoint import Checkpoint, CheckpointError
+from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.checksums import check_checksums, compute_checksums
+from autotp_serving.model.stored_tensors import CheckpointError
 from tests.model.checkpoints import save_tiny_llama
 from tests.model.test_save import load, save
 

@@ -75,6 +75,7 @@ class _Attention(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -190,6 +191,7 @@ class CpuAttention:
         scaling: float,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend in one layer; the tokens' own keys and values must be in the cache already.
 
@@ -200,6 +202,7 @@ class CpuAttention:
             pools: the layer's, as `pool_shapes` has them.
             sliding_window: how many of the latest positions are visible; None for all.
             softcap: logits become softcap * tanh(logits / softcap); None for as they are.
+            sinks: [num_heads], a logit of each head that has no value.
 
         Returns:
             [num_tokens, num_heads, value_dim] bfloat16, dense.
@@ -216,6 +219,8 @@ class CpuAttention:
         call.heads, call.kv_heads = num_heads, pools.keys.shape[1]
         call.head_dim, call.value_dim = head_dim, value_dim
         call.window, call.scaling, call.softcap = sliding_window or 0, scaling, softcap or 0.0
+        sinks = None if sinks is None else sinks.float().contiguous()
+        call.sinks = None if sinks is None else sinks.data_ptr()
         if self._attend(self.address, torch.get_num_threads()):
             raise MemoryError(f"no memory to attend with {num_tokens} tokens")
         return out

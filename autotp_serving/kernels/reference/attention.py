@@ -138,6 +138,7 @@ class PortableAttention:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend in one layer.
 
@@ -145,6 +146,7 @@ class PortableAttention:
             query: [num_tokens, num_heads, head_dim].
             new: the tokens' own keys and values, [num_tokens, num_kv_heads, head_dim].
             pools: the layer's, with the new.
+            sinks: [num_heads], a logit of each head that has no value.
 
         Returns:
             [num_tokens, num_heads, value_head_dim].
@@ -158,11 +160,11 @@ class PortableAttention:
             else:
                 key, value = pools.read(slots, query.dtype)
             output[rows] = _attend_prefill(
-                query[rows], key, value, scaling, sliding_window, softcap
+                query[rows], key, value, scaling, sliding_window, softcap, sinks
             )
         if self.decodes is not None:
             output[self.decodes.rows] = _attend_decodes(
-                query, pools, self.decodes, scaling, sliding_window, softcap
+                query, pools, self.decodes, scaling, sliding_window, softcap, sinks
             )
         return output
 
@@ -174,6 +176,7 @@ def _attend_prefill(
     scaling: float,
     sliding_window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Causal attention of the last query_len positions of a context.
 
@@ -189,7 +192,7 @@ def _attend_prefill(
     query = query.transpose(0, 1)[None]
     key = key.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
     value = value.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
-    if query_len == context_len and sliding_window is None and softcap is None:
+    if query_len == context_len and sliding_window is None and softcap is sinks is None:
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return output[0].transpose(0, 1)
     key_position = torch.arange(context_len, device=query.device)
@@ -197,7 +200,8 @@ def _attend_prefill(
     visible = key_position <= query_position
     if sliding_window is not None:
         visible &= key_position > query_position - sliding_window
-    return _attend_masked(query, key, value, visible, scaling, softcap)[0].transpose(0, 1)
+    sinks = None if sinks is None else sinks[:, None, None]
+    return _attend_masked(query, key, value, visible, scaling, softcap, sinks)[0].transpose(0, 1)
 
 
 def _attend_decodes(
@@ -207,6 +211,7 @@ def _attend_decodes(
     scaling: float,
     sliding_window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """One query per sequence; the heads that share a key/value head stand in as query rows.
 
@@ -224,7 +229,8 @@ def _attend_decodes(
     visible = position < decodes.context_lens[:, None]
     if sliding_window is not None:
         visible &= position >= decodes.context_lens[:, None] - sliding_window
-    output = _attend_masked(rows, key, value, visible[:, None, None], scaling, softcap)
+    sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+    output = _attend_masked(rows, key, value, visible[:, None, None], scaling, softcap, sinks)
     return output.reshape(num_seqs, num_heads, -1)
 
 
@@ -235,11 +241,16 @@ def _attend_masked(
     visible: torch.Tensor,
     scaling: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention under a boolean mask; with a softcap by hand, because torch's has none."""
-    if softcap is None:
+    """Attention under a boolean mask; by hand with a softcap or sinks, because torch has none."""
+    if softcap is sinks is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
     logits = (query @ key.transpose(-1, -2)).float() * scaling
-    logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.float().expand(*logits.shape[:-1], 1)), dim=-1)
+    weights = logits.softmax(-1)[..., : key.shape[-2]]
     return weights.to(value.dtype) @ value

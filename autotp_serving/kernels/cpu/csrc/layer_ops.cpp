@@ -221,6 +221,7 @@ int autotp_attention_half(const AutotpLayer* layer, const AutotpStep* step, int6
     attention.window = layer->window;
     attention.scaling = layer->scaling;
     attention.softcap = 0;
+    attention.sinks = nullptr;
     if (step->attend(&attention, threads)) return 1;
     return multiply(layer->output, step->narrowed, step->out, tokens, threads);
 }

@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -428,7 +429,8 @@ void run_task(const AutotpAttention& call, const Task& task) {
         const int64_t token = task.first_token + index / group;
         const int64_t head = task.kv_head * group + index % group;
         uint16_t* to = call.out + (token * call.heads + head) * call.value_dim;
-        const float total = sum_lanes(load_floats(work.totals + index * kLanes));
+        float total = sum_lanes(load_floats(work.totals + index * kLanes));
+        if (call.sinks) total += std::exp2(call.sinks[head] * kLog2e - work.peaks[index]);
         const Floats inverse = same_float(1.0f / total);
         for (int64_t col = 0; col < call.value_dim; col += kLanes) {
             const Floats sums = load_floats(work.sums + index * call.value_dim + col);

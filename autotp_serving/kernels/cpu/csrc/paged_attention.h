@@ -21,4 +21,5 @@ struct AutotpAttention {
     int64_t window;      // latest positions that are visible, or 0 for all
     float scaling;
     float softcap;  // 0 for none
+    const float* sinks;  // [heads], a logit of each that has no value; null for none
 };

@@ -1,0 +1,172 @@
+"""Which matrix is cut how, where transformers or a name tells; by AutoTP's layers. Every rank.
+
+AutoTP decides by names alone, and takes a router, say, for a matrix to cut. Most families of
+transformers name the matrices that are cut by rows or columns (`base_model_tp_plan`), and all
+others stay whole on every rank; some are told by names that most families share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp_serving.layers.unfuse import Experts, FusedOutput
+
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+
+COLUMN_STYLES = ("colwise", "colwise_gather_output")
+ROW_STYLES = ("rowwise", "rowwise_split_input")
+CUT_BY_NAME = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
+    **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
+    **dict.fromkeys(("o_proj", "down_proj"), "row"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
+    **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
+}
+"""Llama's names, those of latent attention (DeepSeek-V2), and those of routers."""
+
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+
+def find_cuts(model: nn.Module) -> dict[str, str] | None:
+    """How each linear layer is cut: by "column" of its output, by "row" of its input, or "whole".
+
+    Returns:
+        A cut by name, for all but the head; None where neither transformers nor a name tells.
+    """
+    head = model.get_output_embeddings()
+    plan = getattr(model, "_tp_plan", None) or {}
+    styles = {
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+")): style
+        for pattern, style in plan.items()
+        if style in COLUMN_STYLES + ROW_STYLES
+    }
+    is_whole_plan = any("att" in pattern.pattern for pattern in styles)
+    cuts = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        style = next((style for one, style in styles.items() if one.fullmatch(name)), None)
+        cut = _find_own_cut(model, name)
+        if cut is None and style is not None:
+            cut = "column" if style in COLUMN_STYLES else "row"
+        if cut is None:  # what a whole plan leaves out stays whole
+            cut = "whole" if is_whole_plan else CUT_BY_NAME.get(name.rpartition(".")[2])
+        if cut is None:
+            return None
+        cuts[name] = cut
+    return cuts if "row" in cuts.values() else None
+
+
+def _find_own_cut(model: nn.Module, name: str) -> str | None:
+    """Of the parts that our own code has made of others."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
+        return CUT_BY_NAME[last]
+    is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
+    return "column" if is_part else None
+
+
+def follow_cuts(model: nn.Module, cuts: dict[str, str], all_reduce: AllReduce) -> None:
+    """Put AutoTP's layers in the place of those that are cut.
+
+    Norms over the queries or keys of all heads see all of them, and heads are counted anew.
+
+    Args:
+        model: on the meta device.
+        cuts: of `find_cuts`.
+    """
+    from deepspeed import comm
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+    from deepspeed.module_inject.tp_shard import AutoTPMeta
+
+    options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config)}
+    kinds = {"column": LinearLayer, "row": LinearAllreduce}
+    for name, cut in cuts.items():
+        if cut != "whole":
+            layer = kinds[cut](
+                model.get_submodule(name), comm.get_world_group(), name=name, **options
+            )
+            model.set_submodule(name, layer.to_empty(device="meta"))
+    for module in model.modules():
+        query = getattr(module, "q_proj", None)
+        if type(query).__name__ == "LinearLayer":
+            _take_share_of_heads(model, module)
+            _cut_sinks(module)
+            for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
+                _gather_for_norm(module, projection, norm, all_reduce)
+
+
+def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
+    """Some families shape queries and keys by the config's counts, which are of all ranks."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    for projection, total, names in (
+        (attention.q_proj, num_heads, HEAD_COUNTS),
+        (getattr(attention, "k_proj", None), num_kv_heads, KV_HEAD_COUNTS),
+    ):
+        if projection is None:  # latent keys
+            continue
+        num_rows = sum(projection._partition_sizes)
+        for name in names:
+            if getattr(attention, name, None) == total and num_rows % total == 0:
+                setattr(attention, name, projection.weight.shape[0] * total // num_rows)
+
+
+def _cut_sinks(attention: nn.Module) -> None:
+    """Keep this rank's part of what attention has one number a head of."""
+    sinks = getattr(attention, "sinks", None)
+    if isinstance(sinks, nn.Parameter):
+        query = attention.q_proj
+        num_heads = query.weight.shape[0] * sinks.numel() // sum(query._partition_sizes)
+        attention.sinks = nn.Parameter(sinks.new_empty(num_heads), requires_grad=False)
+
+
+def _gather_for_norm(
+    attention: nn.Module, projection_name: str, norm_name: str, all_reduce: AllReduce
+) -> None:
+    """Give a norm over all heads the outputs of all ranks; it goes on with this rank's part."""
+    projection = getattr(attention, projection_name, None)
+    norm = getattr(attention, norm_name, None)
+    weight = getattr(norm, "weight", None)
+    sizes = getattr(projection, "_partition_sizes", ())
+    if weight is None or tuple(weight.shape) != (sum(sizes),) or len(sizes) < 2:
+        return
+    start = sum(sizes[: projection.tp_index])
+    norm.forward = GatheredNorm(norm.forward, start, sum(sizes), all_reduce)
+
+
+class GatheredNorm:
+    """The forward pass of a norm whose input lies on all ranks.
+
+    Args:
+        normalize: [..., num_columns] to the same, on one rank.
+        start: this rank's first column.
+        num_columns: of all ranks together.
+    """
+
+    def __init__(
+        self,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        start: int,
+        num_columns: int,
+        all_reduce: AllReduce,
+    ) -> None:
+        self._normalize = normalize
+        self._start = start
+        self._num_columns = num_columns
+        self._all_reduce = all_reduce
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [..., this rank's columns] to the same shape."""
+        part = slice(self._start, self._start + hidden.shape[-1])
+        whole = hidden.new_zeros(*hidden.shape[:-1], self._num_columns)
+        whole[..., part] = hidden
+        return self._normalize(self._all_reduce(whole))[..., part]
