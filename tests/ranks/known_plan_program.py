@@ -12,9 +12,10 @@ from pathlib import Path
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.memory.known_shapes import list_known_shapes, read_known_config
-from autotp_serving.memory.meta_planner import list_ranks, shard_shapes
+from autotp_serving.memory.meta_planner import list_ranks, shard_model
 from autotp_serving.model.loader import read_model_config
 from autotp_serving.model.shapes import ModelShapes
+from autotp_serving.model.shards import describe_shapes
 
 
 def compare(known: ModelShapes, sharded: ModelShapes) -> str:
@@ -34,7 +35,8 @@ def main() -> None:
         known, model_config = read_known_config(folder), read_model_config(config)
         for group in list_ranks(num_ranks):
             shapes = list_known_shapes(known, group.rank, num_ranks, "bfloat16")
-            print(folder.name, compare(shapes, shard_shapes(config, model_config, group)))
+            sharded = describe_shapes(shard_model(config, model_config, group))
+            print(folder.name, compare(shapes, sharded))
 
 
 if __name__ == "__main__":
