@@ -31,6 +31,7 @@ from autotp_serving.distributed.launch import (
 )
 from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
 from autotp_serving.logs import configure_logging
+from autotp_serving.model.source import resolve_model
 
 EXIT_CANNOT_START = 2
 
@@ -81,6 +82,7 @@ def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int
             config = parse_args(argv)
         configure_logging(config.log_level, config.log_format, group.rank)
         num_ranks = find_num_ranks(config, group)
+        config = resolve_model(config, group)
         if config.plan:
             return plan(config, group, num_ranks)
         if config.save_low_bit is not None:

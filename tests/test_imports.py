@@ -80,7 +80,7 @@ ROOMS = {
         "HTTP: app, middleware, metrics, native routes, chat page; `openai/`", ("engine", "base")
     ),
     "llm": Room(
-        "the engine in a script, without HTTP", ("worker", "engine", "distributed", "base")
+        "the engine in a script, without HTTP", ("worker", "engine", "model", "distributed", "base")
     ),
 }
 FOLDERS = set(ROOMS) - {"base", "llm"}

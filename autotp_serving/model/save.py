@@ -26,6 +26,7 @@ from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint
 from autotp_serving.model.checksums import compute_checksums
+from autotp_serving.model.loader import open_checkpoint
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model_folder import INDEX_NAME, check_link
 
@@ -57,7 +58,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> 
         except OSError as error:
             raise _cannot_write(partial, error) from error
     group.all_gather("folder made")
-    checkpoint = Checkpoint(Path(config.model_path))
+    checkpoint = open_checkpoint(config, model_config)
     selection = find_low_bit_selection(config, checkpoint.low_bit)
     if selection.linears is None:
         raise ConfigError("--save-low-bit needs a 16-bit checkpoint and a --low-bit that converts")
