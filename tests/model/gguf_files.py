@@ -272,6 +272,8 @@ def add_byte_level_tokens(writer: gguf.GGUFWriter, folder: Path, vocab_size: int
         if token in ids:
             add(ids[token])
     processor = json.dumps(content["post_processor"])
-    writer.add_add_bos_token("bos_token" in settings and json.dumps(settings["bos_token"]) in processor)
+    writer.add_add_bos_token(
+        "bos_token" in settings and json.dumps(settings["bos_token"]) in processor
+    )
     if isinstance(settings.get("chat_template"), str):
         writer.add_chat_template(settings["chat_template"])

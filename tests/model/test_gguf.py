@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 from autotp_serving.model.gguf.checkpoint import GgufCheckpoint
-from autotp_serving.model.gguf.folder import convert_metadata, find_gguf
-from autotp_serving.model.gguf.header import TYPES, GgufError, read_header
+from autotp_serving.model.gguf.folder import convert_metadata
+from autotp_serving.model.gguf.header import TYPES
 from autotp_serving.model.source import resolve_model
 from tests.model.families import save_family
 
@@ -67,7 +66,9 @@ def test_any_slice_is_what_the_package_decodes(type_name: str, tmp_path: Path) -
 
 
 def test_numbers_come_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
-    decoded = read_state(write_gguf(save_family("qwen2", tmp_path / "m"), tmp_path / "m.gguf", "Q8_0"))
+    decoded = read_state(
+        write_gguf(save_family("qwen2", tmp_path / "m"), tmp_path / "m.gguf", "Q8_0")
+    )
     checkpoint = GgufCheckpoint(convert_metadata([tmp_path / "m.gguf"]), torch.bfloat16)
     name = "model.layers.1.mlp.down_proj.weight"
     found = checkpoint.read(name, ((0, 8), (0, 256)))
@@ -88,9 +89,12 @@ def test_settings_are_those_of_the_original(family: str, tmp_path: Path) -> None
     changes = {"norm_topk_prob": True} if family == "qwen3-moe" else {}
     model = save_family(family, tmp_path / "model", **changes)
     write_gguf(model, tmp_path / "m.gguf", "F16")
-    found = transformers.AutoConfig.from_pretrained(resolve(tmp_path / "m.gguf").model_path)
+    folder = Path(resolve(tmp_path / "m.gguf").model_path)
+    found = transformers.AutoConfig.from_pretrained(folder)
     original = transformers.AutoConfig.from_pretrained(model)
-    known = set(json.loads((Path(resolve(tmp_path / "m.gguf").model_path) / "config.json").read_text()))
+    known = set(
+        json.loads((Path(resolve(tmp_path / "m.gguf").model_path) / "config.json").read_text())
+    )
     skipped = {"architectures", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
     skipped |= {"sliding_window"} if family == "mixtral" else set()
     # What a Gemma 2 of this size would have; the made-up one has another.
@@ -106,7 +110,14 @@ def test_the_demo_models_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     found = HuggingFaceTokenizer(folder)
     original = HuggingFaceTokenizer(ROOT / "demo_model")
     lines = (ROOT / "docs" / "api.md").read_text().splitlines()
-    lines += ["What is AI?", "<|user|>hi<|end|>", "  two  blanks ", "äöü 漢字 🙂", "12345", "a\n\nb\t"]
+    lines += [
+        "What is AI?",
+        "<|user|>hi<|end|>",
+        "  two  blanks ",
+        "äöü 漢字 🙂",
+        "12345",
+        "a\n\nb\t",
+    ]
     for line in lines:
         assert found.encode(line) == original.encode(line), line
     assert found.chat_template == original.chat_template

@@ -84,9 +84,11 @@ def watch_download(name: str, total: int, folder: Path, fetch: Callable[[], None
                     f"{name}: the download has stalled: in {STALL_SECONDS:.0f} s came less than "
                     f"{show_size(STALL_BYTES)}: start again, files that are complete are kept"
                 )
-        show(total if not failure else min(done, total))
+        if not failure:
+            show(total)
     if failure:
         raise failure[0]
+    logger.info("Downloaded %s", name)
 
 
 @contextlib.contextmanager
@@ -106,7 +108,6 @@ def _show_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
             logger.info("Downloading %s: %s of %s", name, show_size(done), show_size(total))
 
     yield say
-    logger.info("Downloaded %s", name)
 
 
 def _count_bytes(folder: Path) -> int:
