@@ -136,3 +136,44 @@ def test_a_gated_model_opens_with_a_token(run: Run, hub: Hub) -> None:
     assert "is gated" in line and f"{hub.url}/org/tiny" in line and "HF_TOKEN" in line
     flags = ("--model", "org/tiny", "--plan", "--device-memory", "9GiB")
     assert run(*flags, HF_TOKEN=TOKEN).returncode == 0
+
+
+def test_a_gguf_file_by_name(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """A plan fetches its head, and what it is served from low-bit is fetched whole."""
+    pytest.importorskip("gguf")
+    from tests.model.gguf_files import write_gguf
+
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    write_gguf(save_tiny_llama(tmp_path / "model"), folder / "tiny-Q8_0.gguf", "Q8_0")
+    shutil.rmtree(folder / "tiny-Q8_0.decoded")
+    (folder / "tiny-F16.gguf").write_bytes(b"GGUF")
+    hub.repos["org/tiny-gguf"] = folder
+    line = the_line(run("--model", "org/tiny-gguf", "--plan"))
+    assert "name one of them, as org/tiny-gguf/tiny-F16.gguf" in line and "tiny-Q8_0" in line
+    done = run("--model", "org/tiny-gguf:Q8_0", "--plan", "--device-memory", "9GiB")
+    assert done.returncode == 0, done.stderr
+    size = (folder / "tiny-Q8_0.gguf").stat().st_size
+    asked = [range_ for method, name, range_ in hub.log if (method, name[-5:]) == ("GET", ".gguf")]
+    assert asked and all(one and int(one.rpartition("-")[2]) < size // 4 for one in asked)
+    flags = ("--save-low-bit", str(tmp_path / "saved"), "--low-bit", "sym_int8")
+    done = run("--model", "org/tiny-gguf/tiny-Q8_0.gguf", *flags, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("config.json", "tokenizer.json", "autotp_low_bit.json"):
+        assert (tmp_path / "saved" / name).exists()
+    assert not list((tmp_path / "saved").glob("*.gguf"))
+
+
+def test_a_plan_for_a_saved_model_fetches_the_heads_of_its_weights(
+    run: Run, repo: Path, hub: Hub, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    assert run("--model", str(repo), "--save-low-bit", str(saved)).returncode == 0
+    hub.repos["org/saved"] = saved
+    flags = ("--plan", "--device-memory", "9GiB")
+    done = run("--model", "org/saved", *flags)
+    assert done.returncode == 0, done.stderr
+    asked = [(name, range_) for _, name, range_ in hub.log if name.endswith(".safetensors")]
+    assert asked and all(one == "bytes=0-131071" for _, one in asked)
+    local = run("--model", str(saved), *flags)
+    assert done.stdout.splitlines()[1:] == local.stdout.splitlines()[1:]
