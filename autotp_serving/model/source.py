@@ -9,17 +9,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
 from autotp_serving.distributed.launch import RankGroup, TorchRankGroup
-from autotp_serving.model.gguf.folder import cache_folder, convert_metadata, find_gguf
+from autotp_serving.model.gguf.folder import (
+    cache_folder,
+    convert_metadata,
+    describe_types,
+    find_gguf,
+    read_headers,
+)
 from autotp_serving.model.hub import download
 from autotp_serving.model.hub.names import parse_hub_name
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(config: ServingConfig, group: RankGroup) -> ServingConfig:
@@ -63,7 +72,14 @@ def find_folder(config: ServingConfig) -> str:
         )
     files = find_gguf(path)
     if files:
-        return str(convert_metadata(files))
+        folder = convert_metadata(files)
+        logger.info(
+            "%s holds its weights as %s: they are decoded, and served as %s",
+            files[0].name,
+            describe_types(read_headers(files)),
+            config.low_bit or DEFAULT_LOW_BIT,
+        )
+        return str(folder)
     return config.model_path if name is None else str(path)
 
 

@@ -6,7 +6,6 @@ straight into the type in which the model keeps it: beside it there are a few me
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,9 @@ import torch
 from autotp_serving.config import ConfigError
 from autotp_serving.model.checkpoint import CheckpointError, Ranges
 from autotp_serving.model.gguf.families import ROPE_TENSORS, find_family, translate_name
-from autotp_serving.model.gguf.folder import describe_types, list_linked, read_headers
+from autotp_serving.model.gguf.folder import list_linked, read_headers
 from autotp_serving.model.gguf.header import PLAIN_TYPES, StoredTensor
 from autotp_serving.model_folder import read_object
-
-logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**19
 """Numbers that are decoded at once: 2 MB in float32."""
@@ -67,7 +64,6 @@ class GgufCheckpoint:
         self._dtype = dtype
         paths = list_linked(folder)
         header = read_headers(paths)
-        self._types = describe_types(header)
         config = read_object(folder / "config.json")
         family = find_family(header.metadata)
         if family is None:
@@ -127,10 +123,6 @@ class GgufCheckpoint:
     def low_bit_format(self, name: str) -> None:
         """No tensor is stored in a format of this server's."""
         return
-
-    def describe(self) -> str:
-        """For the log."""
-        return f"{self._types} of GGUF"
 
     def add_view(self, name: str, source: str, start: int, stop: int) -> None:
         """Let rows [start, stop) of a tensor count as one of their own, see `Checkpoint`."""

@@ -41,6 +41,14 @@ logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 2**17
 """As much as most heads of weights take."""
+STORED_OTHERWISE = (
+    MANIFEST_NAME,
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+)
+"""Files that tell of weights that are quantized already."""
 MAX_HEAD_BYTES = 100 * 2**20  # the limit of safetensors itself
 
 
@@ -254,9 +262,10 @@ class HuggingFaceModel:
 
 def _needs_headers(folder: Path) -> bool:
     """Whether a plan asks how tensors are stored: where that is not what config.json implies."""
-    if (folder / MANIFEST_NAME).is_file():
+    if any((folder / name).is_file() for name in STORED_OTHERWISE):
         return True
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return isinstance(found, dict) and "quantization_config" in found
+        names = {"quantization_config", "compression_config"}
+        return isinstance(found, dict) and not names.isdisjoint(found)
     return False
