@@ -74,6 +74,7 @@ class ServingConfig:
         None,
         "branch, tag or commit of a model that is given by name; default: the hub's main branch",
         parse=str,
+        unit="REVISION",
     )
     served_model_name: tuple[str, ...] = setting(
         (),

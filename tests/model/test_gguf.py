@@ -14,9 +14,9 @@ import torch
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
-from autotp_serving.model.gguf.checkpoint import GgufCheckpoint
+from autotp_serving.model.gguf.checkpoint import GgufCheckpoint, decode
 from autotp_serving.model.gguf.folder import convert_metadata, find_gguf
-from autotp_serving.model.gguf.header import TYPES, GgufError, read_header
+from autotp_serving.model.gguf.header import TYPES, GgufError, TensorType, read_header
 from autotp_serving.model.source import resolve_model
 from tests.model.families import save_family
 
@@ -75,6 +75,58 @@ def test_numbers_come_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     found = checkpoint.read(name, ((0, 8), (0, 256)))
     assert checkpoint.itemsize(name) == 2 and torch.equal(found, decoded[name][:8].bfloat16())
+
+
+@pytest.mark.parametrize("one", TYPES.values(), ids=lambda one: one.name)
+def test_every_type_is_decoded_by_the_package(one: TensorType) -> None:
+    rng = np.random.default_rng(1)
+    data = rng.integers(0, 60, (3, 4 * one.num_bytes), dtype=np.uint8)  # no NaN among them
+    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[one.name])
+    found = decode(data, one.name)
+    assert found.shape == (3, 4 * one.block)
+    assert np.array_equal(found.float().numpy(), expected.astype(np.float32))
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.0 + number / 2 for number in range(16)],
+    "short_factor": [1.0 + number / 4 for number in range(16)],
+}
+
+
+def test_stretched_rotary_embeddings(tmp_path: Path) -> None:
+    import transformers
+
+    def add_factors(writer: Any) -> None:
+        for kind in ("long", "short"):
+            factors = np.array(LONGROPE[f"{kind}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+
+    for family, changes, change in (
+        ("qwen2", {"rope_parameters": YARN}, lambda _: None),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128},
+            add_factors,
+        ),
+    ):
+        model = save_family(family, tmp_path / family, **changes)
+        write_gguf(model, tmp_path / f"{family}.gguf", "F16", change=change)
+        folder = resolve(tmp_path / f"{family}.gguf").model_path
+        found = transformers.AutoConfig.from_pretrained(folder)
+        original = transformers.AutoConfig.from_pretrained(model)
+        found.rope_parameters.pop("type", None)  # the old name of rope_type, which stands there too
+        assert found.rope_parameters == original.rope_parameters
+        assert found.max_position_embeddings == original.max_position_embeddings
+        names = GgufCheckpoint(Path(folder), torch.float32).names()
+        assert not any("rope" in name for name in names)
 
 
 FAMILY_NAMES = (
