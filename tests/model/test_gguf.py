@@ -224,6 +224,28 @@ def test_a_hostile_file_is_refused_in_one_line(name: str, tmp_path: Path) -> Non
     assert "m.gguf" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "qwen3-moe"])
+def test_damaged_heads_are_refused_or_harmless(family: str, tmp_path: Path) -> None:
+    """Nothing but a refusal comes of bytes that are changed at random, and it comes soon."""
+    write_gguf(save_family(family, tmp_path / "model"), tmp_path / "m.gguf", "Q8_0")
+    data = (tmp_path / "m.gguf").read_bytes()
+    start = read_header(tmp_path / "m.gguf").num_bytes
+    rng = np.random.default_rng(4)
+    num_refused = 0
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in rng.integers(8, start, 3):
+            changed[place] = rng.integers(0, 256)
+        (tmp_path / "m.gguf").write_bytes(changed)
+        try:
+            folder = Path(resolve(tmp_path / "m.gguf").model_path)
+            GgufCheckpoint(folder, torch.float32)
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            num_refused += 1
+    assert num_refused > 50
+
+
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     write_gguf(save_family("llama", tmp_path / "model"), tmp_path / "m.gguf", "Q8_0")
     data = (tmp_path / "m.gguf").read_bytes()

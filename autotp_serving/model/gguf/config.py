@@ -13,6 +13,7 @@ from typing import Any
 
 from autotp_serving.model.gguf.families import FAMILIES, Family, find_family
 from autotp_serving.model.gguf.header import GgufError, GgufHeader, StoredTensor
+from autotp_serving.model.sizes import check_sizes
 
 SETTINGS = {
     "context_length": "max_position_embeddings",
@@ -85,6 +86,16 @@ def make_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     Raises:
         GgufError: a family that is not known, or a setting that is not understood.
     """
+    try:
+        return _translate(header, path)
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise GgufError(
+            f"{path} holds settings of the wrong kind ({type(error).__name__}: {error!s:.80}): "
+            "download it again"
+        ) from error
+
+
+def _translate(header: GgufHeader, path: Path) -> dict[str, Any]:
     metadata = header.metadata
     architecture = metadata.get("general.architecture")
     family = find_family(metadata)
@@ -116,6 +127,7 @@ def make_config(header: GgufHeader, path: Path) -> dict[str, Any]:
         config["vocab_size"] = len(tokens)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    check_sizes(config)
     if own.get("attention.value_length", config["head_dim"]) != config["head_dim"]:
         raise GgufError(
             f"{path}: keys and values of different lengths ({config['head_dim']} and "
@@ -141,7 +153,9 @@ def make_config(header: GgufHeader, path: Path) -> dict[str, Any]:
 def make_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
     """End tokens, and the sampling that a file recommends."""
     found: dict[str, Any] = {
-        name: metadata[key] for key, name in SAMPLING.items() if key in metadata
+        name: metadata[key]
+        for key, name in SAMPLING.items()
+        if type(metadata.get(key)) in (int, float)
     }
     if found:
         found["do_sample"] = found.get("temperature", 1.0) > 0.0
@@ -150,7 +164,8 @@ def make_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def find_end_tokens(metadata: dict[str, Any]) -> list[int]:
     """Tokens that end a completion, the one that the file calls so first."""
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     found = [metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
     template = metadata.get("tokenizer.chat_template")
     for name in END_NAMES if isinstance(template, str) else ():
@@ -254,12 +269,12 @@ def _read_factors(tensor: StoredTensor | None, path: Path) -> list[float] | None
 
 def _find_llama3(stored: list[float], config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings from which Llama 3's converter computed these factors, checked against them."""
+    if 2 * len(stored) != config["head_dim"]:
+        raise GgufError(f"{path} holds {len(stored)} rotary factors for heads of another size")
     factor = round(max(stored), 3)
     for low, high, trained in LLAMA3_KNOWN:
         expected = compute_llama3_factors(config, factor, low, high, trained)
-        if len(expected) == len(stored) and all(
-            math.isclose(*pair, rel_tol=1e-4) for pair in zip(expected, stored, strict=True)
-        ):
+        if all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(expected, stored, strict=True)):
             return {
                 "rope_type": "llama3",
                 "factor": factor,

@@ -165,13 +165,13 @@ def _parse(reader: _Reader, size: int, is_whole: bool) -> GgufHeader:
         raise reader.refuse(f"claims {num_tensors} tensors and {num_entries} settings")
     metadata: dict[str, Any] = {}
     for _ in range(num_entries):
-        key = reader.text(MAX_NAME_BYTES)
+        key = reader.name()
         if key in metadata:
             raise reader.refuse(f"has {key!r:.80} twice")
         metadata[key] = reader.value(key)
     entries = {}
     for _ in range(num_tensors):
-        name = reader.text(MAX_NAME_BYTES)
+        name = reader.name()
         if name in entries:
             raise reader.refuse(f"has the tensor {name!r:.80} twice")
         entries[name] = _read_entry(reader, name)
@@ -239,6 +239,13 @@ class _Reader:
             return self.take(num_bytes).decode()
         except UnicodeDecodeError as error:
             raise self.refuse(f"has a text that is no UTF-8 ({error.reason})") from error
+
+    def name(self) -> str:
+        """Of a setting or a tensor: goes into messages and logs as it is."""
+        found = self.text(MAX_NAME_BYTES)
+        if not found.isprintable():
+            raise self.refuse(f"has the name {found!r:.80}")
+        return found
 
     def value(self, key: str) -> Any:
         (kind,) = self.unpack("<I")
