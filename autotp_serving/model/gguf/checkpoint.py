@@ -57,6 +57,7 @@ class GgufCheckpoint:
     """
 
     low_bit = None
+    is_quantized = False
     checksums = None
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
@@ -124,6 +125,14 @@ class GgufCheckpoint:
         """No tensor is stored in a format of this server's."""
         return
 
+    def describe_quantized(self) -> list[str]:
+        """Nothing is kept as it is stored."""
+        return []
+
+    def describe_loss(self) -> None:
+        """What decoding and converting cost together is not measured here."""
+        return
+
     def add_view(self, name: str, source: str, start: int, stop: int) -> None:
         """Let rows [start, stop) of a tensor count as one of their own, see `Checkpoint`."""
         found = self._sources[source]
@@ -133,12 +142,13 @@ class GgufCheckpoint:
         self.files[name] = found.stored.path
         self._hidden.add(source)
 
-    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode one block of a tensor into host memory.
 
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+            dtype: of the result; None for that of the checkpoint.
 
         Raises:
             CheckpointError: the file has become shorter, or cannot be read.
@@ -146,11 +156,11 @@ class GgufCheckpoint:
         source = self._sources[name]
         sizes = tuple(stop - start for start, stop in ranges)
         if len(ranges) == 1:
-            return self._read_vector(source, *ranges[0])
+            return self._read_vector(source, *ranges[0]).to(dtype or self._dtype)
         if len(ranges) != 2:
             raise CheckpointError(f"{source.stored.path}: {name} is no matrix")
         (row_start, row_stop), cols = ranges
-        result = torch.empty(sizes, dtype=self._dtype)
+        result = torch.empty(sizes, dtype=dtype or self._dtype)
         step = max(1, CHUNK_ELEMENTS // source.stored.shape[-1])
         head = source.head_rows
         if head:  # whole heads, as a head's rows are interleaved among themselves
@@ -189,8 +199,7 @@ class GgufCheckpoint:
             os.close(descriptor)
         if source.head_rows:
             numbers = _deinterleave(numbers, source.head_rows)
-        numbers = numbers[source.first_row + start : source.first_row + stop] - source.offset
-        return numbers.to(self._dtype)
+        return numbers[source.first_row + start : source.first_row + stop] - source.offset
 
 
 def _decode_rows(
