@@ -199,7 +199,8 @@ class GgufCheckpoint:
             os.close(descriptor)
         if source.head_rows:
             numbers = _deinterleave(numbers, source.head_rows)
-        return numbers[source.first_row + start : source.first_row + stop] - source.offset
+        numbers = numbers[source.first_row + start : source.first_row + stop]
+        return numbers.float() - source.offset
 
 
 def _decode_rows(
