@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from autotp_serving.config import ConfigError
 from autotp_serving.model.gguf.families import FAMILIES, Family, find_family
 from autotp_serving.model.gguf.header import GgufError, GgufHeader, StoredTensor
 from autotp_serving.model.sizes import check_sizes
@@ -88,6 +89,8 @@ def make_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     """
     try:
         return _translate(header, path)
+    except ConfigError:  # a ValueError too
+        raise
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise GgufError(
             f"{path} holds settings of the wrong kind ({type(error).__name__}: {error!s:.80}): "
