@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from autotp_serving.distributed.launch import (
 )
 from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
 from autotp_serving.logs import configure_logging
+from autotp_serving.model.source import resolve_model
 
 EXIT_CANNOT_START = 2
 
@@ -50,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_rank(group, argv, stand_in)
     except GroupFailure as error:
-        return report(str(error)) if group.rank == 0 else EXIT_CANNOT_START
+        exit_code = report(str(error)) if group.rank == 0 else EXIT_CANNOT_START
+        if has_stuck_threads():  # of a download, for which Python would wait
+            group.abort(exit_code)
+        return exit_code
     except LaunchError as error:  # the others cannot hear this rank, so it speaks for itself
         report(str(error))
         group.abort(EXIT_CANNOT_START)
@@ -60,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("autotp_serving").exception("rank %d failed", group.rank)
         group.abort()
         return 1
+
+
+def has_stuck_threads() -> bool:
+    """Whether threads run that keep this process from ending."""
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    return any(not thread.daemon for thread in others)
 
 
 def report(message: str) -> int:
@@ -81,6 +92,7 @@ def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int
             config = parse_args(argv)
         configure_logging(config.log_level, config.log_format, group.rank)
         num_ranks = find_num_ranks(config, group)
+        config = resolve_model(config, group)
         if config.plan:
             return plan(config, group, num_ranks)
         if config.save_low_bit is not None:

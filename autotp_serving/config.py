@@ -60,13 +60,25 @@ class ServingConfig:
 
     model_path: str = setting(
         "",
-        "folder of a Hugging Face checkpoint; no default, it must be named",
+        "folder of a Hugging Face checkpoint, GGUF file, or name of a model on a hub as "
+        "organisation/name, for GGUF organisation/name:Q4_K_M; no default, it must be named",
         flags=("--repo-id-or-model-path", "--model"),
-        unit="FOLDER",
+        unit="MODEL",
+    )
+    hub: str = setting(
+        "huggingface",
+        "where a model that is given by name comes from; modelscope needs its package",
+        choices=("huggingface", "modelscope"),
+    )
+    revision: str | None = setting(
+        None,
+        "branch, tag or commit of a model that is given by name; default: the hub's main branch",
+        parse=str,
+        unit="REVISION",
     )
     served_model_name: tuple[str, ...] = setting(
         (),
-        "names under which /v1 serves the model; default: its folder's",
+        "names under which /v1 serves the model; default: its name on the hub, or its folder's",
         parse=str,
         nargs="+",
         unit="NAME",

@@ -26,6 +26,7 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import find_num_ranks, join_group, leave_group
 from autotp_serving.engine import Engine
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
+from autotp_serving.model.source import resolve_model
 from autotp_serving.request import (
     FinishReason,
     Request,
@@ -57,7 +58,7 @@ class LLM:
     """A model ready to answer batches of prompts.
 
     Args:
-        model_path: folder of a Hugging Face checkpoint.
+        model_path: folder of a Hugging Face checkpoint, GGUF file, or name on a hub.
         settings: any other field of ServingConfig, by name.
 
     Raises:
@@ -71,6 +72,7 @@ class LLM:
         config = ServingConfig(model_path=model_path, **settings)
         group = join_group(os.environ)
         find_num_ranks(config, group)
+        config = resolve_model(config, group)
         worker = start_worker(config, group)
         leave = partial(leave_group, group.rank)
         worker.channel.monitor(leave, config.step_timeout)
@@ -80,7 +82,7 @@ class LLM:
         # Also when the script ends without `close`, or ends with an error.
         self._release = weakref.finalize(self, worker.lead.stop)
         self.tokenizer = HuggingFaceTokenizer(
-            Path(model_path),
+            Path(config.model_path),
             trust_remote_code=config.trust_remote_code,
             num_rows=worker.vocab_size,
         )

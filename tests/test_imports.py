@@ -80,7 +80,7 @@ ROOMS = {
         "HTTP: app, middleware, metrics, native routes, chat page; `openai/`", ("engine", "base")
     ),
     "llm": Room(
-        "the engine in a script, without HTTP", ("worker", "engine", "distributed", "base")
+        "the engine in a script, without HTTP", ("worker", "engine", "model", "distributed", "base")
     ),
 }
 FOLDERS = set(ROOMS) - {"base", "llm"}
@@ -94,7 +94,12 @@ LAZY_EXCEPTIONS = {
 STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structured_output.py", "batch.py"}
 VENDORS = {
     "llguidance": {"engine/grammar.py", "engine/vocabulary.py"},
-    "deepspeed": {"distributed/collectives.py", "model/build.py", "memory/meta_planner.py"},
+    "deepspeed": {
+        "distributed/collectives.py",
+        "model/build.py",
+        "model/sharding_plan.py",
+        "memory/meta_planner.py",
+    },
     "ipex_llm": {"kernels/ipex_llm.py"},
     "oneccl_bindings_for_pytorch": {"devices/xpu.py"},
     "intel_extension_for_pytorch": set(),

@@ -53,7 +53,7 @@ def check_agreement(config: ServingConfig, group: RankGroup) -> None:
 def fingerprint(folder: Path) -> str:
     """Tell checkpoints apart without reading them: their config, and a little of each file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         num_bytes = path.stat().st_size
         digest.update(f"{path.name} {num_bytes}".encode())
         with path.open("rb") as file:

@@ -31,6 +31,8 @@ from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.checksums import check_checksums
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
+from autotp_serving.model.gguf.checkpoint import GgufCheckpoint
+from autotp_serving.model.gguf.folder import is_converted
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
@@ -129,11 +131,15 @@ def log_lines(lines: Iterable[str], group: RankGroup) -> None:
             logger.info("%s", line)
 
 
-def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | DummyCheckpoint:
+def open_checkpoint(
+    config: ServingConfig, model_config: Any
+) -> Checkpoint | DummyCheckpoint | GgufCheckpoint:
     """Where the weights come from."""
     folder = Path(config.model_path)
     if config.load_format == "dummy":
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
+    if is_converted(folder):
+        return GgufCheckpoint(folder, find_dtype(config))
     return Checkpoint(folder, config)
 
 

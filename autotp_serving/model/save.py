@@ -26,7 +26,7 @@ from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
 from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint, Ranges
 from autotp_serving.model.checksums import compute_checksums
-from autotp_serving.model.loader import log_lines
+from autotp_serving.model.loader import log_lines, open_checkpoint
 from autotp_serving.model.quantized.settings import drop_quantization
 from autotp_serving.model.shards import report_unused
 from autotp_serving.model.tensor_names import match_tensor_names
@@ -61,7 +61,7 @@ def save_low_bit(config: ServingConfig, model_config: Any, group: RankGroup) -> 
         except OSError as error:
             raise _cannot_write(partial, error) from error
     group.all_gather("folder made")
-    checkpoint = Checkpoint(Path(config.model_path), config)
+    checkpoint = open_checkpoint(config, model_config)
     hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)
     selection = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     main_format = checkpoint.main_format if checkpoint.is_quantized else selection.linears

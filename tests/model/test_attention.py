@@ -219,8 +219,15 @@ def test_an_architecture_that_drops_the_context_is_refused_by_name() -> None:
         paged_attention(torch.nn.Identity(), tensor, tensor, tensor, None)
 
 
-def test_attention_sinks_are_refused_by_name() -> None:
+def test_attention_sinks_take_their_share() -> None:
     """Silently left out they would change every completion."""
     (sequence,) = make_sequences([3], 2, 2)
-    with pytest.raises(ConfigError, match="attention sinks"):
-        run_step(make_cache(2), [(sequence, 3)], s_aux=torch.zeros(2))
+    plain, none, equal, all_of_it = (
+        run_step(make_cache(2), [(sequence, 3)], s_aux=sinks)
+        for sinks in (None, *(torch.full((2,), value) for value in (-1e4, 0.0, 1e4)))
+    )
+    assert torch.allclose(none, plain, atol=1e-6)
+    assert (equal.norm(dim=-1) < plain.norm(dim=-1)).all()
+    cosine = torch.cosine_similarity(equal, plain, dim=-1)
+    assert torch.allclose(cosine, torch.ones_like(cosine), atol=1e-5)
+    assert torch.equal(all_of_it, torch.zeros_like(plain))
