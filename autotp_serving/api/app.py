@@ -72,14 +72,13 @@ def build_app(
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After"],
         )
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
-    app.include_router(
-        openai_routes(engine, admission, names, CompletionParsers(tokenizer, config))
-    )
-    app.include_router(token_routes(admission, names))
+    parsers = CompletionParsers(tokenizer, config)
+    app.include_router(openai_routes(engine, admission, names, parsers))
+    app.include_router(token_routes(admission, names, parsers))
     app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))
     return app

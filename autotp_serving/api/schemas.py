@@ -67,11 +67,20 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_num_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            known = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if len(value) > MAX_FIELDS:
             name = next(key for key in value if key not in known)
             raise RequestError(name, "is not a field of this request, nor are others")
-        return value
+        # Null means the default, and of a field that there is not it asks for nothing.
+        return {key: one for key, one in value.items() if one is not None or key in known}
+
+
+class GenerousModel(StrictModel):
+    """A part of a body that clients send back as they were given it: unknown fields are nothing."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def at_most(num_entries: int) -> BeforeValidator:
