@@ -214,6 +214,14 @@ def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
         ({"logit_bias": {"257": 1}}, "logit_bias", "0 to 256"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes"),
+        ({"response_format": {"type": "regex"}}, "response_format.value", "text"),
+        ({"response_format": {"type": "json", "value": "a"}}, "response_format.value", "regex"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "text"),
+        (
+            {"response_format": {"type": "json", "schema": {}, "value": {}}},
+            "response_format.value",
+            "combined",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
             "response_format.json_schema.name",
@@ -580,3 +588,19 @@ def test_openapi_lists_the_routes() -> None:
 
     paths = asyncio.run(go())["paths"]
     assert {"/generate/", "/generate_stream/", "/v1/completions", "/tokenize"} <= set(paths)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}},
+        {"type": "json_object", "schema": {"enum": ["x"]}},
+        {"type": "json_schema", "schema": {"enum": ["x"]}},
+        {"type": "json", "value": {"enum": ["x"]}},
+        {"type": "json_schema", "value": {"name": "a", "schema": {"enum": ["x"]}}},
+        {"type": "regex", "value": '"x"'},
+    ],
+)
+def test_spellings_of_structured_output(spelling: dict[str, Any]) -> None:
+    reply = post("/v1/chat/completions", CHAT | {"response_format": spelling})
+    assert reply.json()["choices"][0]["message"]["content"] == '"x"'
