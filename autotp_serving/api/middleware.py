@@ -24,6 +24,7 @@ from autotp_serving.api.errors import ApiError, error_response
 from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
+from autotp_serving.api.route_paths import RoutePaths
 
 logger = logging.getLogger("autotp_serving.access")
 
@@ -62,12 +63,14 @@ class RequestGuard:
     def __init__(
         self,
         app: ASGIApp,
+        paths: RoutePaths,
         max_body_size: int,
         large_bodies: LargeBodies,
         api_keys: ApiKeys,
         allowed_hosts: AllowedHosts,
     ) -> None:
         self.app = app
+        self.paths = paths
         self.max_body_size = max_body_size
         self.large_bodies = large_bodies
         self.api_keys = api_keys
@@ -79,6 +82,8 @@ class RequestGuard:
             return
         record = RequestRecord(f"req-{uuid.uuid4().hex}", time.monotonic())
         scope.setdefault("state", {})["record"] = record
+        if (path := self.paths.find(scope["path"])) != scope["path"]:
+            scope = {**scope, "path": path, "raw_path": path.encode("utf-8")}
         record.client_id = _find_client_id(scope)
         record.headers["X-Request-Id"] = record.client_id or record.request_id
 

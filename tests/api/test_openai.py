@@ -19,6 +19,7 @@ from tests.api.service import MAX_MODEL_LEN, client
 
 COMPLETION = {"prompt": "What is AI?", "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": "What is AI?"}], "temperature": 0}
+TOOL = {"type": "function", "function": {"name": "f"}}
 ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
@@ -531,6 +532,41 @@ def test_served_names() -> None:
     assert [replies[i].json()["model"] for i in (0, 1, 3)] == ["one", "two", "one"]
 
 
+def test_any_name_where_the_flag_says_so() -> None:
+    config = {"served_model_name": ("one", "two"), "any_model_name": True}
+    asked = [
+        ("/v1/completions", COMPLETION | {"model": name}) for name in ("two", "dummy", "gpt-4o")
+    ]
+    replies = post_all([*asked, ("/tokenize", {"prompt": "a", "model": "dummy"})], config=config)
+    assert [reply.status_code for reply in replies] == [200] * 4
+    assert [reply.json()["model"] for reply in replies[:3]] == ["two", "one", "one"]
+
+
+def test_routes_in_every_spelling() -> None:
+    async def go() -> None:
+        async with client(config={"served_model_name": ("one", "two")}) as (http, _):
+            for path, body in ROUTES.items():
+                for spelling in (path, f"{path}/", path[3:], f"{path[3:]}/"):
+                    reply = await http.post(spelling, json=body)
+                    assert reply.status_code == 200, spelling
+            for path in ("/tokenize", "/v1/tokenize", "/tokenize/", "/generate", "/v1/generate/"):
+                assert (await http.post(path, json={"prompt": "a"})).status_code == 200, path
+            for path in ("/health/", "/v1/health", "/metrics/", "/version/", "/docs/"):
+                assert (await http.get(path)).status_code == 200, path
+            for path in ("/v1/models", "/models/"):
+                cards = (await http.get(path)).json()["data"]
+                assert [(card["id"], card["root"]) for card in cards] == [
+                    ("one", "letters"), ("two", "letters"),
+                ]  # fmt: skip
+            for path in ("/v1/models/two", "/models/two", "/models/two/"):
+                assert (await http.get(path)).json()["id"] == "two", path
+            for path in ("/v2/completions", "/v1", "/v1/", "/completions/x"):
+                reply = await http.get(path)
+                assert reply.status_code == 404 and path in reply.json()["error"]["message"]
+
+    asyncio.run(go())
+
+
 def test_where_the_model_lies_is_a_name_that_nobody_is_told(tmp_path: Path) -> None:
     """A client that knows it, as vLLM's do, is served; what is shown is the folder's own name."""
     folder = str(tmp_path / "llama")
@@ -562,22 +598,37 @@ def test_tokenize_and_back() -> None:
         ("/tokenize", {"prompt": ""}),
         ("/detokenize", {"tokens": tokens}),
         ("/detokenize", {"tokens": []}),
+        ("/tokenize", {"prompt": "a\N{GRINNING FACE}", "return_token_strs": True}),
+        ("/tokenize", {"messages": CHAT["messages"], "tools": [TOOL]}),
     ]
-    replies = [reply.json() for reply in post_all(asked)]
+    config = {"tool_call_parser": "hermes"}
+    replies = [reply.json() for reply in post_all(asked, config=config)]
     assert replies[0] == {"tokens": tokens, "count": 10, "max_model_len": MAX_MODEL_LEN}
     assert [reply.get("count") for reply in replies[1:5]] == [1, 29, 18, 0]
-    assert replies[5:] == [{"prompt": "emoji \N{GRINNING FACE}"}, {"prompt": ""}]
+    assert replies[5:7] == [{"prompt": "emoji \N{GRINNING FACE}"}, {"prompt": ""}]
+    assert replies[7]["token_strs"] == ["a", *["\N{REPLACEMENT CHARACTER}"] * 4]
+    assert bytes(replies[8]["tokens"]).startswith(b"tool f\nuser: ")
+    without = post("/tokenize", asked[-1][1])
+    assert bytes(without.json()["tokens"]).startswith(b"user: ") and without.headers["x-warning"]
     refused = [
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}),
         ("/tokenize", {"prompt": "a", "model": "gpt-4"}),
+        (
+            "/tokenize",
+            {
+                "messages": CHAT["messages"],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+        ),
         ("/detokenize", {"tokens": [300]}),
         ("/detokenize", {"tokens": "abc"}),
     ]
     replies = post_all(refused)
-    assert [reply.status_code for reply in replies] == [400, 400, 404, 400, 400]
+    assert [reply.status_code for reply in replies] == [400, 400, 404, 400, 400, 400]
     params = [reply.json()["error"]["param"] for reply in replies]
-    assert params == ["prompt", "prompt", "model", "tokens", "tokens"]
+    assert params == ["prompt", "prompt", "model", "continue_final_message", "tokens", "tokens"]
 
 
 def test_openapi_lists_the_routes() -> None:
