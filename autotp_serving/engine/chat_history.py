@@ -125,18 +125,25 @@ def _fill_ids(messages: list[Message]) -> None:
 def _sort_results(messages: list[Message]) -> list[Message]:
     """Results in the order of their calls: most templates write no ids."""
     done: list[Message] = []
-    order: dict[Any, int] = {}
-    start = 0
-    for message in messages:
-        if message.get("role") != "tool":
-            order = {call.get("id"): number for number, call in enumerate(message["tool_calls"])}
-            start = len(done) + 1
-        done.append(message)
-        if message.get("role") == "tool" and order:
-            done[start:] = sorted(
-                done[start:], key=lambda one: order.get(one.get("tool_call_id"), len(order))
-            )
+    for caller, results in _rounds(messages):
+        order = {call.get("id"): number for number, call in enumerate(_calls(caller))}
+        results.sort(key=lambda one: order.get(one.get("tool_call_id"), len(order)))
+        done += [caller, *results] if caller else results
     return done
+
+
+def _rounds(messages: list[Message]) -> Iterator[tuple[Message, list[Message]]]:
+    """Each message with the results that follow it; nothing before results at the beginning."""
+    caller: Message = {}
+    results: list[Message] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            results.append(message)
+            continue
+        if caller or results:
+            yield caller, results
+        caller, results = message, []
+    yield caller, results
 
 
 def _shorten(call_id: str) -> str:
@@ -150,20 +157,23 @@ def _shorten(call_id: str) -> str:
 def _write_out_calls(messages: list[Message]) -> list[Message]:
     """Calls and results as text, for a template that knows neither."""
     done: list[Message] = []
-    for message in messages:
-        for call in message.pop("tool_calls"):
-            function = call.get("function") or {}
-            shown = {"name": function.get("name"), "arguments": function.get("arguments")}
-            text = json.dumps(shown, ensure_ascii=False)
-            _append(message, f"<tool_call>\n{text}\n</tool_call>", "\n")
-        if message.get("role") == "tool":
-            text = f"<tool_response>\n{_text(message)}\n</tool_response>"
-            if done and done[-1].get("is_result"):
-                _append(done[-1], text, "\n")
-                continue
-            message = {"role": "user", "content": text, "is_result": True}
-        done.append(message)
-    return [{key: message[key] for key in message if key != "is_result"} for message in done]
+    for caller, results in _rounds(messages):
+        calls = [_write_call(call) for call in caller.pop("tool_calls", ())]
+        if calls:
+            caller["content"] = "\n".join(filter(None, (_text(caller), *calls)))
+        if caller:
+            done.append(caller)
+        if results:
+            lines = [f"<tool_response>\n{_text(one)}\n</tool_response>" for one in results]
+            done.append({"role": "user", "content": "\n".join(lines)})
+    return done
+
+
+def _write_call(call: Message) -> str:
+    function = call.get("function")
+    function = function if isinstance(function, Mapping) else {}
+    shown = {"name": function.get("name"), "arguments": function.get("arguments")}
+    return f"<tool_call>\n{json.dumps(shown, ensure_ascii=False)}\n</tool_call>"
 
 
 def _text(message: Message) -> str:
@@ -172,10 +182,6 @@ def _text(message: Message) -> str:
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]
         return "\n".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
-
-
-def _append(message: Message, text: str, separator: str) -> None:
-    message["content"] = separator.join(filter(None, (_text(message), text)))
 
 
 def _finish(message: Message, habits: TemplateHabits) -> Message:
@@ -197,25 +203,20 @@ def _finish(message: Message, habits: TemplateHabits) -> Message:
 def _split_calls(messages: list[Message]) -> list[Message]:
     """One call at a time, each with its results, for templates that know no more."""
     done: list[Message] = []
-    index = 0
-    while index < len(messages):
-        message = messages[index]
-        index += 1
-        calls = _calls(message)
+    for caller, results in _rounds(messages):
+        calls = _calls(caller)
         if len(calls) < 2:
-            done.append(message)
+            done += [caller, *results] if caller else results
             continue
-        results: list[Message] = []
-        while index < len(messages) and messages[index].get("role") == "tool":
-            results.append(messages[index])
-            index += 1
+        own: dict[Any, list[Message]] = {call.get("id"): [] for call in calls}
+        strangers = [one for one in results if one.get("tool_call_id") not in own]
+        for one in results:
+            own.get(one.get("tool_call_id"), []).append(one)
         for number, call in enumerate(calls):
-            rest = {"role": message.get("role")}
-            done.append({**(rest if number else message), "tool_calls": [call]})
-            own = [one for one in results if one.get("tool_call_id") == call.get("id")]
-            done += own
-            results = [one for one in results if one not in own]
-        done += results
+            rest = {"role": caller.get("role")}
+            done.append({**(rest if number else caller), "tool_calls": [call]})
+            done += own.pop(call.get("id"), ())
+        done += strangers
     return done
 
 
@@ -235,7 +236,7 @@ def _alternate(messages: list[Message]) -> list[Message]:
     Turns of the same side are joined; where one is missing, an empty one stands in for it. A result
     without a call is the user's.
     """
-    done: list[Message] = []
+    turns: list[tuple[Message, list[str]]] = []
     last_plain = "assistant"
     has_call = False
     for message in messages:
@@ -244,21 +245,24 @@ def _alternate(messages: list[Message]) -> list[Message]:
         role = message.get("role")
         calls = _calls(message)
         has_call = has_call or bool(calls)
-        before = done[-1] if done else {}
+        before, texts = turns[-1] if turns else ({}, [])
+        is_plain = role in ("user", "assistant") and not calls
         if role in ("user", "assistant") and before.get("role") == role and not _calls(before):
-            _append(before, _text(message), "\n\n")
-            before |= {
-                key: value for key, value in message.items() if key not in ("role", "content")
-            }
+            texts.append(_text(message))
+            before |= {key: message[key] for key in message if key not in ("role", "content")}
             if calls:  # no longer a plain turn
                 last_plain = "user"
             continue
-        if role in ("user", "assistant") and not calls:
-            if role == last_plain:
-                done.append({"role": "user" if role == "assistant" else "assistant", "content": ""})
+        if is_plain and role == last_plain:
+            missing = "user" if role == "assistant" else "assistant"
+            turns.append(({"role": missing, "content": ""}, [""]))
+        if is_plain:
             last_plain = str(role)
-        done.append(message)
-    return done
+        turns.append((message, [_text(message)]))
+    return [
+        message | {"content": "\n\n".join(filter(None, texts))} if len(texts) > 1 else message
+        for message, texts in turns
+    ]
 
 
 def _drop_reasoning(messages: list[Message]) -> list[Message]:

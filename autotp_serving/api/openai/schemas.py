@@ -119,7 +119,9 @@ class OpenAIRequest(PeerFields):
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> OpenAIRequest:
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        asks = options and (options.include_usage or options.continuous_usage_stats)
+        if asks and not self.stream:
             raise RequestError("stream_options", "is only allowed with stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs", "cannot be streamed")
