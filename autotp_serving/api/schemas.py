@@ -62,11 +62,13 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 class StrictModel(BaseModel):
     """A body that refuses unknown fields and converts no types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(
+        strict=True, extra="forbid", json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _check_num_fields(cls, value: Any) -> Any:
+    def _check_fields(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -80,7 +82,7 @@ class StrictModel(BaseModel):
 class GenerousModel(StrictModel):
     """A part of a body that clients send back as they were given it: unknown fields are nothing."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
 
 
 def at_most(num_entries: int) -> BeforeValidator:
