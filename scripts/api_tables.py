@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from autotp_serving.api.native_schemas import GenerateRequest
 from autotp_serving.api.openai.chat_schemas import ChatMessage, ChatRequest, TextPart
+from autotp_serving.api.openai.peer_fields import PeerFields
 from autotp_serving.api.openai.schemas import CompletionRequest, OpenAIRequest, StreamOptions
 from autotp_serving.api.openai.tool_schemas import (
     AllowedTools,
@@ -37,9 +38,9 @@ from autotp_serving.api.tokenize_routes import DetokenizeRequest, TokenizeReques
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
-    GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
-    SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat, StructuredOutputs,
-    StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction,
+    GenerateRequest, OpenAIRequest, PeerFields, CompletionRequest, ChatRequest, ChatMessage,
+    TextPart, SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat,
+    StructuredOutputs, StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction,
     AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
@@ -77,6 +78,8 @@ def row(name: str, field: dict[str, Any], is_required: bool) -> tuple[str, str, 
         shown = ", ".join(f"`{json.dumps(value)}`" for value in options)
         return f"`{name}`", f"only {shown}", field.get("description", "not supported yet"), "-"
     meaning = field.get("description")
+    if "x-ignored" in field:
+        return f"`{name}`", "no, and told in `X-Ignored-Fields`", str(meaning), "-"
     assert meaning, f"{name} needs a description"
     allowed = [field["const"]] if "const" in field else options
     if allowed:

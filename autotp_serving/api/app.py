@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
@@ -23,6 +24,7 @@ from autotp_serving.api.native_routes import native_routes
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.routes import openai_routes
+from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig
@@ -61,8 +63,22 @@ def build_app(
     )
     install_error_handlers(app)
     admission = Admission(tokenizer, max_model_len, config, sandbox)
+    defaults = read_sampling_defaults(Path(config.model_path), config.generation_config)
+    names = ModelNames(config, max_model_len, defaults)
+    parsers = CompletionParsers(tokenizer, config)
+    routers = [
+        native_routes(engine, admission),
+        openai_routes(engine, admission, names, parsers),
+        token_routes(admission, names, parsers),
+        page_routes(),
+        health_routes(engine, config.model_names[0]),
+    ]
+    for router in routers:
+        app.include_router(router)
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
     app.add_middleware(
         RequestGuard,
+        paths=RoutePaths(route.path for route in routes if isinstance(route, Route)),
         max_body_size=config.max_body_size,
         large_bodies=admission.large_bodies,
         api_keys=api_keys,
@@ -74,15 +90,6 @@ def build_app(
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After"],
         )
-    defaults = read_sampling_defaults(Path(config.model_path), config.generation_config)
-    names = ModelNames(config, max_model_len, defaults)
-    app.include_router(native_routes(engine, admission))
-    app.include_router(
-        openai_routes(engine, admission, names, CompletionParsers(tokenizer, config))
-    )
-    app.include_router(token_routes(admission, names))
-    app.include_router(page_routes())
-    app.include_router(health_routes(engine, config.model_names[0]))
     return app

@@ -221,9 +221,8 @@ def test_an_architecture_that_drops_the_context_is_refused_by_name() -> None:
 
 def test_attention_sinks_take_their_share() -> None:
     """Silently left out they would change every completion."""
-    (sequence,) = make_sequences([3], 2, 2)
     plain, none, equal, all_of_it = (
-        run_step(make_cache(2), [(sequence, 3)], s_aux=sinks)
+        run_step(make_cache(2), [(make_sequences([3], 2, 2)[0], 3)], s_aux=sinks)[0]
         for sinks in (None, *(torch.full((2,), value) for value in (-1e4, 0.0, 1e4)))
     )
     assert torch.allclose(none, plain, atol=1e-6)

@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.engine_client import EngineClient
+from autotp_serving.api.ignored_fields import ignored_header, list_ignored
 from autotp_serving.api.openai.chat_schemas import ChatRequest
-from autotp_serving.api.openai.completion_parser import CompletionParsers
+from autotp_serving.api.openai.completion_parser import NO_TOOLS, CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.schemas import CompletionRequest, OpenAIRequest
 from autotp_serving.api.openai.writers import ChatWriter, ChoiceWriter, CompletionWriter
@@ -77,6 +78,7 @@ class OpenAIRoutes:
         """Continue one or several prompts."""
         admission = self._admission
         record = request.state.record
+        record.headers |= ignored_header(list_ignored(body))
         head = self._names.head(body, record.request_id, "cmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(
@@ -106,8 +108,10 @@ class OpenAIRoutes:
             admission.tokenizer,
             body.always_usage,
             echoes=echoes,
-            has_logprobs=body.logprobs is not None,
+            num_logprobs=body.logprobs,
             num_kept=(body.num_choices, body.num_sampled),
+            shows_token_ids=bool(body.return_token_ids),
+            num_prompt_logprobs=body.prompt_logprobs,
         )
         return await self._answer(body, request, requests, writer)
 
@@ -115,17 +119,18 @@ class OpenAIRoutes:
         """Answer the last message of a conversation."""
         admission, parsers = self._admission, self._parsers
         record = request.state.record
+        record.headers |= ignored_header(list_ignored(body))
         head = self._names.head(body, record.request_id, "chatcmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(1, body.num_sampled)
+        tool_format = parsers.call_format(is_required=body.requires_call)
+        if body.tools and tool_format is None:
+            record.headers["X-Warning"] = NO_TOOLS
         names_called = {tool.function.name for tool in body.callable_tools}
-        if names_called:
-            parsers.check_tools()
-        token_ids = await admission.encode_chat(
-            [message.for_template() for message in body.messages], body.template_options()
-        )
+        messages, options = body.for_template(knows_tools=parsers.tool_format is not None)
+        token_ids = await admission.encode_chat(messages, options)
         reasoning = parsers.reasoning(token_ids)
-        wanted = body.whole_structured_output(parsers.tool_format, reasoning)
+        wanted = body.whole_structured_output(tool_format, reasoning)
         grammar = await admission.compile(wanted)
         max_tokens = body.max_new_tokens(admission.num_tokens_left(token_ids))
         requests = admission.admit(
@@ -145,9 +150,17 @@ class OpenAIRoutes:
             admission.tokenizer,
             body.always_usage,
             parsers=[
-                parsers.make(reasoning, names_called, max_calls, is_chosen=body.names_one_tool)
+                parsers.make(
+                    reasoning,
+                    names_called,
+                    max_calls,
+                    is_chosen=body.names_one_tool,
+                    is_required=body.requires_call,
+                )
                 for _ in requests
             ],
+            shows_token_ids=bool(body.return_token_ids),
+            num_prompt_logprobs=body.prompt_logprobs,
         )
         return await self._answer(body, request, requests, writer)
 
@@ -177,7 +190,9 @@ class OpenAIRoutes:
         return JSONResponse(writer.reply())
 
     def _text_of(self, prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._admission.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        return self._admission.tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _make_choices(
         self, body: OpenAIRequest, max_tokens: int, wanted: tuple[str, StructuredOutput] | None
