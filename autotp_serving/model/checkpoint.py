@@ -83,7 +83,7 @@ class Checkpoint:
 
     def _join_quantized(self, quantization: Quantization, config: ServingConfig | None) -> None:
         """Let the tensors of each quantized weight count as one."""
-        self._quantized = find_quantized_tensors(quantization, self.stored)
+        self._quantized = find_quantized_tensors(quantization, self.stored, self._read_stored)
         weights = self._quantized.weights
         self._targets = choose_targets(weights, config)
         if config is not None:

@@ -35,7 +35,12 @@ LEVEL_UNIT = 2.0**8
 NAN_CODES = (0x7F, 0xFF)
 
 SCALE_NAMES = ("weight_scale_inv", "weight_scale")
-ACTIVATION_NAMES = ("input_scale", "activation_scale", "activation_scale_inv", "input_scale_ub")
+ACTIVATION_NAMES = (
+    *("input_scale", "input_scale_inv", "input_scale_ub", "input_zero_point"),
+    *("activation_scale", "activation_scale_inv"),
+)
+
+MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Fp8Weight:
 
 
 def find_fp8_weights(
-    quantization: Quantization, stored: dict[str, StoredTensor]
+    quantization: Quantization, stored: dict[str, StoredTensor], read: Read
 ) -> dict[str, QuantizedWeight]:
     """All weights in float8 of a folder.
 
@@ -118,6 +123,20 @@ def find_fp8_weights(
         if name.endswith(".weight") and tensor.dtype in ("F8_E4M3", "F8_E5M2"):
             found[name] = make_fp8_weight(quantization, name, stored, block)
     return found
+
+
+def find_modelopt_weights(
+    quantization: Quantization, stored: dict[str, StoredTensor], read: Read
+) -> dict[str, QuantizedWeight]:
+    """The same of ModelOpt, which has other formats too.
+
+    Raises:
+        ConfigError: one of those.
+    """
+    algorithm = quantization.settings.get("quant_algo")
+    if algorithm not in MODELOPT_ALGORITHMS:
+        raise quantization.refuse(f"ModelOpt's {algorithm!r:.40} is not read here, only FP8")
+    return find_fp8_weights(quantization, stored, read)
 
 
 def make_fp8_weight(

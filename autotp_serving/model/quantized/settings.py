@@ -27,8 +27,13 @@ SIDE_FILES = (
 )
 IPEX_LLM_KEY = "bigdl_transformers_low_bit"
 
-METHODS = ("fp8", "fbgemm_fp8")
+METHODS = (
+    *("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors"),
+    *("gptq", "auto-round", "awq", "bitsandbytes"),
+)
 """What is read; `quant_method` in a config."""
+
+ALIASES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
 
 CURE = "get the 16-bit original, which --low-bit converts while it loads"
 
@@ -105,7 +110,7 @@ def _judge(path: Path, key: str, settings: Any, default: str | None) -> Quantiza
     method = settings.get("quant_method", default)
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
-    return Quantization(str(method), settings, path)
+    return Quantization(ALIASES.get(str(method), str(method)), settings, path)
 
 
 def drop_quantization(folder: Path) -> None:
