@@ -87,9 +87,16 @@ def is_converted(folder: Path) -> bool:
     """True where weights are stored low-bit, by --save-low-bit or by others.
 
     Raises:
-        ConfigError: quantized in a way that is not read here.
+        ConfigError: quantized in a way that is not read here, or without the weights that tell what
+            becomes of them.
     """
-    return find_quantization(folder) is not None or (folder / MANIFEST_NAME).exists()
+    quantization = find_quantization(folder)
+    if quantization is not None and not has_weights(folder):
+        raise quantization.refuse(
+            "its weights are quantized, and only their files tell into what",
+            "--plan needs the safetensors in the folder, whose headers it reads",
+        )
+    return quantization is not None or (folder / MANIFEST_NAME).exists()
 
 
 def check_known_names(config: ServingConfig, folder: Path, known: Any) -> bool:

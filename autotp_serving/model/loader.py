@@ -31,6 +31,7 @@ from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.checksums import check_checksums
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
+from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
@@ -129,6 +130,12 @@ def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | Du
     """Where the weights come from."""
     folder = Path(config.model_path)
     if config.load_format == "dummy":
+        if (quantization := find_quantization(folder)) is not None:
+            logger.warning(
+                "--load-format dummy makes 16-bit weights, which --low-bit converts; what %s says of "
+                "quantization is not used",
+                quantization.source,
+            )
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
     return Checkpoint(folder, config)
 

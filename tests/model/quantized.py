@@ -51,6 +51,7 @@ class Layout:
         "embed",
         "norm",
         "mlp.gate.",
+        "moe.gate.",
         "shared_expert_gate",
         "embed_out",
     )
@@ -490,7 +491,9 @@ def save_quantized(layout: Layout, family: str, root: Path, **changes: Any) -> S
             stored[name] = tensor
             continue
         parts, meant[name] = layout.write(tensor)
-        stored |= {f"{name.removesuffix('.weight')}.{last}": part for last, part in parts.items()}
+        named = {f"{name.removesuffix('.weight')}.{last}": part for last, part in parts.items()}
+        # A layer's own bias comes before the zeros that a quantizer writes for one without.
+        stored |= {one: part for one, part in named.items() if one == name or one not in tensors}
     shutil.copytree(reference, folder)
     stored = {name: value.contiguous() for name, value in (stored | layout.extra).items()}
     save_file(tensors | meant, reference / SINGLE_NAME, metadata={"format": "pt"})

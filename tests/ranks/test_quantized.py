@@ -29,10 +29,18 @@ FAMILY_CASES: dict[str, tuple[str, str]] = {
     "gptq in phi3": ("gptq-group-64-v2", "phi3"),
     "gptq in qwen2-moe": ("gptq", "qwen2-moe"),
     "awq in qwen3-moe": ("awq", "qwen3-moe"),
+    "bnb-nf4 in qwen2": ("bnb-nf4-nested", "qwen2"),
     "ct-w8a8 in gemma2": ("ct-w8a8", "gemma2"),
     "ct-w4a16 in gpt-neox": ("ct-w4a16", "gpt-neox"),
 }
-CASES = {name: (name, "llama") for name in LAYOUTS} | FAMILY_CASES
+# One of each way to pack and to scale; tests/model/test_quantized.py has them all.
+LLAMA_CASES = (
+    *("fp8-block", "fp8-block-32", "fp8-channel", "modelopt-fp8", "ct-fp8-tensor-static"),
+    *("ct-fp8-block", "ct-w8a8", "ct-w4a16", "ct-w4a16-asymmetric", "gptq", "gptq-by-layer"),
+    *("gptq-channel-8-bits", "gptq-asymmetric", "gptq-desc-act", "auto-round", "awq"),
+    *("bnb-nf4-nested", "bnb-int8"),
+)
+CASES = {name: (name, "llama") for name in LLAMA_CASES} | FAMILY_CASES
 
 
 @pytest.fixture(scope="module")

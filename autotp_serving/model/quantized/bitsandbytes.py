@@ -173,6 +173,9 @@ def _make_int8(
 ) -> RowInt8Weight:
     weight = stored.get(f"{module}.weight")
     is_matrix = weight is not None and weight.dtype == "I8" and len(weight.shape) == 2
+    order = stored.get(f"{module}.weight_format")
+    if order is not None and any(size != 1 for size in order.shape):
+        raise quantization.refuse(f"{module}.weight_format is no single number")
     if not is_matrix or stored[f"{module}.SCB"].shape != weight.shape[:1]:
         raise quantization.refuse(f"{module} has an SCB, and no int8 weight of as many rows")
     names = (f"{module}.{last}" for last in ("weight", "SCB", "weight_format"))
@@ -220,6 +223,8 @@ def _make_four_bit(
     missing = [part for part in weight.parts if part not in stored]
     sizes = _expected_sizes(weight)
     wrong = [part for part, size in sizes.items() if part in stored and stored[part].shape != size]
+    if name in stored and stored[name].dtype != "U8":
+        raise quantization.refuse(f"{name} keeps its codes in {stored[name].dtype}, not in U8")
     if missing or wrong or len(shape) != 2:
         raise quantization.refuse(
             f"{(*missing, *wrong, name)[0]} is missing, or does not fit {name} of {list(shape)}"

@@ -188,9 +188,15 @@ def _make_packed(
             zeros, index = f"{module}.weight_zero_point", f"{module}.weight_g_idx"
             names = ("weight_packed", "weight_scale", "weight_shape")
             parts = [f"{module}.{name}" for name in names if f"{module}.{name}" in stored]
-            expected = (-(-rows * bits // 32), -(-cols // group))
-            if zeros in stored and stored[zeros].shape != expected:
-                raise quantization.refuse(f"{zeros} has another shape than {list(expected)}")
+            expected = {
+                zeros: ("I32", (-(-rows * bits // 32), -(-cols // group))),
+                index: ("I32", (cols,)),
+                f"{module}.weight_shape": ("I64", (2,)),
+            }
+            for name, (dtype, size) in expected.items():
+                tensor = stored.get(name)
+                if tensor is not None and (tensor.dtype, tensor.shape) != (dtype, size):
+                    raise quantization.refuse(f"{name} is no {dtype} of {list(size)}")
             return PackedWeight(
                 module=module,
                 shape=(rows, cols),
