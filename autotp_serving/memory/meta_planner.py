@@ -31,7 +31,7 @@ def find_footprints(
     folder = Path(config.model_path)
     checkpoint = (
         Checkpoint(folder, config)
-        if config.load_format != "dummy" and has_weights(folder)
+        if config.load_format != "dummy" and has_weights(folder, config.allow_pickle)
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
     low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)

@@ -34,7 +34,7 @@ from autotp_serving.model.families import adapt_rope, check_heads, find_max_mode
 from autotp_serving.model.leftovers import check_leftovers, check_stored
 from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors
+from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors, list_weight_files
 from autotp_serving.model_folder import check_model_folder
 
 
@@ -50,7 +50,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if is_converted(folder) else read_known_config(folder)
+    known = None if is_converted(config, folder) else read_known_config(folder)
     if known is not None and not check_known_names(config, folder, known):
         known = None
     if known is None:
@@ -83,7 +83,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     refuse(config, footprints, budgets, peaks[:local_size], max_model_len)
 
 
-def is_converted(folder: Path) -> bool:
+def is_converted(config: ServingConfig, folder: Path) -> bool:
     """True where weights are stored low-bit, by --save-low-bit or by others.
 
     Raises:
@@ -91,11 +91,8 @@ def is_converted(folder: Path) -> bool:
             becomes of them.
     """
     quantization = find_quantization(folder)
-    if quantization is not None and not has_weights(folder):
-        raise quantization.refuse(
-            "its weights are quantized, and only their files tell into what",
-            "--plan needs the safetensors in the folder, whose headers it reads",
-        )
+    if quantization is not None and not has_weights(folder, config.allow_pickle):
+        list_weight_files(folder)  # says what is there instead, and what helps
     return quantization is not None or (folder / MANIFEST_NAME).exists()
 
 

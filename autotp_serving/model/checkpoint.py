@@ -6,6 +6,7 @@ process's resident set.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, 
 from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
 from autotp_serving.model.leftovers import check_stored, check_type
+from autotp_serving.model.pickled import list_pickled_tensors, read_pickled
 from autotp_serving.model.quantized.methods import QuantizedTensors, find_quantized_tensors
 from autotp_serving.model.quantized.settings import Quantization, find_quantization
 from autotp_serving.model.quantized.targets import Targets, choose_targets, describe_targets
 from autotp_serving.model.quantized.weight import Loss, read_dense, read_low_bit
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.stored_tensors import CheckpointError, list_stored_tensors
+from autotp_serving.model.stored_tensors import (
+    CheckpointError,
+    has_weights,
+    list_stored_tensors,
+)
 from autotp_serving.model_folder import (
     MAX_LARGE_BYTES,
     ModelFolderError,
@@ -32,6 +38,9 @@ from autotp_serving.model_folder import (
 )
 
 MANIFEST_VERSION = 1
+
+CHUNK_BYTES = 2**25
+"""Read at once."""
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -63,7 +72,8 @@ class Checkpoint:
         self.folder = folder
         self.checksums: dict[str, str] | None = None
         self.quantization = find_quantization(folder)
-        self.stored = list_stored_tensors(folder)
+        is_pickled = config is not None and config.allow_pickle and not has_weights(folder)
+        self.stored = list_pickled_tensors(folder) if is_pickled else list_stored_tensors(folder)
         self.files = {name: tensor.path for name, tensor in self.stored.items()}
         self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
@@ -96,6 +106,12 @@ class Checkpoint:
             target = self._targets[name]
             if target is not None:
                 self._formats[name] = target
+        for name, (source, start, stop) in self._quantized.views.items():
+            if stop > self._shapes[source][0]:
+                raise quantization.refuse(
+                    f"{source} has {self._shapes[source][0]} rows, fewer than its heads ask for"
+                )
+            self.add_view(name, source, start, stop)
 
     @property
     def is_quantized(self) -> bool:
@@ -241,12 +257,13 @@ class Checkpoint:
             )
         return LowBitTensor(format, (row_stop - row_start, col_stop - col_start), planes)
 
-    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Copy one block of a tensor into host memory.
 
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+            dtype: what to make of its numbers, a part at a time; None leaves them as they are.
 
         Raises:
             CheckpointError: its numbers are not what they stand for.
@@ -260,11 +277,35 @@ class Checkpoint:
             ranges = ((row_start + first_row, row_stop + first_row), *others)
         if is_quantized:
             weight = self._quantized.weights[name]
-            return read_dense(weight, self._dense_dtype, self._read_stored, *ranges)
-        return self._read_stored(name, ranges)
+            return read_dense(weight, dtype or self._dense_dtype, self._read_stored, *ranges)
+        found = self._read_stored(name, ranges, dtype)
+        return found if dtype is None else found.to(dtype)
 
-    def _read_stored(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def _read_stored(
+        self, name: str, ranges: Ranges, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """The same of a tensor under the name that it has in its file."""
+        tensor = self.stored[name]
+        sizes = [stop - start for start, stop in ranges]
+        num_bytes = math.prod(sizes) * tensor.itemsize
+        if num_bytes <= CHUNK_BYTES or len(sizes) < 2:
+            return self._read_at_once(name, ranges)
+        # Mapped pages count as this process's until the file is closed: a part at a time.
+        (start, stop), *others = ranges
+        step = max(1, CHUNK_BYTES * sizes[0] // num_bytes)
+        found: torch.Tensor | None = None
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            part = self._read_at_once(name, ((first, last), *others))
+            if found is None:
+                found = torch.empty(sizes, dtype=dtype or part.dtype)
+            found[first - start : last - start] = part
+        assert found is not None, "more bytes than none have rows"
+        return found
+
+    def _read_at_once(self, name: str, ranges: Ranges) -> torch.Tensor:
+        if self.files[name].suffix == ".bin":
+            return read_pickled(self.files[name], name, ranges)
         with self._open(self.files[name]) as tensors:
             if not ranges:
                 return tensors.get_tensor(name).clone()

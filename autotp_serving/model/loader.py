@@ -132,8 +132,8 @@ def open_checkpoint(config: ServingConfig, model_config: Any) -> Checkpoint | Du
     if config.load_format == "dummy":
         if (quantization := find_quantization(folder)) is not None:
             logger.warning(
-                "--load-format dummy makes 16-bit weights, which --low-bit converts; what %s says of "
-                "quantization is not used",
+                "--load-format dummy makes 16-bit weights, which --low-bit converts; what %s says "
+                "of quantization is not used",
                 quantization.source,
             )
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
@@ -242,9 +242,7 @@ class WeightFiller:
                 linear = replace_linear(module, weight, self._all_reduce)
                 self._model.set_submodule(module_name, linear)
             return weight.num_bytes
-        tensor = self._checkpoint.read(name, shard.ranges)
-        num_bytes = tensor.nbytes
-        tensor = tensor.to(self._device).to(self._dtype)
+        tensor = self._checkpoint.read(name, shard.ranges, self._dtype).to(self._device)
         if attribute == "weight" and self._low_bit.converts(module_name, module):
             check_columns(shard.ranges[1], shard.full_shape[1])
             self._model.set_submodule(module_name, self._convert(module, tensor))
@@ -252,7 +250,7 @@ class WeightFiller:
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
         else:
             module._buffers[attribute] = tensor
-        return num_bytes
+        return self._count_bytes(name, shard)
 
     def _fill_head(self, head: VocabParallelHead, weight_name: str) -> None:
         """Tie the head where the checkpoint does, and make it low-bit where that is asked."""

@@ -16,6 +16,7 @@ from autotp_serving.model.quantized.fp8 import (
     find_modelopt_weights,
 )
 from autotp_serving.model.quantized.gptq import find_gptq_weights
+from autotp_serving.model.quantized.ipex_llm import find_ipex_llm_weights, find_merged_parts
 from autotp_serving.model.quantized.settings import Quantization
 from autotp_serving.model.quantized.weight import QuantizedWeight, Read
 from autotp_serving.model.stored_tensors import StoredTensor
@@ -41,6 +42,7 @@ FINDERS: dict[str, Find] = {
     "awq": find_awq_weights,
     "bitsandbytes": find_bitsandbytes_weights,
     "modelopt": find_modelopt_weights,
+    "ipex-llm": find_ipex_llm_weights,
 }
 
 AWQ_PACKINGS = ("awq", "auto_round:auto_awq")
@@ -59,10 +61,12 @@ class QuantizedTensors:
     Attributes:
         weights: by the name that the model has for each, `X.weight`.
         unneeded: names of stored tensors without a use here, by the reason.
+        views: names of tensors that are rows of others: which, the first row and the end.
     """
 
     weights: dict[str, QuantizedWeight]
     unneeded: dict[str, set[str]] = field(default_factory=dict)
+    views: dict[str, tuple[str, int, int]] = field(default_factory=dict)
 
     @property
     def consumed(self) -> set[str]:
@@ -90,7 +94,11 @@ def find_quantized_tensors(
         ),
         "scales of a KV cache in float8, which is not one here": _select(stored, CACHE_NAMES, None),
     }
-    return QuantizedTensors(weights, {reason: names for reason, names in reasons.items() if names})
+    views = {}
+    if quantization.method == "ipex-llm":
+        views = find_merged_parts(quantization, stored)
+    unneeded = {reason: names for reason, names in reasons.items() if names}
+    return QuantizedTensors(weights, unneeded, views)
 
 
 def _select(
