@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autotp_serving.model.stored_tensors import SINGLE_NAME
+from autotp_serving.model_folder import INDEX_NAME
 from tests.model.families import save_family
 
 Written = tuple[dict[str, Tensor], Tensor]
@@ -479,24 +480,38 @@ class Saved:
 def save_quantized(layout: Layout, family: str, root: Path, **changes: Any) -> Saved:
     """Save a random model of a family quantized, and beside it the float32 model that it means."""
     folder, reference = root / "quantized", save_family(family, root / "reference", **changes)
-    tensors: dict[str, Tensor] = {}
+    tensors, meant = quantize_folder(layout, reference, folder)
     for path in reference.glob("*.safetensors"):
-        tensors |= load_file(path)
         path.unlink()
-    (reference / "model.safetensors.index.json").unlink(missing_ok=True)
+    (reference / INDEX_NAME).unlink(missing_ok=True)
+    save_file(tensors | meant, reference / SINGLE_NAME, metadata={"format": "pt"})
+    return Saved(folder, reference, meant)
+
+
+def quantize_folder(
+    layout: Layout, source: Path, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write a checkpoint again, its linear layers as a producer writes them.
+
+    Returns:
+        The tensors as they were, and the weights that the written ones mean.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        tensors |= load_file(path)
     stored, meant = {}, {}
     for name, tensor in tensors.items():
         is_dense = tensor.dim() != 2 or any(part in name for part in layout.dense)
         if is_dense or not name.endswith(".weight"):
             stored[name] = tensor
             continue
-        parts, meant[name] = layout.write(tensor)
+        parts, meant[name] = layout.write(tensor.float())
         named = {f"{name.removesuffix('.weight')}.{last}": part for last, part in parts.items()}
         # A layer's own bias comes before the zeros that a quantizer writes for one without.
         stored |= {one: part for one, part in named.items() if one == name or one not in tensors}
-    shutil.copytree(reference, folder)
+    ignored = shutil.ignore_patterns("*.safetensors", INDEX_NAME, "training")
+    shutil.copytree(source, folder, ignore=ignored)
     stored = {name: value.contiguous() for name, value in (stored | layout.extra).items()}
-    save_file(tensors | meant, reference / SINGLE_NAME, metadata={"format": "pt"})
     save_file(stored, folder / SINGLE_NAME, metadata={"format": "pt"})
     if layout.side_file is not None:
         (folder / layout.side_file).write_text(json.dumps(layout.settings))
@@ -504,4 +519,4 @@ def save_quantized(layout: Layout, family: str, root: Path, **changes: Any) -> S
         path = folder / "config.json"
         config = json.loads(path.read_text()) | {"quantization_config": layout.settings}
         path.write_text(json.dumps(config))
-    return Saved(folder, reference, meant)
+    return tensors, meant

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from autotp_serving.low_bit.formats import LowBitError
-from autotp_serving.model.quantized.fp8 import make_fp8_weight
+from autotp_serving.model.quantized.fp8 import is_block, make_fp8_weight
 from autotp_serving.model.quantized.integers import (
     BITS,
     IntegerWeight,
@@ -150,9 +150,7 @@ def _list_schemes(quantization: Quantization) -> Iterator[dict[str, Any]]:
         if isinstance(weights, dict):
             layouts.append(group.get("format"))
             block = weights.get("block_structure")
-            if block is not None and not (
-                isinstance(block, list) and [type(size) for size in block] == [int, int]
-            ):
+            if not is_block(block):
                 raise quantization.refuse(f"block_structure {block!r:.40} is not read here")
             yield weights
     unknown = [one for one in layouts if one is not None and one not in LAYOUTS]

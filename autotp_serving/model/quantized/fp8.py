@@ -117,7 +117,7 @@ def find_fp8_weights(
     Raises:
         ConfigError: settings or shapes that are not read here.
     """
-    block = quantization.get("weight_block_size", None, _is_block)
+    block = quantization.get("weight_block_size", None, is_block)
     found: dict[str, QuantizedWeight] = {}
     for name, tensor in stored.items():
         if name.endswith(".weight") and tensor.dtype in ("F8_E4M3", "F8_E5M2"):
@@ -173,7 +173,8 @@ def make_fp8_weight(
     return Fp8Weight(name, (rows, cols), scale, len(shape), shared, tensor.dtype == "F8_E4M3")
 
 
-def _is_block(value: object) -> bool:
+def is_block(value: object) -> bool:
+    """True for the rows and columns of a block, or None."""
     if value is None:
         return True
     return (

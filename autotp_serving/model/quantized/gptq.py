@@ -135,9 +135,8 @@ def _find_bits(
     shapes = _find_shapes(quantization, module, stored)
     words, rows = shapes["qweight"]
     index = stored.get(f"{module}.g_idx")
-    for bits in dict.fromkeys((*_list_values(quantization.settings, "bits", 4), *BITS)):
-        if bits not in BITS:
-            continue
+    named = [one for one in _list_values(quantization.settings, "bits", 4) if one in BITS]
+    for bits in (*named, *BITS):
         cols = words * 32 // bits
         fits_zeros = shapes["qzeros"][1] * 32 == rows * bits
         fits_index = index is None or index.shape == (cols,)
