@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
+from tests.model.checkpoints import save_tiny_llama
 from tests.model.families import generate_with_transformers
-from tests.model.quantized import LAYOUTS, Layout, Saved, save_quantized
+from tests.model.quantized import LAYOUTS, Layout, Saved, quantize_folder, save_quantized
 from tests.ranks.test_families import SETTINGS, make_prompts, run_jobs
 
 pytestmark = pytest.mark.ranks
@@ -95,3 +96,18 @@ def check_nearest(folder: Path, prompts: list[list[int]], answers: list[list[int
             logits = model.float()(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert (logits.amax(1) - chosen <= ROUNDING * logits.std(1)).all()
+
+
+def test_uneven_ranks_split_groups(tmp_path: Path) -> None:
+    """Three ranks share 4 key/value heads of 64 columns: groups of 128 lie on two ranks."""
+    model = save_tiny_llama(
+        tmp_path / "model", num_hidden_layers=2, head_dim=64, intermediate_size=768
+    )
+    jobs = []
+    for name in ("gptq", "gptq-asymmetric", "fp8-block"):
+        quantize_folder(LAYOUTS[name], model, tmp_path / name)
+        job = {"model": str(tmp_path / name), "prompts": make_prompts()[:3], "max_tokens": 8}
+        jobs.append(job | {"settings": SETTINGS})
+    whole, split = (run_jobs(jobs, num_ranks, tmp_path) for num_ranks in (1, 3))
+    assert all(isinstance(answer, list) for answer in whole), whole
+    assert split == whole
