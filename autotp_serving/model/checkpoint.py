@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
-from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
 from autotp_serving.model.leftovers import check_stored, check_type
+from autotp_serving.model.manifest import read_manifest
 from autotp_serving.model.pickled import list_pickled_tensors, read_pickled
 from autotp_serving.model.quantized.methods import QuantizedTensors, find_quantized_tensors
 from autotp_serving.model.quantized.settings import Quantization, find_quantization
@@ -30,14 +30,6 @@ from autotp_serving.model.stored_tensors import (
     has_weights,
     list_stored_tensors,
 )
-from autotp_serving.model_folder import (
-    MAX_LARGE_BYTES,
-    ModelFolderError,
-    find_file,
-    read_object,
-)
-
-MANIFEST_VERSION = 1
 
 CHUNK_BYTES = 2**25
 """Read at once."""
@@ -84,7 +76,7 @@ class Checkpoint:
         self._targets: Targets = {}
         self._loss = Loss()
         self._dense_dtype = torch.float32
-        self.low_bit = self._read_manifest()
+        self.low_bit = self._join_planes()
         if self.quantization is not None:
             self._join_quantized(self.quantization, config)
         if self.low_bit is None:  # where checksums know better
@@ -147,10 +139,10 @@ class Checkpoint:
             "a --low-bit of more bits moves them less"
         )
 
-    def _read_manifest(self) -> str | None:
-        """Join the planes of converted weights, each checked against what the format asks."""
-        path = self.folder / MANIFEST_NAME
-        if not path.exists():
+    def _join_planes(self) -> str | None:
+        """Let the planes of each weight that --save-low-bit converted count as one tensor."""
+        manifest = read_manifest(self.folder)
+        if manifest is None:
             return None
         if self.quantization is not None:
             raise self.quantization.refuse(
@@ -158,25 +150,8 @@ class Checkpoint:
                 "version that took their codes for weights",
                 "save it again from the checkpoint that it was made of",
             )
-        try:
-            manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
-            version, low_bit = manifest["version"], manifest["low_bit"]
-            entries = {name: _read_entry(entry) for name, entry in manifest["tensors"].items()}
-            self.checksums = _read_checksums(manifest)
-            if low_bit not in FORMATS:
-                raise ValueError(f"low_bit {low_bit!r}")
-        except ModelFolderError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is no low-bit manifest ({error!r}): save the model again"
-            ) from error
-        if version != MANIFEST_VERSION:
-            raise CheckpointError(
-                f"{path} has version {version}, this server reads version {MANIFEST_VERSION}: "
-                "save the model again"
-            )
-        for name, (format, shape) in entries.items():
+        self.checksums = manifest.checksums
+        for name, (format, shape) in manifest.weights.items():
             for plane in format.planes:
                 expected = (shape[0], num_blocks(shape[1]) * plane.entries)
                 found = self._shapes.pop(f"{name}.{plane.name}", None)
@@ -187,7 +162,7 @@ class Checkpoint:
                     )
             self._formats[name] = format
             self._shapes[name] = shape
-        return low_bit
+        return manifest.low_bit
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -312,18 +287,3 @@ class Checkpoint:
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.
             return part.clone()
-
-
-def _read_entry(entry: dict[str, Any]) -> tuple[Format, tuple[int, int]]:
-    """Format and shape of a converted weight, from the manifest."""
-    rows, cols = entry["shape"]
-    if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1:
-        raise ValueError(f"shape {entry['shape']}")
-    return FORMATS[entry["format"]], (rows, cols)
-
-
-def _read_checksums(manifest: dict[str, Any]) -> dict[str, str] | None:
-    found = manifest.get("crc32")
-    if found is not None and not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("crc32")
-    return found
