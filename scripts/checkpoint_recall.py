@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- table: scripts/checkpoint_recall.py -->", "<!-- end of recall table -->"
 SHOWN = (
     *("fp8-block", "fp8-channel", "ct-w8a8", "ct-w4a16", "gptq", "gptq-channel-8-bits"),
-    *("gptq-asymmetric", "gptq-desc-act", "gptq-group-32", "awq", "bnb-nf4-nested", "bnb-int8"),
+    *("gptq-asymmetric", "awq", "bnb-nf4-nested"),
 )
 HEADER = "| checkpoint | becomes | recall | perplexity |\n|---|---|---:|---:|"
 
