@@ -123,6 +123,11 @@ class ServingConfig:
         "shapes of its config.json, to measure speed and memory without a checkpoint",
         choices=("auto", "dummy"),
     )
+    allow_pickle: bool = setting(
+        False,
+        "read pytorch_model.bin where a folder holds no safetensors, with torch's restricted "
+        "unpickler; only for files from people you trust",
+    )
     tensor_parallel_size: int | None = setting(
         None,
         "number of ranks; default: as many as mpirun started, which is all it may be, but any "

@@ -60,12 +60,12 @@ CONTEXT = 1060
 class DrawnCheckpoint(DummyCheckpoint):
     """The same shapes; the numbers are drawn on the card, which takes no time."""
 
-    def read(self, name: str, ranges: Any) -> torch.Tensor:
+    def read(self, name: str, ranges: Any, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """See DummyCheckpoint."""
         sizes = [stop - start for start, stop in ranges]
         if "norm" in name or len(sizes) < 2 or name.endswith("bias"):
-            return super().read(name, ranges)
-        return (torch.randn(sizes, device="cuda") * WEIGHT_STD).bfloat16()
+            return super().read(name, ranges, dtype)
+        return (torch.randn(sizes, device="cuda") * WEIGHT_STD).bfloat16().to(dtype)
 
 
 def main() -> None:

@@ -33,13 +33,17 @@ DEFINITION_TOKENS = 24
 HEADER = "| format | bits per weight | recall | perplexity |\n|---|---:|---:|---:|"
 
 
-def measure(low_bit: str, **settings: Any) -> tuple[float, float]:
-    """Recall from 0 to 1 and perplexity of the demo model in a format; `settings` are LLM's."""
+def measure(low_bit: str | None, folder: Path = DEMO, **settings: Any) -> tuple[float, float]:
+    """Recall from 0 to 1 and perplexity of the demo model in a format; `settings` are LLM's.
+
+    Args:
+        folder: where the demo model is, or what was made of it.
+    """
     entries = json.loads((DEMO / "recall_sample.json").read_text())
     sample = entries["random"]
     texts = [f"{entry['question']} {entry['answer']}" for entry in entries["common"]]
     settings |= {"low_bit": low_bit, "kv_cache_memory": 2**28, "max_num_seqs": 32}
-    with LLM(str(DEMO), **settings) as llm:
+    with LLM(str(folder), **settings) as llm:
 
         def encode(text: str) -> list[int]:
             return llm.tokenizer.encode(text, add_special_tokens=False)

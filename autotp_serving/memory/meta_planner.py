@@ -30,7 +30,7 @@ def list_shapes(
     folder = Path(config.model_path)
     checkpoint = (
         Checkpoint(folder, config)
-        if config.load_format != "dummy" and has_weights(folder)
+        if config.load_format != "dummy" and has_weights(folder, config.allow_pickle)
         else DummyCheckpoint(folder, model_config, config.trust_remote_code)
     )
     hide_vision_tensors(model_config, checkpoint, is_told=False)

@@ -32,7 +32,7 @@ from autotp_serving.model.leftovers import check_leftovers, check_stored
 from autotp_serving.model.lengths import find_max_model_len
 from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors
+from autotp_serving.model.stored_tensors import has_weights, list_stored_tensors, list_weight_files
 from autotp_serving.model_folder import check_model_folder
 
 
@@ -48,7 +48,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if is_converted(folder) else read_known_config(folder)
+    known = None if is_converted(config, folder) else read_known_config(folder)
     if known is not None and not check_known_names(config, folder, known):
         known = None
     if known is None:
@@ -73,13 +73,17 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     check_host_peaks(peaks[:local_size], config)
 
 
-def is_converted(folder: Path) -> bool:
+def is_converted(config: ServingConfig, folder: Path) -> bool:
     """True where weights are stored low-bit, by --save-low-bit or by others.
 
     Raises:
-        ConfigError: quantized in a way that is not read here.
+        ConfigError: quantized in a way that is not read here, or without the weights that tell what
+            becomes of them.
     """
-    return find_quantization(folder) is not None or (folder / MANIFEST_NAME).exists()
+    quantization = find_quantization(folder)
+    if quantization is not None and not has_weights(folder, config.allow_pickle):
+        list_weight_files(folder)  # says what is there instead, and what helps
+    return quantization is not None or (folder / MANIFEST_NAME).exists()
 
 
 def check_known_names(config: ServingConfig, folder: Path, known: Any) -> bool:

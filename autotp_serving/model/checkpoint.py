@@ -6,6 +6,7 @@ process's resident set.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,23 @@ from safetensors import SafetensorError, safe_open
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, Format, LowBitError, num_blocks
-from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.low_bit.tensor import LowBitTensor
 from autotp_serving.model.leftovers import check_stored, check_type
+from autotp_serving.model.manifest import read_manifest
+from autotp_serving.model.pickled import list_pickled_tensors, read_pickled
 from autotp_serving.model.quantized.methods import QuantizedTensors, find_quantized_tensors
 from autotp_serving.model.quantized.settings import Quantization, find_quantization
 from autotp_serving.model.quantized.targets import Targets, choose_targets, describe_targets
 from autotp_serving.model.quantized.weight import Loss, read_dense, read_low_bit
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.stored_tensors import CheckpointError, list_stored_tensors
-from autotp_serving.model_folder import (
-    MAX_LARGE_BYTES,
-    ModelFolderError,
-    find_file,
-    read_object,
+from autotp_serving.model.stored_tensors import (
+    CheckpointError,
+    has_weights,
+    list_stored_tensors,
 )
 
-MANIFEST_VERSION = 1
+CHUNK_BYTES = 2**25
+"""Read at once."""
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -63,7 +64,8 @@ class Checkpoint:
         self.folder = folder
         self.checksums: dict[str, str] | None = None
         self.quantization = find_quantization(folder)
-        self.stored = list_stored_tensors(folder)
+        is_pickled = config is not None and config.allow_pickle and not has_weights(folder)
+        self.stored = list_pickled_tensors(folder) if is_pickled else list_stored_tensors(folder)
         self.files = {name: tensor.path for name, tensor in self.stored.items()}
         self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
@@ -75,7 +77,7 @@ class Checkpoint:
         self._targets: Targets = {}
         self._loss = Loss()
         self._dense_dtype = torch.float32
-        self.low_bit = self._read_manifest()
+        self.low_bit = self._join_planes()
         if self.quantization is not None:
             self._join_quantized(self.quantization, config)
         if self.low_bit is None:  # where checksums know better
@@ -84,7 +86,7 @@ class Checkpoint:
 
     def _join_quantized(self, quantization: Quantization, config: ServingConfig | None) -> None:
         """Let the tensors of each quantized weight count as one."""
-        self._quantized = find_quantized_tensors(quantization, self.stored)
+        self._quantized = find_quantized_tensors(quantization, self.stored, self._read_stored)
         weights = self._quantized.weights
         self._targets = choose_targets(weights, config)
         if config is not None:
@@ -97,6 +99,12 @@ class Checkpoint:
             target = self._targets[name]
             if target is not None:
                 self._formats[name] = target
+        for name, (source, start, stop) in self._quantized.views.items():
+            if stop > self._shapes[source][0]:
+                raise quantization.refuse(
+                    f"{source} has {self._shapes[source][0]} rows, fewer than its heads ask for"
+                )
+            self.add_view(name, source, start, stop)
 
     @property
     def is_quantized(self) -> bool:
@@ -132,10 +140,10 @@ class Checkpoint:
             "a --low-bit of more bits moves them less"
         )
 
-    def _read_manifest(self) -> str | None:
-        """Join the planes of converted weights, each checked against what the format asks."""
-        path = self.folder / MANIFEST_NAME
-        if not path.exists():
+    def _join_planes(self) -> str | None:
+        """Let the planes of each weight that --save-low-bit converted count as one tensor."""
+        manifest = read_manifest(self.folder)
+        if manifest is None:
             return None
         if self.quantization is not None:
             raise self.quantization.refuse(
@@ -143,25 +151,8 @@ class Checkpoint:
                 "version that took their codes for weights",
                 "save it again from the checkpoint that it was made of",
             )
-        try:
-            manifest = read_object(find_file(self.folder, MANIFEST_NAME), MAX_LARGE_BYTES)
-            version, low_bit = manifest["version"], manifest["low_bit"]
-            entries = {name: _read_entry(entry) for name, entry in manifest["tensors"].items()}
-            self.checksums = _read_checksums(manifest)
-            if low_bit not in FORMATS:
-                raise ValueError(f"low_bit {low_bit!r}")
-        except ModelFolderError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is no low-bit manifest ({error!r}): save the model again"
-            ) from error
-        if version != MANIFEST_VERSION:
-            raise CheckpointError(
-                f"{path} has version {version}, this server reads version {MANIFEST_VERSION}: "
-                "save the model again"
-            )
-        for name, (format, shape) in entries.items():
+        self.checksums = manifest.checksums
+        for name, (format, shape) in manifest.weights.items():
             for plane in format.planes:
                 expected = (shape[0], num_blocks(shape[1]) * plane.entries)
                 found = self._shapes.pop(f"{name}.{plane.name}", None)
@@ -172,7 +163,7 @@ class Checkpoint:
                     )
             self._formats[name] = format
             self._shapes[name] = shape
-        return low_bit
+        return manifest.low_bit
 
     @staticmethod
     def _open(path: Path) -> Any:
@@ -263,12 +254,13 @@ class Checkpoint:
             )
         return LowBitTensor(format, (row_stop - row_start, col_stop - col_start), planes)
 
-    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Copy one block of a tensor into host memory.
 
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+            dtype: what to make of its numbers, a part at a time; None leaves them as they are.
 
         Raises:
             CheckpointError: its numbers are not what they stand for.
@@ -284,8 +276,9 @@ class Checkpoint:
             ranges = ((row_start + first_row, row_stop + first_row), *others)
         if is_quantized:
             weight = self._quantized.weights[name]
-            return read_dense(weight, self._dense_dtype, self._read_stored, *ranges)
-        return self._read_stored(name, ranges)
+            return read_dense(weight, dtype or self._dense_dtype, self._read_stored, *ranges)
+        found = self._read_stored(name, ranges, dtype)
+        return found if dtype is None else found.to(dtype)
 
     def _read_slice(self, name: str, ranges: Ranges) -> torch.Tensor:
         source, index, first_row, is_transposed = self._slices[name]
@@ -296,26 +289,34 @@ class Checkpoint:
         (part,) = self._read_stored(source, ((index, index + 1), *block))
         return part.T.contiguous() if is_transposed else part
 
-    def _read_stored(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def _read_stored(
+        self, name: str, ranges: Ranges, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """The same of a tensor under the name that it has in its file."""
+        tensor = self.stored[name]
+        sizes = [stop - start for start, stop in ranges]
+        num_bytes = math.prod(sizes) * tensor.itemsize
+        if num_bytes <= CHUNK_BYTES or len(sizes) < 2:
+            return self._read_at_once(name, ranges)
+        # Mapped pages count as this process's until the file is closed: a part at a time.
+        (start, stop), *others = ranges
+        step = max(1, CHUNK_BYTES * sizes[0] // num_bytes)
+        found: torch.Tensor | None = None
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            part = self._read_at_once(name, ((first, last), *others))
+            if found is None:
+                found = torch.empty(sizes, dtype=dtype or part.dtype)
+            found[first - start : last - start] = part
+        assert found is not None, "more bytes than none have rows"
+        return found
+
+    def _read_at_once(self, name: str, ranges: Ranges) -> torch.Tensor:
+        if self.files[name].suffix == ".bin":
+            return read_pickled(self.files[name], name, ranges)
         with self._open(self.files[name]) as tensors:
             if not ranges:
                 return tensors.get_tensor(name).clone()
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.
             return part.clone()
-
-
-def _read_entry(entry: dict[str, Any]) -> tuple[Format, tuple[int, int]]:
-    """Format and shape of a converted weight, from the manifest."""
-    rows, cols = entry["shape"]
-    if type(rows) is not int or type(cols) is not int or min(rows, cols) < 1:
-        raise ValueError(f"shape {entry['shape']}")
-    return FORMATS[entry["format"]], (rows, cols)
-
-
-def _read_checksums(manifest: dict[str, Any]) -> dict[str, str] | None:
-    found = manifest.get("crc32")
-    if found is not None and not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("crc32")
-    return found

@@ -58,13 +58,17 @@ class DummyCheckpoint:
         """Nothing is converted again."""
         return
 
-    def read(self, name: str, ranges: Ranges) -> torch.Tensor:
+    def read(self, name: str, ranges: Ranges, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Make one block of a tensor: ones for norms, zeros for biases.
 
         Args:
             name: the tensor.
             ranges: (start, stop) of each dimension.
+            dtype: of the result; the numbers are those of bfloat16.
         """
+        return self._make(name, ranges).to(dtype)
+
+    def _make(self, name: str, ranges: Ranges) -> torch.Tensor:
         sizes = [stop - start for start, stop in ranges]
         if "norm" in name and name.endswith("weight"):
             return torch.ones(sizes, dtype=torch.bfloat16)

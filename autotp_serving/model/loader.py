@@ -33,6 +33,7 @@ from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
 from autotp_serving.model.gguf.checkpoint import GgufCheckpoint
 from autotp_serving.model.gguf.folder import is_converted
+from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
@@ -137,6 +138,12 @@ def open_checkpoint(
     """Where the weights come from."""
     folder = Path(config.model_path)
     if config.load_format == "dummy":
+        if (quantization := find_quantization(folder)) is not None:
+            logger.warning(
+                "--load-format dummy makes 16-bit weights, which --low-bit converts; what %s says "
+                "of quantization is not used",
+                quantization.source,
+            )
         return DummyCheckpoint(folder, model_config, config.trust_remote_code)
     if is_converted(folder):
         return GgufCheckpoint(folder, find_dtype(config))
@@ -245,9 +252,7 @@ class WeightFiller:
                 linear = replace_linear(module, weight, self._all_reduce)
                 self._model.set_submodule(module_name, linear)
             return weight.num_bytes
-        tensor = self._checkpoint.read(name, shard.ranges)
-        num_bytes = tensor.nbytes
-        tensor = tensor.to(self._device).to(self._dtype)
+        tensor = self._checkpoint.read(name, shard.ranges, self._dtype).to(self._device)
         if attribute == "weight" and self._low_bit.converts(module_name, module):
             check_columns(shard.ranges[1], shard.full_shape[1])
             self._model.set_submodule(module_name, self._convert(module, tensor))
@@ -255,7 +260,7 @@ class WeightFiller:
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
         else:
             module._buffers[attribute] = tensor
-        return num_bytes
+        return self._count_bytes(name, shard)
 
     def _fill_head(self, head: VocabParallelHead, weight_name: str) -> None:
         """Tie the head where the checkpoint does, and make it low-bit where that is asked."""

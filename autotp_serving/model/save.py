@@ -24,9 +24,10 @@ from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.selection import MANIFEST_NAME, LowBitSelection, find_low_bit_selection
 from autotp_serving.low_bit.tensor import quantize
 from autotp_serving.model.build import build_on_meta, find_dtype
-from autotp_serving.model.checkpoint import MANIFEST_VERSION, Checkpoint, Ranges
+from autotp_serving.model.checkpoint import Checkpoint, Ranges
 from autotp_serving.model.checksums import compute_checksums
 from autotp_serving.model.loader import log_lines, open_checkpoint
+from autotp_serving.model.manifest import MANIFEST_VERSION
 from autotp_serving.model.quantized.settings import drop_quantization
 from autotp_serving.model.shards import report_unused
 from autotp_serving.model.tensor_names import match_tensor_names

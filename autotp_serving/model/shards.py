@@ -149,7 +149,7 @@ def report_unused(model: nn.Module, checkpoint: Any, is_reporter: bool) -> None:
         CheckpointError: naming a tensor that lies inside the model.
     """
     own = set(model.state_dict(keep_vars=True))
-    leftovers = checkpoint.names() - own
+    leftovers = {name for name in checkpoint.names() - own if not _is_zero_bias(name, checkpoint)}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     shapes = {name: checkpoint.shape(name) for name in leftovers}
     unused = check_leftovers(leftovers, own, shapes, tuple(ignored))
@@ -159,3 +159,10 @@ def report_unused(model: nn.Module, checkpoint: Any, is_reporter: bool) -> None:
             len(unused),
             ", ".join(unused[:5]),
         )
+
+
+def _is_zero_bias(name: str, checkpoint: Any) -> bool:
+    """True for a bias that adds nothing: some quantizers write one for layers without."""
+    if not name.endswith(".bias") or len(checkpoint.shape(name)) != 1:
+        return False
+    return not checkpoint.read(name, ((0, checkpoint.shape(name)[0]),)).any()

@@ -83,8 +83,14 @@ def list_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def has_weights(folder: Path) -> bool:
-    """True for a folder with safetensors; to plan, config.json may be all there is."""
+def has_weights(folder: Path, with_pickled: bool = False) -> bool:
+    """True for a folder with safetensors; to plan, config.json may be all there is.
+
+    Args:
+        with_pickled: pickled weights count, too.
+    """
+    if with_pickled and list(folder.glob("pytorch_model*.bin")):
+        return True
     return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
 
 
@@ -110,7 +116,8 @@ def list_weight_files(folder: Path) -> list[Path]:
     if list(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} holds pickled weights (.bin), which can run code when loaded: "
-            "convert them to safetensors first (save_pretrained in transformers does)"
+            "convert them to safetensors first (save_pretrained in transformers does), or, if you "
+            "know where they are from, add --allow-pickle"
         )
     raise CheckpointError(f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}")
 

@@ -84,6 +84,15 @@ def test_a_slice_is_that_part_of_the_tensor(
     assert read.untyped_storage().nbytes() == expected.numel() * expected.element_size()
 
 
+@pytest.mark.parametrize("chunk", [1, 40, 100])
+def test_a_tensor_read_in_parts(folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotp_serving.model.checkpoint.CHUNK_BYTES", chunk)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(Checkpoint(folder).read(name, whole(name)), tensor)
+    read = Checkpoint(folder).read("a.weight", ((1, 6), (2, 9)))
+    assert torch.equal(read, TENSORS["a.weight"][1:6, 2:9])
+
+
 def test_a_missing_shard(folder: Path) -> None:
     (folder / "two.safetensors").unlink()
     check_error(folder, "two.safetensors", INDEX_NAME, "download")

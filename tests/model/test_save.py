@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import open_device
 from autotp_serving.distributed.launch import LocalRankGroup
-from autotp_serving.model.checkpoint import MANIFEST_NAME
+from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.save import save_low_bit
 from tests.model.checkpoints import save_tiny_llama

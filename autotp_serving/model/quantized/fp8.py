@@ -35,7 +35,12 @@ LEVEL_UNIT = 2.0**8
 NAN_CODES = (0x7F, 0xFF)
 
 SCALE_NAMES = ("weight_scale_inv", "weight_scale")
-ACTIVATION_NAMES = ("input_scale", "activation_scale", "activation_scale_inv", "input_scale_ub")
+ACTIVATION_NAMES = (
+    *("input_scale", "input_scale_inv", "input_scale_ub", "input_zero_point"),
+    *("activation_scale", "activation_scale_inv"),
+)
+
+MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -105,19 +110,33 @@ class Fp8Weight:
 
 
 def find_fp8_weights(
-    quantization: Quantization, stored: dict[str, StoredTensor]
+    quantization: Quantization, stored: dict[str, StoredTensor], read: Read
 ) -> dict[str, QuantizedWeight]:
     """All weights in float8 of a folder.
 
     Raises:
         ConfigError: settings or shapes that are not read here.
     """
-    block = quantization.get("weight_block_size", None, _is_block)
+    block = quantization.get("weight_block_size", None, is_block)
     found: dict[str, QuantizedWeight] = {}
     for name, tensor in stored.items():
         if name.endswith(".weight") and tensor.dtype in ("F8_E4M3", "F8_E5M2"):
             found[name] = make_fp8_weight(quantization, name, stored, block)
     return found
+
+
+def find_modelopt_weights(
+    quantization: Quantization, stored: dict[str, StoredTensor], read: Read
+) -> dict[str, QuantizedWeight]:
+    """The same of ModelOpt, which has other formats too.
+
+    Raises:
+        ConfigError: one of those.
+    """
+    algorithm = quantization.settings.get("quant_algo")
+    if algorithm not in MODELOPT_ALGORITHMS:
+        raise quantization.refuse(f"ModelOpt's {algorithm!r:.40} is not read here, only FP8")
+    return find_fp8_weights(quantization, stored, read)
 
 
 def make_fp8_weight(
@@ -154,7 +173,8 @@ def make_fp8_weight(
     return Fp8Weight(name, (rows, cols), scale, len(shape), shared, tensor.dtype == "F8_E4M3")
 
 
-def _is_block(value: object) -> bool:
+def is_block(value: object) -> bool:
+    """True for the rows and columns of a block, or None."""
     if value is None:
         return True
     return (

@@ -26,9 +26,15 @@ SIDE_FILES = (
     ("hf_quant_config.json", "modelopt", "quantization"),
 )
 IPEX_LLM_KEY = "bigdl_transformers_low_bit"
+IPEX_LLM_FILE = "bigdl_config.json"
 
-METHODS = ("fp8", "fbgemm_fp8")
+METHODS = (
+    *("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors"),
+    *("gptq", "auto-round", "awq", "bitsandbytes", "ipex-llm"),
+)
 """What is read; `quant_method` in a config."""
+
+ALIASES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
 
 CURE = "get the 16-bit original, which --low-bit converts while it loads"
 
@@ -89,8 +95,10 @@ def _find_settings(folder: Path) -> Quantization | None:
             settings = part.get(key) if isinstance(part, dict) else None
             if settings is not None:
                 return _judge(path, key, settings, None)
-    if config.get(IPEX_LLM_KEY) is not None:
-        return Quantization("ipex-llm", {"low_bit": config[IPEX_LLM_KEY]}, path)
+    side = folder / IPEX_LLM_FILE
+    for file, values in ((path, config), (side, read_object(side) if side.exists() else {})):
+        if values.get(IPEX_LLM_KEY):
+            return Quantization("ipex-llm", {"low_bit": values[IPEX_LLM_KEY]}, file)
     for name, method, key in SIDE_FILES:
         if (folder / name).exists():
             found = read_object(folder / name)
@@ -105,7 +113,7 @@ def _judge(path: Path, key: str, settings: Any, default: str | None) -> Quantiza
     method = settings.get("quant_method", default)
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
-    return Quantization(str(method), settings, path)
+    return Quantization(ALIASES.get(str(method), str(method)), settings, path)
 
 
 def drop_quantization(folder: Path) -> None:
@@ -118,5 +126,5 @@ def drop_quantization(folder: Path) -> None:
                 part.pop(key, None)
     path.unlink()  # a copy may have the permissions of its source
     path.write_text(json.dumps(config, indent=2) + "\n")
-    for name, _, _ in SIDE_FILES:
+    for name in (IPEX_LLM_FILE, *(name for name, _, _ in SIDE_FILES)):
         (folder / name).unlink(missing_ok=True)
