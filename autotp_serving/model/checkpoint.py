@@ -266,7 +266,8 @@ class Checkpoint:
             CheckpointError: its numbers are not what they stand for.
         """
         if name in self._slices:
-            return self._read_slice(name, ranges)
+            part = self._read_slice(name, ranges)
+            return part if dtype is None else part.to(dtype)
         name, first_row = self._views.get(name, (name, 0))
         is_quantized = name in self._quantized.weights
         if not is_quantized:
