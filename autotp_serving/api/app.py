@@ -19,9 +19,12 @@ from autotp_serving.api.health import health_routes
 from autotp_serving.api.hosts import find_allowed_hosts
 from autotp_serving.api.middleware import RequestGuard
 from autotp_serving.api.native_routes import native_routes
+from autotp_serving.api.openai.chat_admission import ChatAdmission
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
+from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.openai.routes import openai_routes
+from autotp_serving.api.responses.routes import responses_routes
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig
@@ -72,13 +75,14 @@ def build_app(
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
         )
     names = ModelNames(config, max_model_len)
     app.include_router(native_routes(engine, admission))
-    app.include_router(
-        openai_routes(engine, admission, names, CompletionParsers(tokenizer, config))
-    )
+    chats = ChatAdmission(admission, CompletionParsers(tokenizer, config))
+    reasoning = ReasoningOptions(tokenizer.chat_template)
+    app.include_router(openai_routes(engine, chats, names))
+    app.include_router(responses_routes(engine, chats, names, reasoning))
     app.include_router(token_routes(admission, names))
     app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))

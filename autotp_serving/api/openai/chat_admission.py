@@ -1,0 +1,103 @@
+"""From a chat's body to the engine's requests, for all dialects that are chats. Rank 0 only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotp_serving.api.admission import Admission
+from autotp_serving.api.middleware import RequestRecord
+from autotp_serving.api.openai.chat_schemas import ChatRequest
+from autotp_serving.api.openai.completion_parser import CompletionParser, CompletionParsers
+from autotp_serving.request import Request
+
+
+@dataclass(frozen=True)
+class AdmittedChat:
+    """A chat that the engine may run.
+
+    Attributes:
+        requests: one for each completion wanted.
+        parsers: of each completion; None where there is nothing to part.
+    """
+
+    requests: list[Request]
+    parsers: list[CompletionParser | None]
+
+
+class ChatAdmission:
+    """Makes requests of conversations.
+
+    Args:
+        admission: makes requests of prompts.
+        parsers: of reasoning and tool calls in what the model writes.
+    """
+
+    def __init__(self, admission: Admission, parsers: CompletionParsers) -> None:
+        self.admission = admission
+        self.parsers = parsers
+
+    async def encode(self, body: ChatRequest, *, is_listed: bool = False) -> list[int]:
+        """The prompt that the chat template makes of a body. Raises as `Admission.encode_chat`.
+
+        Args:
+            is_listed: it is not run but counted.
+        """
+        if body.callable_tools:
+            self.parsers.check_tools()
+        return await self.admission.encode_chat(
+            [message.for_template() for message in body.messages],
+            body.template_options(),
+            is_listed=is_listed,
+        )
+
+    async def admit(
+        self,
+        body: ChatRequest,
+        record: RequestRecord,
+        *,
+        length_field: str | None = None,
+        cuts_length: bool = False,
+    ) -> AdmittedChat:
+        """Tokenize, compile and measure.
+
+        Args:
+            body: what is asked for.
+            record: of the HTTP request.
+            length_field: the client's word for the most tokens to generate.
+            cuts_length: generate as many as fit, if more are wanted.
+
+        Raises:
+            RequestError, ApiError: naming a field of a chat completion.
+        """
+        admission, parsers = self.admission, self.parsers
+        admission.check_named_tokens(body)
+        admission.check_num_completions(1, body.num_sampled)
+        token_ids = await self.encode(body)
+        reasoning = parsers.reasoning(token_ids)
+        wanted = body.whole_structured_output(parsers.tool_format, reasoning)
+        grammar = await admission.compile(wanted)
+        num_left = admission.num_tokens_left(token_ids)
+        max_tokens = body.max_new_tokens(num_left)
+        if cuts_length:
+            max_tokens = min(max_tokens, max(1, num_left))
+        requests = admission.admit(
+            token_ids,
+            [
+                body.sampling_params(max_tokens, choice, wanted and wanted[1])
+                for choice in range(body.num_sampled)
+            ],
+            record,
+            prompt_field="messages",
+            length_field=length_field
+            or ("max_tokens" if body.max_tokens else "max_completion_tokens"),
+            grammar=grammar,
+        )
+        names_called = {tool.function.name for tool in body.callable_tools}
+        max_calls = 1 if body.allows_one_call else None
+        return AdmittedChat(
+            requests,
+            [
+                parsers.make(reasoning, names_called, max_calls, is_chosen=body.names_one_tool)
+                for _ in requests
+            ],
+        )
