@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
+from autotp_serving.api.anthropic.routes import anthropic_routes
 from autotp_serving.api.api_keys import ApiKeys
 from autotp_serving.api.chat_page import page_routes
 from autotp_serving.api.engine_client import EngineClient
@@ -83,6 +84,7 @@ def build_app(
     reasoning = ReasoningOptions(tokenizer.chat_template)
     app.include_router(openai_routes(engine, chats, names))
     app.include_router(responses_routes(engine, chats, names, reasoning))
+    app.include_router(anthropic_routes(engine, chats, names, reasoning))
     app.include_router(token_routes(admission, names))
     app.include_router(page_routes())
     app.include_router(health_routes(engine, config.model_names[0]))

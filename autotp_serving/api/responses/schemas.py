@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from autotp_serving.api.history import HistoryModel
 from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.openai.chat_schemas import Labels
 from autotp_serving.api.openai.schemas import LABEL
@@ -21,12 +22,6 @@ MAX_ITEMS = 2**14
 MAX_INCLUDES = 64
 BOOKKEEPING = "a provider's bookkeeping"
 LOGPROBS = "message.output_text.logprobs"
-
-
-class HistoryModel(BaseModel):
-    """Something of earlier turns: what is not known of it is not looked at."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class InputPart(HistoryModel):
