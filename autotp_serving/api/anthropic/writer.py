@@ -114,7 +114,7 @@ def _block(part: Part, *, is_empty: bool = False) -> dict[str, Any]:
     """One block of the content; as it begins, without text."""
     text = "" if is_empty else part.text
     if part.kind == "text":
-        return {"type": "text", "text": text, "citations": None}
+        return {"type": "text", "text": text}
     if part.kind == "reasoning":
         return {
             "type": "thinking",

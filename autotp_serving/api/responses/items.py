@@ -6,6 +6,7 @@ A turn of the model comes as several items, reasoning, text and calls, and is on
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from autotp_serving.api.responses.schemas import InputItem, InputPart, ResponsesRequest
@@ -16,8 +17,14 @@ TEXT_TYPES = frozenset({"input_text", "output_text", "text", "reasoning_text", "
 SYSTEM_ROLES = ("system", "developer")
 
 
-def to_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+def to_messages(
+    body: ResponsesRequest, find: Callable[[str], InputItem | None]
+) -> list[dict[str, Any]]:
     """The conversation as a chat's body has it.
+
+    Args:
+        body: of the request.
+        find: an item of an earlier response by its id.
 
     Raises:
         RequestError: naming an item that a model of text cannot be told of.
@@ -28,7 +35,10 @@ def to_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     items = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else None
     for number, item in enumerate(items or body.input):
         assert isinstance(item, InputItem)
-        conversation.add(item, "input" if items else f"input.{number}")
+        field = "input" if items else f"input.{number}"
+        if item.type == "item_reference":
+            item = _recall(item, field, find)
+        conversation.add(item, field)
     if not conversation.messages:
         raise RequestError("input", "must not be empty")
     return conversation.messages
@@ -55,11 +65,6 @@ class _Conversation:
         elif kind == "reasoning":
             parts = item.content or item.summary
             self._grow(self._turn(), "reasoning_content", _read_text(parts, f"{field}.content"))
-        elif kind == "item_reference":
-            raise RequestError(
-                field, "refers to a response, and none are stored: send the item itself (clients "
-                "do with store: false)",
-            )  # fmt: skip
         else:
             raise RequestError(f"{field}.type", f"'{kind[:40]}' is no item that there is here")
 
@@ -111,6 +116,17 @@ def _read_text(content: str | list[InputPart] | None, field: str) -> str:
             )
         texts.append(text or "")
     return "\n".join(texts)
+
+
+def _recall(reference: InputItem, field: str, find: Callable[[str], InputItem | None]) -> InputItem:
+    item = find(_need(reference.id, f"{field}.id"))
+    if item is None:
+        raise RequestError(
+            field,
+            "refers to an item that is not remembered, as only the latest are: send the item "
+            "itself, as clients do with store: false",
+        )
+    return item
 
 
 def _need(value: str | None, field: str) -> str:

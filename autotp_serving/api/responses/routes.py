@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +17,7 @@ from autotp_serving.api.openai.chat_schemas import ChatRequest
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.reply import WHOLE_OR_EVENTS, answer
+from autotp_serving.api.responses.item_memory import ItemMemory
 from autotp_serving.api.responses.items import to_messages
 from autotp_serving.api.responses.schemas import ResponsesRequest
 from autotp_serving.api.responses.tools import ChatTools
@@ -67,12 +70,14 @@ class ResponsesRoutes:
         self._chats = chats
         self._names = names
         self._reasoning = reasoning
+        self._memory = ItemMemory()
 
     async def create(self, body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, in items."""
         record = request.state.record
         tools = ChatTools(body)
-        messages = to_messages(body)
+        messages = to_messages(body, partial(self._memory.find, record.tenant))
+        keep = partial(self._memory.keep, record.tenant)
         with naming_fields(FIELDS):
             chat = ChatRequest.model_validate(self._chat_fields(body, tools, messages))
             head = self._names.head(chat, record.request_id, "resp_")
@@ -83,6 +88,7 @@ class ResponsesRoutes:
             admitted.parsers[0],
             tools.names,
             shows_summary=body.shows_summary,
+            keep=_forget if body.store is False else keep,
         )
         return await answer(
             self._engine,
@@ -126,6 +132,10 @@ class ResponsesRoutes:
         if effort is not None and not heeds:
             ignored.append("reasoning.effort")
         return ignored
+
+
+def _forget(_: Sequence[Mapping[str, Any]]) -> None:
+    """Keep nothing."""
 
 
 def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ class InputItem(HistoryModel):
     """One item of the conversation: a message, a call, a call's output, or reasoning."""
 
     type: Text | None = None
+    id: Text | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: Text | Parts | None = None
     summary: Parts | None = None
@@ -163,7 +164,9 @@ class ResponsesRequest(StrictModel):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    store: Ignored = Field(None, description=f"{BOOKKEEPING}: nothing is stored")
+    store: Ignored = Field(
+        None, description="nothing is stored; false: items of this response cannot be referred to"
+    )
     service_tier: Ignored = Field(None, description=BOOKKEEPING)
     client_metadata: Ignored = Field(None, description=BOOKKEEPING)
     prompt_cache_options: Ignored = Field(None, description=BOOKKEEPING)

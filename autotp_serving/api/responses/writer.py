@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autotp_serving.api.engine_client import Usage
@@ -26,6 +26,7 @@ class ResponsesWriter:
         parser: of the completion.
         names: what the client calls its tools, by the name that the model knows.
         shows_summary: reasoning comes as a summary, not as content.
+        keep: takes the items of a response that has ended.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class ResponsesWriter:
         names: Mapping[str, CallableName],
         *,
         shows_summary: bool,
+        keep: Callable[[Sequence[Mapping[str, Any]]], None],
     ) -> None:
         self._head = dict(head)
         self._usage = usage
         self._reader = PartReader(parser)
         self._names = names
         self._shows_summary = shows_summary
+        self._keep = keep
         self._id_base = str(head["id"]).partition("_")[2]
         self._num_events = 0
         self._error: ApiError | None = None
@@ -53,11 +56,13 @@ class ResponsesWriter:
     def reply(self) -> dict[str, Any]:
         """See Writer."""
         is_incomplete = self._reader.reason == "length"
+        output = [self._item(part, self._status_of(part)) for part in self._reader.parts]
+        self._keep(output)
         return self._head | {
             "status": "incomplete" if is_incomplete else "completed",
             "completed_at": None if is_incomplete else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_incomplete else None,
-            "output": [self._item(part, self._status_of(part)) for part in self._reader.parts],
+            "output": output,
             "usage": self._usage_object(),
         }
 
