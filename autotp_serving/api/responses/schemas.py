@@ -85,7 +85,7 @@ class TextFormat(StrictModel):
     name: Text | None = Field(None, description="for the caller's own books")
     description: Text | None = Field(None, description="for the caller's own books")
     schema_: JsonSchema | None = Field(
-        None, alias="schema", description="the schema, with type json_schema"
+        None, alias="schema", description="the schema, with type json_schema; default: none"
     )
     strict: bool | None = Field(
         None, description="the text keeps to the schema either way; default: true"
