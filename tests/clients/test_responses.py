@@ -47,8 +47,10 @@ def test_a_stream_brings_the_same(base_url: str) -> None:
     client = make_client(base_url)
     options = {"model": "demo_model", "input": QUESTION, "temperature": 0, "max_output_tokens": 24}
     with client.responses.stream(**options) as stream:
-        text = "".join(one.delta for one in stream if one.type == "response.output_text.delta")
-        assert stream.get_final_response().output_text == text
+        events = list(stream)
+    text = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    assert events[-1].type == "response.incomplete"
+    assert text == events[-1].response.output_text
     assert text == client.responses.create(**options).output_text
 
 
