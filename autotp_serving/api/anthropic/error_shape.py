@@ -5,7 +5,9 @@ Apart from these routes, since errors are also written where there is no route y
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 PATHS = frozenset({"/messages", "/messages/count_tokens"})
 
@@ -19,6 +21,20 @@ KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong; the message begins with the field at fault, if one is."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(BaseModel):
+    """Body of every reply of these routes that is not a success."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
 
 
 def is_anthropic_path(path: str) -> bool:

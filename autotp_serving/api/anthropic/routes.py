@@ -11,6 +11,7 @@ from autotp_serving.api.anthropic.chat_fields import (
     to_chat,
     wants_thinking,
 )
+from autotp_serving.api.anthropic.error_shape import AnthropicErrorReply
 from autotp_serving.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from autotp_serving.api.anthropic.writer import MessageWriter
 from autotp_serving.api.engine_client import EngineClient
@@ -29,7 +30,12 @@ def anthropic_routes(
 ) -> APIRouter:
     """Both routes."""
     routes = AnthropicRoutes(engine, chats, names, reasoning)
-    router = APIRouter(prefix="/v1/messages", tags=["anthropic"], redirect_slashes=False)
+    router = APIRouter(
+        prefix="/v1/messages",
+        tags=["anthropic"],
+        redirect_slashes=False,
+        responses={"4XX": {"model": AnthropicErrorReply}, "5XX": {"model": AnthropicErrorReply}},
+    )
     router.add_api_route(
         "",
         routes.messages,
