@@ -71,6 +71,10 @@ class ServingConfig:
         nargs="+",
         unit="NAME",
     )
+    any_model_name: bool = setting(
+        False,
+        "answer requests for models of any other name too, which some clients cannot help sending",
+    )
     low_bit: str | None = setting(
         None,
         f"weight format; bf16 and fp16 leave weights as they are; default: {DEFAULT_LOW_BIT}, or "
@@ -351,8 +355,11 @@ class ServingConfig:
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names under which the model is shown, the preferred one first; never where it lies."""
-        if self.served_model_name:
-            return tuple(self.served_model_name)
+        return tuple(self.served_model_name) or self.default_model_names
+
+    @property
+    def default_model_names(self) -> tuple[str, ...]:
+        """Names of the model's own, the preferred one first."""
         path = os.path.abspath(self.model_path)  # also of `.` and of `models/..`
         # What the Hugging Face Hub's cache calls a commit of organisation/name.
         cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", path)

@@ -22,6 +22,7 @@ from autotp_serving.api.anthropic.schemas import (
 )
 from autotp_serving.api.native_schemas import GenerateRequest
 from autotp_serving.api.openai.chat_schemas import ChatMessage, ChatRequest, TextPart
+from autotp_serving.api.openai.peer_fields import PeerFields
 from autotp_serving.api.openai.schemas import CompletionRequest, OpenAIRequest, StreamOptions
 from autotp_serving.api.openai.tool_schemas import (
     AllowedTools,
@@ -51,9 +52,9 @@ from autotp_serving.api.tokenize_routes import DetokenizeRequest, TokenizeReques
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
-    GenerateRequest, OpenAIRequest, CompletionRequest, ChatRequest, ChatMessage, TextPart,
-    SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat, StructuredOutputs,
-    StreamOptions, ResponsesRequest, TextOptions, TextFormat, ReasoningConfig,
+    GenerateRequest, OpenAIRequest, PeerFields, CompletionRequest, ChatRequest, ChatMessage,
+    TextPart, SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat,
+    StructuredOutputs, StreamOptions, ResponsesRequest, TextOptions, TextFormat, ReasoningConfig,
     ResponseStreamOptions, CountTokensRequest, MessagesRequest, Thinking, OutputConfig,
     OutputFormat, Tool, FunctionDefinition, NamedTool, NamedFunction,
     AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
@@ -95,6 +96,8 @@ def row(name: str, field: dict[str, Any], is_required: bool) -> tuple[str, str, 
         shown = ", ".join(f"`{json.dumps(value)}`" for value in options)
         return f"`{name}`", f"only {shown}", field.get("description", "not supported yet"), "-"
     meaning = field.get("description")
+    if "x-ignored" in field:
+        return f"`{name}`", "no, and told in `X-Ignored-Fields`", str(meaning), "-"
     assert meaning, f"{name} needs a description"
     allowed = [field["const"]] if "const" in field else options
     if allowed:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
@@ -26,6 +27,7 @@ from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.openai.routes import openai_routes
 from autotp_serving.api.responses.routes import responses_routes
+from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
 from autotp_serving.config import ServingConfig
@@ -63,8 +65,25 @@ def build_app(
     )
     install_error_handlers(app)
     admission = Admission(tokenizer, max_model_len, config, sandbox)
+    names = ModelNames(config, max_model_len)
+    parsers = CompletionParsers(tokenizer, config)
+    chats = ChatAdmission(admission, parsers)
+    reasoning = ReasoningOptions(tokenizer.chat_template)
+    routers = [
+        native_routes(engine, admission),
+        openai_routes(engine, chats, names),
+        responses_routes(engine, chats, names, reasoning),
+        anthropic_routes(engine, chats, names, reasoning),
+        token_routes(admission, names, parsers),
+        page_routes(),
+        health_routes(engine, config.model_names[0]),
+    ]
+    for router in routers:
+        app.include_router(router)
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
     app.add_middleware(
         RequestGuard,
+        paths=RoutePaths(route.path for route in routes if isinstance(route, Route)),
         max_body_size=config.max_body_size,
         large_bodies=admission.large_bodies,
         api_keys=api_keys,
@@ -76,16 +95,6 @@ def build_app(
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After"],
         )
-    names = ModelNames(config, max_model_len)
-    app.include_router(native_routes(engine, admission))
-    chats = ChatAdmission(admission, CompletionParsers(tokenizer, config))
-    reasoning = ReasoningOptions(tokenizer.chat_template)
-    app.include_router(openai_routes(engine, chats, names))
-    app.include_router(responses_routes(engine, chats, names, reasoning))
-    app.include_router(anthropic_routes(engine, chats, names, reasoning))
-    app.include_router(token_routes(admission, names))
-    app.include_router(page_routes())
-    app.include_router(health_routes(engine, config.model_names[0]))
     return app

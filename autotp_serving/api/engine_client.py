@@ -34,7 +34,7 @@ MAX_RETRY_AFTER = 600
 
 @dataclass
 class Usage:
-    """Tokens that one HTTP request has cost so far."""
+    """Tokens that one HTTP request has cost so far, each prompt counted once."""
 
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
@@ -52,6 +52,9 @@ class TokenStream:
         self, loop: asyncio.AbstractEventLoop, requests: Sequence[Request], usage: Usage
     ) -> None:
         self.unfinished = {request.request_id for request in requests}
+        # Completions after a prompt's first find it in the cache because that one has run.
+        firsts = {id(request.prompt_token_ids): request for request in reversed(requests)}
+        self._first_ids = {request.request_id for request in firsts.values()}
         self._usage = usage
         self._loop = loop
         self._pending: list[RequestOutput] = []
@@ -60,9 +63,11 @@ class TokenStream:
     def push(self, output: RequestOutput) -> None:
         """Add an output; called on the event loop."""
         self._usage.num_output_tokens += len(output.token_ids)
+        if output.request_id in self._first_ids:
+            self._first_ids.discard(output.request_id)
+            self._usage.num_cached_tokens += output.num_cached_tokens
         if output.finish_reason is not None:
             self.unfinished.discard(output.request_id)
-            self._usage.num_cached_tokens += output.num_cached_tokens
         self._pending.append(output)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import TokenLogprobs
@@ -44,40 +44,86 @@ class ListedLogprobs:
         }
 
 
+class PromptLogprobs:
+    """One object a prompt token, by token id: the shape of vLLM's `prompt_logprobs`.
+
+    Args:
+        tokenizer: knows the tokens' texts.
+        num_top: most likely tokens to list beside each.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+
+    def write(self, items: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None]:
+        """Null for the first token, which nothing comes before, then one object for each.
+
+        The rank of a token beyond those that are listed is null.
+        """
+        written: list[dict[str, Any] | None] = [None]
+        for item in items:
+            ranks = {token: rank for rank, (token, _) in enumerate(item.top, 1)}
+            entries = {item.token_id: item.logprob} | dict(item.top[: self._num_top])
+            written.append(
+                {
+                    str(token): {
+                        "logprob": max(logprob, LEAST),
+                        "rank": ranks.get(token),
+                        "decoded_token": token_text(self._tokenizer, token),
+                    }
+                    for token, logprob in entries.items()
+                }
+            )
+        return written
+
+
+class EchoedPrompt(NamedTuple):
+    """A prompt that is put before its completion: the text, its first token, the others' logprobs.
+
+    All of its tokens have room in the text but a first one that the tokenizer added.
+    """
+
+    text: str
+    first_token: int
+    logprobs: Sequence[TokenLogprobs]
+
+
 class CompletionLogprobs:
     """The shape of /v1/completions, for one completion, in one piece or several.
 
     Args:
         tokenizer: knows the tokens' bytes.
-        skip_special_tokens: special tokens take no room in the text.
+        skip_special_tokens: special tokens take no room in the completion's text.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def write(
-        self, items: Sequence[TokenLogprobs], first_token: int | None = None
+        self, items: Sequence[TokenLogprobs], num_top: int, prompt: EchoedPrompt | None = None
     ) -> dict[str, Any]:
         """The object beside a text.
 
         Args:
-            first_token: of the prompt, which nothing comes before; with an echo's first piece.
+            items: of the completion.
+            num_top: most likely tokens to list beside each.
+            prompt: comes before them, with the first piece.
         """
         shape: dict[str, Any] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
-        if first_token is not None:
-            self._add(shape, first_token, None, None)
+        if prompt is not None:
+            first = prompt.first_token
+            is_added = not prompt.text.startswith(token_text(self._tokenizer, first))
+            self._add(shape, first, None, None, self._skipped if is_added else ())
+            for item in prompt.logprobs:
+                self._add(shape, item.token_id, item.logprob, item.top[:num_top], ())
         for item in items:
-            # Several tokens may look alike, as pieces of characters do: the most likely stays.
-            top: dict[str, float] = {}
-            for token, logprob in (*item.top, (item.token_id, item.logprob)):
-                text = token_text(self._tokenizer, token)
-                top[text] = max(logprob, LEAST, top.get(text, LEAST))
-            self._add(shape, item.token_id, max(item.logprob, LEAST), top)
+            self._add(shape, item.token_id, item.logprob, item.top[:num_top], self._skipped)
         return shape
 
     def _add(
@@ -85,11 +131,19 @@ class CompletionLogprobs:
         shape: dict[str, Any],
         token_id: int,
         logprob: float | None,
-        top: dict[str, float] | None,
+        listed: Sequence[tuple[int, float]] | None,
+        skipped: Collection[int],
     ) -> None:
+        top: dict[str, float] | None = None
+        if logprob is not None:
+            # Several tokens may look alike, as pieces of characters do: the most likely stays.
+            top = {}
+            for token, one in (*(listed or ()), (token_id, logprob)):
+                text = token_text(self._tokenizer, token)
+                top[text] = max(one, LEAST, top.get(text, LEAST))
         shape["tokens"].append(token_text(self._tokenizer, token_id))
-        shape["token_logprobs"].append(logprob)
+        shape["token_logprobs"].append(logprob if logprob is None else max(logprob, LEAST))
         shape["top_logprobs"].append(top)
         shape["text_offset"].append(self._offset)
-        if not (self._skip_special_tokens and token_id in self._tokenizer.special_token_ids):
+        if token_id not in skipped:
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))

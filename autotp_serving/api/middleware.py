@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from autotp_serving.api.errors import ApiError, error_response
 from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
+from autotp_serving.api.route_paths import RoutePaths
 
 logger = logging.getLogger("autotp_serving.access")
 
 MAX_LOGGED_PATH = 200
+CLIENT_ID = re.compile(rb"[0-9A-Za-z._:/+=@-]{1,128}")
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Served without a key: what load balancers ask, and the page in which a person can type one.
@@ -35,9 +38,13 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 @dataclass
 class RequestRecord:
-    """What the access log tells of one HTTP request; handlers fill in `usage`.
+    """What the access log tells of one HTTP request; handlers fill in `usage` and `headers`.
 
-    `tenant` says whose it is; see `ApiKeys`.
+    Attributes:
+        request_id: ours, unique.
+        client_id: the name that the client gave it, "" for none.
+        tenant: whose it is; see `ApiKeys`.
+        headers: of the reply, whatever it is.
     """
 
     request_id: str
@@ -46,6 +53,8 @@ class RequestRecord:
     status: int = 0
     is_answered: bool = False
     usage: Usage = field(default_factory=Usage)
+    client_id: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class RequestGuard:
@@ -54,12 +63,14 @@ class RequestGuard:
     def __init__(
         self,
         app: ASGIApp,
+        paths: RoutePaths,
         max_body_size: int,
         large_bodies: LargeBodies,
         api_keys: ApiKeys,
         allowed_hosts: AllowedHosts,
     ) -> None:
         self.app = app
+        self.paths = paths
         self.max_body_size = max_body_size
         self.large_bodies = large_bodies
         self.api_keys = api_keys
@@ -71,12 +82,19 @@ class RequestGuard:
             return
         record = RequestRecord(f"req-{uuid.uuid4().hex}", time.monotonic())
         scope.setdefault("state", {})["record"] = record
-        header = (b"x-request-id", record.request_id.encode("ascii"))
+        if (path := self.paths.find(scope["path"])) != scope["path"]:
+            scope = {**scope, "path": path, "raw_path": path.encode("utf-8")}
+        record.client_id = _find_client_id(scope)
+        record.headers["X-Request-Id"] = record.client_id or record.request_id
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                own = [
+                    (name.lower().encode("ascii"), value.encode("ascii"))
+                    for name, value in record.headers.items()
+                ]
+                message["headers"] = [*message.get("headers", ()), *own]
             elif not message.get("more_body", False):
                 record.is_answered = True
             await send(message)
@@ -145,6 +163,15 @@ class RequestGuard:
         await _run_while_connected(self.app, scope, body, receive, send)
         if not record.is_answered:
             record.status = CLIENT_LEFT
+
+
+def _find_client_id(scope: Scope) -> str:
+    """The client's own name for its request, where it is one that may stand in a log."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and CLIENT_ID.fullmatch(value):
+            found: str = value.decode("ascii")
+            return found
+    return ""
 
 
 def _refuse_stranger(scope: Scope) -> Response:
@@ -221,6 +248,10 @@ def _log(scope: Scope, record: RequestRecord) -> None:
     }
     line = "%s %s %d %.3fs in=%d out=%d %s"
     arguments = tuple(fields.values())
+    if record.client_id:
+        fields["client_request_id"] = record.client_id
+        line += " %s"
+        arguments += (record.client_id,)
     if record.tenant:
         fields["api_key"] = record.tenant  # its number, not the key
         line += " (%s)"

@@ -62,16 +62,27 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 class StrictModel(BaseModel):
     """A body that refuses unknown fields and converts no types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(
+        strict=True, extra="forbid", json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _check_num_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            known = {field.alias or name for name, field in cls.model_fields.items()}
+    def _check_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if len(value) > MAX_FIELDS:
             name = next(key for key in value if key not in known)
             raise RequestError(name, "is not a field of this request, nor are others")
-        return value
+        # Null means the default, and of a field that there is not it asks for nothing.
+        return {key: one for key, one in value.items() if one is not None or key in known}
+
+
+class GenerousModel(StrictModel):
+    """A part of a body that clients send back as they were given it: unknown fields are nothing."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
 
 
 def at_most(num_entries: int) -> BeforeValidator:

@@ -33,16 +33,48 @@ class JsonSchemaFormat(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """The structured output."""
+    """The structured output, in OpenAI's spelling, llama.cpp's (`schema`) or TGI's (`value`)."""
 
-    type: Literal["text", "json_object", "json_schema"] = Field(description="what it has to be")
+    type: Literal["text", "json_object", "json_schema", "json", "regex"] = Field(
+        description="what it has to be"
+    )
     json_schema: JsonSchemaFormat | None = Field(None, description="goes with its type")
+    schema_: JsonSchema | None = Field(
+        None, alias="schema", description="the schema; default: any object"
+    )
+    value: JsonSchema | NonEmptyText | None = Field(
+        None, description="the schema or, of type regex, the expression"
+    )
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        given = {"json_schema": self.json_schema, "schema": self.schema_, "value": self.value}
+        names = [name for name, one in given.items() if one is not None]
+        if len(names) > 1:
+            raise RequestError(names[1], f"cannot be combined with {names[0]}")
+        needs_schema = self.type == "json_schema"
+        if (needs_schema and not names) or (not needs_schema and self.json_schema is not None):
             raise RequestError("json_schema", "goes with type json_schema, and only with it")
+        if (self.type == "regex") != isinstance(self.value, str):
+            raise RequestError("value", "is a text with type regex, and only with it")
+        if names and self.type == "text":
+            raise RequestError(names[0], "goes with another type than text")
         return self
+
+    def structured_output(self) -> StructuredOutput | None:
+        """What is asked for; None for text."""
+        if self.type == "text":
+            return None
+        if isinstance(self.value, str):
+            return StructuredOutput("regex", self.value)
+        if self.json_schema is not None:
+            return _json_structured_output(self.json_schema.schema_)
+        schema = self.schema_ if self.value is None else self.value
+        if isinstance(schema, dict) and self.type == "json_schema":
+            schema = schema.get("schema", schema)  # TGI's names it
+            if not isinstance(schema, dict | bool):
+                raise RequestError("response_format.value", "holds no schema")
+        return _json_structured_output(schema)
 
 
 class StructuredOutputs(StrictModel):
@@ -89,10 +121,11 @@ class StructuredOutputFields(StrictModel):
         return next(self._structured_outputs(), None)
 
     def _structured_outputs(self) -> Iterator[tuple[str, StructuredOutput]]:
-        wanted = self.response_format
-        if wanted is not None and wanted.type != "text":
-            schema = None if wanted.json_schema is None else wanted.json_schema.schema_
-            yield "response_format", _json_structured_output(schema)
+        wanted = None
+        if self.response_format is not None:
+            wanted = self.response_format.structured_output()
+        if wanted is not None:
+            yield "response_format", wanted
         if self.guided_json is not None:
             yield "guided_json", _json_structured_output(self.guided_json)
         yield from _other_structured_outputs(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
 from autotp_serving.api.admission import Admission
-from autotp_serving.api.openai.chat_schemas import Messages
+from autotp_serving.api.logprobs import token_text
+from autotp_serving.api.openai.chat_schemas import (
+    ChatRequest,
+    Messages,
+    Tools,
+    Variables,
+    check_template_fields,
+)
+from autotp_serving.api.openai.completion_parser import NO_TOOLS, CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.schemas import StrictModel, Text
 from autotp_serving.request import RequestError
@@ -23,15 +31,36 @@ class TokenizeRequest(StrictModel):
         None, description="conversation to tokenize by the chat template"
     )
     add_special_tokens: bool = Field(True, description="for a prompt: begin with the model's BOS")
-    add_generation_prompt: bool = Field(
-        True, description="for messages: end with the completion's head"
+    add_generation_prompt: bool | None = Field(
+        None, description="for messages: end with the completion's head; default: true"
     )
+    continue_final_message: bool | None = Field(
+        None, description="for messages: go on with the last one's text"
+    )
+    chat_template_kwargs: Variables | None = Field(
+        None, description="for messages: variables of the model's chat template"
+    )
+    tools: Tools | None = Field(None, description="for messages: what may be called")
+    return_token_strs: bool | None = Field(None, description="give each token's text too")
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("prompt", "send either prompt or messages")
+        check_template_fields(
+            self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs
+        )
         return self
+
+    def as_chat(self) -> ChatRequest:
+        """The chat whose prompt is asked for."""
+        return ChatRequest.model_construct(
+            messages=self.messages,
+            tools=self.tools,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
 
 class DetokenizeRequest(StrictModel):
@@ -41,9 +70,9 @@ class DetokenizeRequest(StrictModel):
     tokens: list[int] = Field(fail_fast=True, description="token ids; special ones have no text")
 
 
-def token_routes(admission: Admission, names: ModelNames) -> APIRouter:
+def token_routes(admission: Admission, names: ModelNames, parsers: CompletionParsers) -> APIRouter:
     """Both routes."""
-    routes = TokenRoutes(admission, names)
+    routes = TokenRoutes(admission, names, parsers)
     router = APIRouter(tags=["tokens"], redirect_slashes=False)
     router.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
     router.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
@@ -56,13 +85,15 @@ class TokenRoutes:
     Args:
         admission: tokenizes.
         names: of the model.
+        parsers: know whether the model has learned of tools.
     """
 
-    def __init__(self, admission: Admission, names: ModelNames) -> None:
+    def __init__(self, admission: Admission, names: ModelNames, parsers: CompletionParsers) -> None:
         self._admission = admission
         self._names = names
+        self._parsers = parsers
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """Tokens of a prompt or of a conversation."""
         admission = self._admission
         self._names.check(body.model)
@@ -71,12 +102,15 @@ class TokenRoutes:
                 body.prompt, add_special_tokens=body.add_special_tokens, is_listed=True
             )
         else:
-            tokens = await admission.encode_chat(
-                [message.for_template() for message in body.messages or ()],
-                {"add_generation_prompt": body.add_generation_prompt},
-                is_listed=True,
-            )
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": admission.max_model_len}
+            knows_tools = self._parsers.tool_format is not None
+            messages, options = body.as_chat().for_template(knows_tools=knows_tools)
+            if body.tools and not knows_tools:
+                request.state.record.headers["X-Warning"] = NO_TOOLS
+            tokens = await admission.encode_chat(messages, options, is_listed=True)
+        reply = {"tokens": tokens, "count": len(tokens), "max_model_len": admission.max_model_len}
+        if body.return_token_strs:
+            reply["token_strs"] = [token_text(admission.tokenizer, token) for token in tokens]
+        return reply
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
         """Text of some tokens."""

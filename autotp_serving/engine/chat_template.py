@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from autotp_serving.engine.chat_history import list_forms
+from autotp_serving.engine.template_habits import TemplateHabits, find_habits
+
 MAX_REASON_LEN = 300
 
 
@@ -28,6 +31,7 @@ class ChatTemplate:
     def __init__(self, sources: dict[str, str], special_tokens: dict[str, str]) -> None:
         self.sources = sources
         self.special_tokens = special_tokens
+        self._habits: dict[str, TemplateHabits] = {}
 
     def load(self) -> None:
         """Import what rendering needs and compile the templates, ahead of the first rendering."""
@@ -52,21 +56,33 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """Write a conversation out, in this thread, for as long as the template likes.
 
+        Where the template refuses it, other forms are tried, see `chat_history`.
+
         Raises:
             ChatTemplateError: the template refuses it, or fails.
         """
+        source = self.find_source("tools" in options)
+        if source not in self._habits:
+            self._habits[source] = find_habits(source)
+        refusal: ChatTemplateError | None = None
+        for conversation in list_forms(messages, self._habits[source]):
+            try:
+                return self._render(source, conversation, options)
+            except ChatTemplateError as error:  # that of the closest form is told
+                refusal = refusal or error
+        assert refusal is not None, "a conversation has a form"
+        raise refusal
+
+    def _render(
+        self, source: str, conversation: list[dict[str, Any]], options: Mapping[str, Any]
+    ) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # Templates know a missing key, but many write null out as "None".
-        conversation = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in messages
-        ]
         try:
             rendered = render_jinja_template(
                 [conversation],
-                chat_template=self.find_source("tools" in options),
+                chat_template=source,
                 **{**self.special_tokens, **options},
             )
             # It says that it returns a text.

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from autotp_serving.engine.json_schema import close_objects
 from autotp_serving.engine.tokenizer import is_panic
 from autotp_serving.engine.tool_grammar import arguments_schema, write_calls
 from autotp_serving.engine.vocabulary import Vocabulary
@@ -36,10 +38,8 @@ TRIED_SECONDS = 0.02
 TRIED_SLOW_SECONDS = 0.005
 """More than the guide's SLOW_SECONDS, since a process just forked is slow in all it does first."""
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
-"""Between JSON tokens. Bounded, because weak models fall into writing blanks for ever."""
-
-JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": False}
+"""Compact: each blank between JSON tokens costs a step, and weak models write them for ever."""
 
 REASONING = {
     "begun": r"start: reasoning /[ \n]{0,4}/ @answer",
@@ -179,6 +179,8 @@ def _content(structured_output: StructuredOutput) -> dict[str, Any]:
 
     if structured_output.kind in ("json_object", "json_schema"):
         source = structured_output.source or '{"type": "object"}'
+        with suppress(json.JSONDecodeError):  # the library says what is wrong with it
+            source = json.dumps(close_objects(json.loads(source)))
         return _only(LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS))
     if structured_output.kind == "regex":
         return _only(LLMatcher.grammar_from_regex(structured_output.source))

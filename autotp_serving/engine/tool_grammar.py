@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from autotp_serving.engine.json_schema import close_objects
 from autotp_serving.structured_output import CallableTool, ToolCalls
 
 HERMES_TAG = "<tool_call>"
@@ -28,7 +29,7 @@ def arguments_schema(tool: CallableTool) -> dict[str, Any]:
     guidance: dict[str, Any] = {"whitespace_pattern": r"\x20"}
     if not tool.is_strict:
         guidance["lenient"] = True
-    schema: dict[str, Any] = json.loads(tool.schema)
+    schema: dict[str, Any] = close_objects(json.loads(tool.schema))
     return schema | {"x-guidance": guidance}
 
 

@@ -155,7 +155,7 @@ def test_structured_output_and_tools_go_together(tool_format: str, monkeypatch) 
     call = f'{{"name": "add", "{key}": {{"numbers": [2]}}}}'
     if tool_format == "hermes":
         call = f"<tool_call>\n{call}\n</tool_call>"
-    book = {PROMPT.format("call"): call, PROMPT.format("talk"): '{"a": true}'}
+    book = {PROMPT.format("call"): call, PROMPT.format("talk"): '{"a":true}'}
     monkeypatch.setattr(service, "BOOK", book)
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -165,7 +165,7 @@ def test_structured_output_and_tools_go_together(tool_format: str, monkeypatch) 
         body = {"response_format": wanted, "temperature": 0, "max_tokens": 200} | options
         return ask(tool_format, messages=messages, **body).json()["choices"][0]["message"]
 
-    assert say("talk")["content"] == '{"a": true}'
+    assert say("talk")["content"] == '{"a":true}'
     assert say("call")["tool_calls"][0]["function"]["arguments"] == '{"numbers": [2]}'
     check_calls(say("talk", tool_choice=NAMED), {"add"}, range(1, 2))
 

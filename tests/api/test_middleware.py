@@ -98,7 +98,7 @@ def test_every_route_but_three_wants_a_key():
     codes = run(go, config={"api_key": ("key",)})
     assert len(codes) > 12
     let_in = {path for path, code in codes.items() if code != 401}
-    assert let_in <= {"/", "/health", "/ready"}
+    assert let_in <= {"/", "/health", "/health/", "/ready"}
     assert "/health" in let_in
 
 
@@ -367,3 +367,19 @@ def test_tls_mistakes_are_named_before_anything_is_loaded(pem: dict[str, str], t
     )  # fmt: skip
     with pytest.raises(ConfigError, match="without a password"):
         tls(ssl_certfile=pem["cert"], ssl_keyfile=locked)
+
+
+def test_a_clients_own_name_for_its_request() -> None:
+    """It comes back where it may stand in a log; any other is replaced."""
+
+    async def go() -> None:
+        async with client() as (http, _):
+            for path in ("/v1/models", "/nowhere"):
+                for sent in ("abc-1:2/x", "a" * 128):
+                    reply = await http.get(path, headers={"X-Request-Id": sent})
+                    assert reply.headers.get_list("x-request-id") == [sent]
+                for sent in ("", "a b", "a" * 129, "a\tb", "<x>"):
+                    reply = await http.get(path, headers={"X-Request-Id": sent})
+                    assert reply.headers["x-request-id"].startswith("req-")
+
+    asyncio.run(go())

@@ -19,6 +19,7 @@ from tests.api.service import MAX_MODEL_LEN, client
 
 COMPLETION = {"prompt": "What is AI?", "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": "What is AI?"}], "temperature": 0}
+TOOL = {"type": "function", "function": {"name": "f"}}
 ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
@@ -74,17 +75,41 @@ def test_no_field_is_silently_ignored(path: str, model: Any) -> None:
         assert reply.status_code == 400, name
         assert reply.json()["error"]["param"] == name
         assert "not supported yet" in reply.json()["error"]["message"]
-    neutral = {name: values[-1] for name, values in fields.items()}
+    neutral = {name: values[-1] for name, values in fields.items()} | {"not_a_field": None}
     nulls = {name: None for name in model.model_fields if name not in base}
     for reply in post_all([(path, base | neutral), (path, base | nulls)]):
         assert reply.status_code == 200, reply.text
 
 
-# Fields that ask nothing of the completion: a caller's own books, and the default said aloud.
-LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "model"}
+def ignored_fields(model: Any) -> set[str]:
+    """Fields that ask nothing of the completion, and are told in a header."""
+    properties = model.model_json_schema()["properties"]
+    return {name for name, schema in properties.items() if "x-ignored" in schema}
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)],
+)
+def test_what_is_ignored_is_told(path: str, model: Any) -> None:
+    base = ROUTES[path] | {"max_tokens": 8}
+    names = ignored_fields(model)
+    assert {"user", "request_id"} <= names
+    values = [{name: value} for name in names for value in ("x", 0.5, True, ["x"], {"x": None})]
+    asked = [{}, *values, dict.fromkeys(names, "x"), {"stream": True, "user": "me"}]
+    plain, *others, all_at_once, stream = post_all([(path, base | change) for change in asked])
+    assert "x-ignored-fields" not in plain.headers
+    for change, reply in zip(values, others, strict=True):
+        assert reply.headers["x-ignored-fields"] == next(iter(change))
+        assert reply.json()["choices"] == plain.json()["choices"]
+    assert set(all_at_once.headers["x-ignored-fields"].split(", ")) == names
+    assert stream.headers["x-ignored-fields"] == "user"
+    deep = {"user": json.loads("[" * 70 + "]" * 70)}
+    assert post(path, base | deep).json()["error"]["param"] == "user"
+
 
 # Fields that speak to a chat template, which these tests' tokenizer does not have.
-SHOWN_ELSEWHERE = {"chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"}
+SHOWN_ELSEWHERE = {"model", "chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"}
 
 # A value for each field that must show in the reply or in what reaches the sampler.
 TELLING: dict[str, Any] = {
@@ -115,6 +140,8 @@ TELLING: dict[str, Any] = {
     "guided_regex": "[0-9]{2}",
     "guided_choice": ["x", "y"],
     "guided_grammar": 'start: "x" | "y"',
+    "return_token_ids": True,
+    "prompt_logprobs": 1,
     "echo": True,
     "best_of": 2,
     "logprobs": 1,
@@ -136,7 +163,8 @@ LOGPROBS_OF_CHAT = ("logprobs", "/v1/chat/completions")
 )
 def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
     """Generated from the schema: a new field must be refused, a label, or seen to do something."""
-    honoured = set(model.model_fields) - set(refused_fields(model)) - LABELS - SHOWN_ELSEWHERE
+    honoured = set(model.model_fields) - set(refused_fields(model)) - ignored_fields(model)
+    honoured -= SHOWN_ELSEWHERE
     assert honoured <= set(TELLING), honoured - set(TELLING)
 
     async def answer(change: dict[str, Any]) -> tuple[list[SamplingParams], Any]:
@@ -146,7 +174,8 @@ def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
             params = [sample.params for sample in service.runner.samples]
             if reply.headers["content-type"].startswith("text/event-stream"):
                 return params, reply.text.count("data: ")
-            return params, (reply.json()["choices"], reply.json()["usage"])
+            whole = reply.json()
+            return params, {key: whole[key] for key in whole if key not in ("id", "created")}
 
     for name in sorted(honoured):
         base = NEEDED.get(name, {})
@@ -186,6 +215,14 @@ def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
         ({"logit_bias": {"257": 1}}, "logit_bias", "0 to 256"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes"),
+        ({"response_format": {"type": "regex"}}, "response_format.value", "text"),
+        ({"response_format": {"type": "json", "value": "a"}}, "response_format.value", "regex"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "text"),
+        (
+            {"response_format": {"type": "json", "schema": {}, "value": {}}},
+            "response_format.value",
+            "combined",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
             "response_format.json_schema.name",
@@ -256,14 +293,15 @@ def test_refused_prompts(prompt: Any, words: str) -> None:
         ([{"role": "user"}], "messages.0.content"),
         ([{"content": "x"}], "messages.0.role"),
         ([{"role": "king", "content": "x"}], "messages.0.role"),
-        ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
         ([{"role": "user", "content": None}], "messages.0.content"),
-        ([{"role": "user", "content": "x", "weight": 1}], "messages.0.weight"),
+        ([{"role": "user", "content": "x", "images": ["x"]}], "messages.0.images"),
+        ([{"role": "assistant", "content": "x", "prefix": True}], "messages.0.prefix"),
         (
             [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
-            "messages.0.tool_calls.0.id",
+            "messages.0.tool_calls.0.function",
         ),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content"),
     ],
 )
 def test_refused_messages(messages: Any, param: str) -> None:
@@ -302,6 +340,14 @@ def test_length_of_both_names() -> None:
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"echo": True}, "echo"),
+        ("/v1/completions", {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("/v1/chat/completions", {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        (
+            "/v1/chat/completions",
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
     ],
 )
 def test_refusals_of_one_route(path: str, change: dict[str, Any], param: str) -> None:
@@ -338,6 +384,68 @@ def test_every_event_can_hold_the_usage_so_far(path: str, body: dict[str, Any]) 
     counts = [json.loads(line)["usage"]["completion_tokens"] for line in lines]
     assert counts == sorted(counts)
     assert counts[-1] == 3
+
+
+def test_every_completion_begins_before_there_is_a_token() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = CHAT | {"stream": True, "n": 3, "max_tokens": 2, "stream_options": options}
+    lines = post("/v1/chat/completions", body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    heads = [chunk["choices"][0] for chunk in chunks[:3]]
+    assert [head["index"] for head in heads] == [0, 1, 2]
+    assert all(head["delta"] == {"role": "assistant", "content": ""} for head in heads)
+    assert all(chunk["usage"]["completion_tokens"] == 0 for chunk in chunks[:3])
+    assert all(chunk["usage"]["prompt_tokens"] == 29 for chunk in chunks)
+    assert chunks[-1]["usage"]["completion_tokens"] == 6
+
+
+def test_token_ids_beside_their_text() -> None:
+    ids = {"return_token_ids": True, "max_tokens": 3}
+    prompt, text = list(b"What is AI?"), list(b"a b")
+    for prompts in (["What is AI?", "x"], [prompt, [120]]):
+        reply = post("/v1/completions", COMPLETION | ids | {"prompt": prompts}).json()
+        assert [one["prompt_token_ids"] for one in reply["choices"]] == [prompt, [120]]
+        assert reply["choices"][0]["token_ids"] == text
+    chat = post("/v1/chat/completions", CHAT | ids).json()
+    chat_prompt = list(b"user: What is AI?\nassistant: ")
+    assert chat["prompt_token_ids"] == chat_prompt
+    assert chat["choices"][0]["token_ids"] == list(b"A b")
+    for path, body in ROUTES.items():
+        lines = post(path, body | ids | {"stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        told = [one for chunk in chunks for one in chunk["choices"][0].get("token_ids", ())]
+        assert told == (text if "prompt" in body else list(b"A b"))
+        first = chunks[0] if "messages" in body else chunks[0]["choices"][0]
+        assert first["prompt_token_ids"] == (prompt if "prompt" in body else chat_prompt)
+        assert "prompt_token_ids" not in json.dumps(chunks[1:])
+
+
+def test_prompt_logprobs_as_vllm_gives_them() -> None:
+    body = {"prompt": "abc", "max_tokens": 1, "prompt_logprobs": 2}
+    choice = post("/v1/completions", body).json()["choices"][0]
+    first, *others = choice["prompt_logprobs"]
+    assert first is None and choice["logprobs"] is None and len(choice["text"]) == 1
+    for token, entry in zip(b"bc", others, strict=True):
+        own = entry[str(token)]
+        assert own["decoded_token"] == chr(token) and own["rank"] == 1 and own["logprob"] < 0
+        assert sorted(one["rank"] for one in entry.values()) == [1, 2]
+    chat = post("/v1/chat/completions", CHAT | {"max_tokens": 1, "prompt_logprobs": 0}).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+    # An echo's own list is as long as asked for.
+    both = body | {"echo": True, "logprobs": 1, "prompt_logprobs": 3}
+    choice = post("/v1/completions", both).json()["choices"][0]
+    assert len(choice["logprobs"]["tokens"]) == 4
+    assert {len(one["top_logprobs"]) for one in [choice["logprobs"]]} == {4}
+    assert all(len(top) == 1 for top in choice["logprobs"]["top_logprobs"][1:3])
+    assert all(len(entry) == 3 for entry in choice["prompt_logprobs"][1:])
+
+
+def test_an_echo_of_tokens_keeps_special_ones() -> None:
+    prompt = [256, 97, 256, 98]
+    body = {"prompt": prompt, "echo": True, "max_tokens": 2, "temperature": 0, "logprobs": 0}
+    choice = post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"].startswith("<end>a<end>b") and len(choice["text"]) == 14
+    assert choice["logprobs"]["text_offset"] == [0, 5, 6, 11, 12, 13]
 
 
 def test_an_error_in_the_stream_is_an_event() -> None:
@@ -389,6 +497,11 @@ def test_cached_tokens_are_reported() -> None:
     first, second = post_all([("/v1/completions", body)] * 2)
     assert first.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert second.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}
+    # What a prompt's first completion left for the others is no work saved by the cache.
+    several = body | {"prompt": ["y" * 100, "x" * 100], "n": 3}
+    usage = post_all([("/v1/completions", body), ("/v1/completions", several)])[1].json()["usage"]
+    assert usage["prompt_tokens"] == 200
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 96}
 
 
 def test_chat_continues_a_message() -> None:
@@ -417,6 +530,41 @@ def test_served_names() -> None:
     replies = post_all([*asked, ("/v1/completions", COMPLETION)], config=config)
     assert [reply.status_code for reply in replies] == [200, 200, 404, 200]
     assert [replies[i].json()["model"] for i in (0, 1, 3)] == ["one", "two", "one"]
+
+
+def test_any_name_where_the_flag_says_so() -> None:
+    config = {"served_model_name": ("one", "two"), "any_model_name": True}
+    asked = [
+        ("/v1/completions", COMPLETION | {"model": name}) for name in ("two", "dummy", "gpt-4o")
+    ]
+    replies = post_all([*asked, ("/tokenize", {"prompt": "a", "model": "dummy"})], config=config)
+    assert [reply.status_code for reply in replies] == [200] * 4
+    assert [reply.json()["model"] for reply in replies[:3]] == ["two", "one", "one"]
+
+
+def test_routes_in_every_spelling() -> None:
+    async def go() -> None:
+        async with client(config={"served_model_name": ("one", "two")}) as (http, _):
+            for path, body in ROUTES.items():
+                for spelling in (path, f"{path}/", path[3:], f"{path[3:]}/"):
+                    reply = await http.post(spelling, json=body)
+                    assert reply.status_code == 200, spelling
+            for path in ("/tokenize", "/v1/tokenize", "/tokenize/", "/generate", "/v1/generate/"):
+                assert (await http.post(path, json={"prompt": "a"})).status_code == 200, path
+            for path in ("/health/", "/v1/health", "/metrics/", "/version/", "/docs/"):
+                assert (await http.get(path)).status_code == 200, path
+            for path in ("/v1/models", "/models/"):
+                cards = (await http.get(path)).json()["data"]
+                assert [(card["id"], card["root"]) for card in cards] == [
+                    ("one", "letters"), ("two", "letters"),
+                ]  # fmt: skip
+            for path in ("/v1/models/two", "/models/two", "/models/two/"):
+                assert (await http.get(path)).json()["id"] == "two", path
+            for path in ("/v2/completions", "/v1", "/v1/", "/completions/x"):
+                reply = await http.get(path)
+                assert reply.status_code == 404 and path in reply.json()["error"]["message"]
+
+    asyncio.run(go())
 
 
 def test_where_the_model_lies_is_a_name_that_nobody_is_told(tmp_path: Path) -> None:
@@ -450,22 +598,37 @@ def test_tokenize_and_back() -> None:
         ("/tokenize", {"prompt": ""}),
         ("/detokenize", {"tokens": tokens}),
         ("/detokenize", {"tokens": []}),
+        ("/tokenize", {"prompt": "a\N{GRINNING FACE}", "return_token_strs": True}),
+        ("/tokenize", {"messages": CHAT["messages"], "tools": [TOOL]}),
     ]
-    replies = [reply.json() for reply in post_all(asked)]
+    config = {"tool_call_parser": "hermes"}
+    replies = [reply.json() for reply in post_all(asked, config=config)]
     assert replies[0] == {"tokens": tokens, "count": 10, "max_model_len": MAX_MODEL_LEN}
     assert [reply.get("count") for reply in replies[1:5]] == [1, 29, 18, 0]
-    assert replies[5:] == [{"prompt": "emoji \N{GRINNING FACE}"}, {"prompt": ""}]
+    assert replies[5:7] == [{"prompt": "emoji \N{GRINNING FACE}"}, {"prompt": ""}]
+    assert replies[7]["token_strs"] == ["a", *["\N{REPLACEMENT CHARACTER}"] * 4]
+    assert bytes(replies[8]["tokens"]).startswith(b"tool f\nuser: ")
+    without = post("/tokenize", asked[-1][1])
+    assert bytes(without.json()["tokens"]).startswith(b"user: ") and without.headers["x-warning"]
     refused = [
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}),
         ("/tokenize", {"prompt": "a", "model": "gpt-4"}),
+        (
+            "/tokenize",
+            {
+                "messages": CHAT["messages"],
+                "continue_final_message": True,
+                "add_generation_prompt": True,
+            },
+        ),
         ("/detokenize", {"tokens": [300]}),
         ("/detokenize", {"tokens": "abc"}),
     ]
     replies = post_all(refused)
-    assert [reply.status_code for reply in replies] == [400, 400, 404, 400, 400]
+    assert [reply.status_code for reply in replies] == [400, 400, 404, 400, 400, 400]
     params = [reply.json()["error"]["param"] for reply in replies]
-    assert params == ["prompt", "prompt", "model", "tokens", "tokens"]
+    assert params == ["prompt", "prompt", "model", "continue_final_message", "tokens", "tokens"]
 
 
 def test_openapi_lists_the_routes() -> None:
@@ -474,5 +637,28 @@ def test_openapi_lists_the_routes() -> None:
             assert (await http.get("/docs")).status_code == 200
             return (await http.get("/openapi.json")).json()
 
-    paths = asyncio.run(go())["paths"]
+    document = asyncio.run(go())
+    others = {
+        name: document["components"]["schemas"][name]["additionalProperties"]
+        for name in ("CompletionRequest", "ChatRequest", "ChatMessage", "ToolCall")
+    }
+    nothing = {"type": "null"}
+    assert list(others.values()) == [nothing, nothing, True, True]
+    paths = document["paths"]
     assert {"/generate/", "/generate_stream/", "/v1/completions", "/tokenize"} <= set(paths)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}},
+        {"type": "json_object", "schema": {"enum": ["x"]}},
+        {"type": "json_schema", "schema": {"enum": ["x"]}},
+        {"type": "json", "value": {"enum": ["x"]}},
+        {"type": "json_schema", "value": {"name": "a", "schema": {"enum": ["x"]}}},
+        {"type": "regex", "value": '"x"'},
+    ],
+)
+def test_spellings_of_structured_output(spelling: dict[str, Any]) -> None:
+    reply = post("/v1/chat/completions", CHAT | {"response_format": spelling})
+    assert reply.json()["choices"][0]["message"]["content"] == '"x"'

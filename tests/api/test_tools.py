@@ -11,7 +11,6 @@ import pytest
 
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.config import ServingConfig
-from autotp_serving.request import RequestError
 from tests.api import service
 from tests.fakes import ByteTokenizer
 
@@ -129,6 +128,7 @@ def test_reasoning_is_parted_from_the_completion():
     ask = {"messages": [{"role": "user", "content": "think"}]}
     message = choice(ask)["message"]
     assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes.")
+    assert message["reasoning"] == "Hm."
     message, reason = stream(ask)
     assert (message["reasoning_content"], message["content"], reason) == ("Hm.", "Yes.", "stop")
     assert "<think>" in choice(ask, reasoning_parser="none")["message"]["content"]
@@ -179,10 +179,10 @@ def test_calls_and_results_of_earlier_turns_reach_the_template(monkeypatch: pyte
         ({"tools": [{"type": "function", "function": {
             "name": "f", "strict": True, "parameters": {"not": {"required": ["a"]}}}}]}, "tools"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, {"role": "tool"}]},
-         "messages.1.content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": "{}"}}]}]}, "messages.0.tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": [
-            {"id": "1", "function": {"name": "f", "arguments": "[]"}}]}]},
+            {"id": "1", "function": {"name": "f", "arguments": 5}}]}]},
          "messages.0.tool_calls.0.function.arguments"),
     ],
 )  # fmt: skip
@@ -192,10 +192,46 @@ def test_what_cannot_be_honoured_is_refused_by_name(body: dict[str, Any], param:
     assert reply.json()["error"]["param"] == param
 
 
-def test_tools_are_refused_where_the_model_knows_none():
-    reply = post({"messages": ASK, "tools": TOOLS}, tool_call_parser="auto")
-    assert reply.status_code == 400
-    assert "--tool-call-parser" in reply.json()["error"]["message"]
+def test_a_model_that_knows_no_tools_answers_without_them() -> None:
+    for tool_choice in ("auto", "none", None):
+        body = {"messages": ASK, "tools": TOOLS, "tool_choice": tool_choice, "temperature": 0}
+        reply = post(body, tool_call_parser="auto")
+        assert reply.status_code == 200
+        assert "--tool-call-parser" in reply.headers["x-warning"]
+        message = reply.json()["choices"][0]["message"]
+        assert message["content"] == CALL and "tool_calls" not in message
+    assert "x-warning" not in post({"messages": ASK, "tools": TOOLS}).headers
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function":
+                                                      {"name": "get_weather"}}])  # fmt: skip
+def test_a_model_that_knows_no_tools_can_be_made_to_call_one(
+    tool_choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    render = ByteTokenizer.render_chat
+
+    def note(self: ByteTokenizer, messages: Any, options: Any) -> str:
+        seen.append((messages, options))
+        return render(self, messages, options)
+
+    monkeypatch.setattr(ByteTokenizer, "render_chat", note)
+    schema = {"type": "object", "properties": {"city": {"enum": ["Bern"]}}, "required": ["city"],
+              "additionalProperties": False}  # fmt: skip
+    function = TOOLS[0]["function"] | {"parameters": schema}
+    tools = [{"type": "function", "function": function}]
+    body = {"messages": ASK, "tools": tools, "tool_choice": tool_choice, "max_tokens": 100}
+    body |= {"parallel_tool_calls": False}
+    reply = post(body | {"seed": 3}, tool_call_parser="auto", reasoning_parser="none")
+    assert "x-warning" not in reply.headers
+    one = reply.json()["choices"][0]
+    (call,) = one["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
+    ((messages, options),) = seen
+    assert "tools" not in options
+    assert '"description": "Weather now"' in messages[0]["content"]
+    assert messages[0]["content"].endswith("weather?")
 
 
 def test_parsers_follow_the_chat_template():
@@ -203,7 +239,7 @@ def test_parsers_follow_the_chat_template():
     tokenizer.chat_template = "{{ <think> </think> <tool_call> }}"
     config = ServingConfig(model_path="fake")
     parsers = CompletionParsers(tokenizer, config)
-    parsers.check_tools()
+    assert parsers.call_format(is_required=False) == "hermes"
     assert parsers.reasoning([]) == "possible"
     assert parsers.make("possible", {"f"}, None) is not None
     begun = parsers.make(parsers.reasoning(tokenizer.encode("a\n<think>\n")), set(), None)
@@ -212,5 +248,5 @@ def test_parsers_follow_the_chat_template():
     plain = CompletionParsers(tokenizer, config)
     assert plain.reasoning([]) is None
     assert plain.make(None, {"f"}, None) is None
-    with pytest.raises(RequestError):
-        plain.check_tools()
+    assert plain.call_format(is_required=False) is None
+    assert plain.call_format(is_required=True) == "hermes"

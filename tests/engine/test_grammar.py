@@ -47,10 +47,40 @@ def follow(compiled: CompiledGrammar, text: str) -> str:
     return "open"
 
 
+VERDICT = '{"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}}'
+ANY_MORE = VERDICT[:-1] + ', "additionalProperties": true}'
+NUMBER = {"type": "integer"}
+IN_ORDER = json.dumps(
+    {
+        "$defs": {"one": {"type": "object", "properties": {"x": NUMBER}}},
+        "properties": {
+            "b": NUMBER, "a": NUMBER, "c": {"type": "array", "items": {"$ref": "#/$defs/one"}},
+        },
+        "required": ["a", "c", "b"],
+    }
+)  # fmt: skip
+# Objects whose properties come from two places, and one that must have a property without a name.
+FROM_TWO = json.dumps({"allOf": [{"properties": {"a": NUMBER}}, {"properties": {"b": NUMBER}}]})
+UNNAMED = json.dumps({"type": "object", "properties": {"a": NUMBER}, "required": ["a", "z"]})
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "text", "expected"),
     [
-        ("json_object", "", '{"a": [1, null, {}]}', "complete"),
+        ("json_object", "", '{"a":[1,null,{}]}', "complete"),
+        ("json_object", "", '{"a": 1}', "refused at 5"),
+        ("json_object", "", '{"a":1,"b":2}', "complete"),
+        ("json_schema", VERDICT, '{"verdict":"yes"}', "complete"),
+        ("json_schema", VERDICT, '{ "verdict":"yes"}', "refused at 1"),
+        ("json_schema", VERDICT, '{"verdict":"yes","why":1}', "refused at 16"),
+        ("json_schema", ANY_MORE, '{"verdict":"yes","why":1}', "complete"),
+        ("json_schema", '{"type": "object"}', '{"a":1}', "complete"),
+        ("json_schema", '{"properties": {}, "type": "object"}', '{"a":1}', "refused at 1"),
+        ("json_schema", IN_ORDER, '{"b":1,"a":2,"c":[{"x":3}]}', "complete"),
+        ("json_schema", IN_ORDER, '{"a":', "refused at 2"),
+        ("json_schema", IN_ORDER, '{"b":1,"a":2,"c":[{"x":3,"y":4}]}', "refused at 24"),
+        ("json_schema", FROM_TWO, '{"a":1,"b":2}', "complete"),
+        ("json_schema", UNNAMED, '{"a":1,"z":2}', "complete"),
         ("json_object", "", "[1]", "refused at 0"),
         ("json_schema", '{"type": "integer"}', "-12", "complete"),
         ("json_schema", '{"type": "integer"}', "1.5", "refused at 1"),

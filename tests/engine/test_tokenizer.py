@@ -92,7 +92,7 @@ def test_a_conversation_is_written_out_as_transformers_would() -> None:
         messages, tokenize=False, continue_final_message=True
     )
     with pytest.raises(ChatTemplateError, match="Roles are system, user and assistant"):
-        tokenizer.render_chat([{"role": "tool", "content": "a"}], options)
+        tokenizer.render_chat([{"role": "king", "content": "a"}], options)
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "conversations", "documents"])

@@ -92,12 +92,12 @@ class AnthropicRoutes:
             headers=ignored_header(list_all_ignored(body, self._reasoning)),
         )
 
-    async def count_tokens(self, body: CountTokensRequest) -> Response:
+    async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
         """Count the tokens of a conversation."""
         self._names.check(body.model)
         with naming_fields(FIELDS):
             chat = ChatRequest.model_validate(to_chat(body, self._reasoning))
-            token_ids = await self._chats.encode(chat, is_listed=True)
+            token_ids = await self._chats.encode(chat, request.state.record, is_listed=True)
         headers = ignored_header(list_all_ignored(body, self._reasoning))
         return JSONResponse({"input_tokens": len(token_ids)}, headers=headers)
 

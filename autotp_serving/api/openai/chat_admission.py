@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.middleware import RequestRecord
 from autotp_serving.api.openai.chat_schemas import ChatRequest
-from autotp_serving.api.openai.completion_parser import CompletionParser, CompletionParsers
+from autotp_serving.api.openai.completion_parser import (
+    NO_TOOLS,
+    CompletionParser,
+    CompletionParsers,
+)
 from autotp_serving.request import Request
 
 
@@ -36,19 +40,20 @@ class ChatAdmission:
         self.admission = admission
         self.parsers = parsers
 
-    async def encode(self, body: ChatRequest, *, is_listed: bool = False) -> list[int]:
+    async def encode(
+        self, body: ChatRequest, record: RequestRecord, *, is_listed: bool = False
+    ) -> list[int]:
         """The prompt that the chat template makes of a body. Raises as `Admission.encode_chat`.
 
         Args:
+            body: what is asked for.
+            record: of the HTTP request; its reply tells of tools that were left out.
             is_listed: it is not run but counted.
         """
-        if body.callable_tools:
-            self.parsers.check_tools()
-        return await self.admission.encode_chat(
-            [message.for_template() for message in body.messages],
-            body.template_options(),
-            is_listed=is_listed,
-        )
+        if body.tools and self.parsers.call_format(is_required=body.requires_call) is None:
+            record.headers["X-Warning"] = NO_TOOLS
+        messages, options = body.for_template(knows_tools=self.parsers.tool_format is not None)
+        return await self.admission.encode_chat(messages, options, is_listed=is_listed)
 
     async def admit(
         self,
@@ -72,9 +77,11 @@ class ChatAdmission:
         admission, parsers = self.admission, self.parsers
         admission.check_named_tokens(body)
         admission.check_num_completions(1, body.num_sampled)
-        token_ids = await self.encode(body)
+        token_ids = await self.encode(body, record)
         reasoning = parsers.reasoning(token_ids)
-        wanted = body.whole_structured_output(parsers.tool_format, reasoning)
+        wanted = body.whole_structured_output(
+            parsers.call_format(is_required=body.requires_call), reasoning
+        )
         grammar = await admission.compile(wanted)
         num_left = admission.num_tokens_left(token_ids)
         max_tokens = body.max_new_tokens(num_left)
@@ -97,7 +104,13 @@ class ChatAdmission:
         return AdmittedChat(
             requests,
             [
-                parsers.make(reasoning, names_called, max_calls, is_chosen=body.names_one_tool)
+                parsers.make(
+                    reasoning,
+                    names_called,
+                    max_calls,
+                    is_chosen=body.names_one_tool,
+                    is_required=body.requires_call,
+                )
                 for _ in requests
             ],
         )

@@ -12,10 +12,18 @@ from autotp_serving.api.openai.reasoning import CLOSE, OPEN, ThinkSplitter
 from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, find_format
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.tokenizer import Tokenizer
-from autotp_serving.request import RequestError
 from autotp_serving.structured_output import Reasoning, ToolFormat
 
 PROMPT_TAIL_LEN = 8
+
+NO_TOOLS = (
+    "tools: this model's chat template knows none, so they were left out; if it does, see "
+    "--tool-call-parser"
+)
+"""What the reply's header tells where they were."""
+
+FORCED_FORMAT: ToolFormat = "hermes"
+"""Of calls that a grammar forces on a model whose chat template knows none."""
 
 
 class CompletionParser:
@@ -64,16 +72,9 @@ class CompletionParsers:
             "auto": find_format(template), "none": None, "hermes": "hermes", "llama3": "llama3",
         }[config.tool_call_parser]  # fmt: skip
 
-    def check_tools(self) -> None:
-        """Refuse tools where nobody would find their calls.
-
-        Raises:
-            RequestError: naming the field and the flag.
-        """
-        if self.tool_format is None:
-            raise RequestError(
-                "tools", "this model's chat template knows none; if it does, see --tool-call-parser"
-            )
+    def call_format(self, *, is_required: bool) -> ToolFormat | None:
+        """How calls are written; None where the model has not learned to, and none is required."""
+        return self.tool_format or (FORCED_FORMAT if is_required else None)
 
     def reasoning(self, prompt_token_ids: Sequence[int]) -> Reasoning | None:
         """Whether the completion may begin with reasoning, or the prompt ends inside it."""
@@ -90,6 +91,7 @@ class CompletionParsers:
         max_calls: int | None,
         *,
         is_chosen: bool = False,
+        is_required: bool = False,
     ) -> CompletionParser | None:
         """A parser for one completion; None where there is nothing to part.
 
@@ -98,12 +100,14 @@ class CompletionParsers:
             names: of the tools that may be called.
             max_calls: further calls are dropped.
             is_chosen: the client chose the one tool to be called.
+            is_required: the completion is nothing but calls.
         """
         splitter = caller = None
         if reasoning is not None:
             splitter = ThinkSplitter(starts_inside=reasoning == "begun")
-        if names and self.tool_format is not None:
-            caller = ToolCallParser(self.tool_format, names, max_calls)
+        tool_format = self.call_format(is_required=is_required)
+        if names and tool_format is not None:
+            caller = ToolCallParser(tool_format, names, max_calls)
         return (
             CompletionParser(splitter, caller, is_chosen=is_chosen) if splitter or caller else None
         )

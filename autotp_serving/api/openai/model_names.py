@@ -19,6 +19,8 @@ class ModelNames:
         self.names = config.model_names
         # As vLLM's clients call a model that was given no other name; shown to nobody.
         self._path = None if config.served_model_name else config.model_path.rstrip("/")
+        self._root = config.default_model_names[0]
+        self._takes_any = config.any_model_name
         self._max_model_len = max_model_len
         self._created = int(time.time())
         setup = f"{__version__} {config.model_path} {config.low_bit} {config.dtype}"
@@ -29,6 +31,8 @@ class ModelNames:
         if name is None:
             return self.names[0]
         if name not in self.names and name.rstrip("/") != self._path:
+            if self._takes_any:
+                return self.names[0]
             raise ApiError(
                 404,
                 f"model: '{name}' is not served here; served: {', '.join(self.names)}",
@@ -40,10 +44,12 @@ class ModelNames:
     def card(self, name: str) -> dict[str, Any]:
         """What /v1/models tells of a name."""
         return {
-            "id": self.check(name),
+            "id": self.check(name.rstrip("/")),
             "object": "model",
             "created": self._created,
             "owned_by": "autotp-serving",
+            "root": self._root,
+            "parent": None,
             "max_model_len": self._max_model_len,
         }
 

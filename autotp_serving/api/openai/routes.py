@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from autotp_serving.api.engine_client import EngineClient
+from autotp_serving.api.ignored_fields import ignored_header, list_ignored
 from autotp_serving.api.openai.chat_admission import ChatAdmission
 from autotp_serving.api.openai.chat_schemas import ChatRequest
 from autotp_serving.api.openai.model_names import ModelNames
@@ -62,6 +63,7 @@ class OpenAIRoutes:
         """Continue one or several prompts."""
         admission = self._admission
         record = request.state.record
+        record.headers |= ignored_header(list_ignored(body))
         head = self._names.head(body, record.request_id, "cmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(
@@ -91,14 +93,17 @@ class OpenAIRoutes:
             admission.tokenizer,
             body.always_usage,
             echoes=echoes,
-            has_logprobs=body.logprobs is not None,
+            num_logprobs=body.logprobs,
             num_kept=(body.num_choices, body.num_sampled),
+            shows_token_ids=bool(body.return_token_ids),
+            num_prompt_logprobs=body.prompt_logprobs,
         )
         return await answer(self._engine, request, requests, writer, streams=bool(body.stream))
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
         record = request.state.record
+        record.headers |= ignored_header(list_ignored(body))
         head = self._names.head(body, record.request_id, "chatcmpl-")
         chat = await self._chats.admit(body, record)
         writer = ChatWriter(
@@ -109,6 +114,8 @@ class OpenAIRoutes:
             self._admission.tokenizer,
             body.always_usage,
             parsers=chat.parsers,
+            shows_token_ids=bool(body.return_token_ids),
+            num_prompt_logprobs=body.prompt_logprobs,
         )
         return await answer(self._engine, request, chat.requests, writer, streams=bool(body.stream))
 
@@ -121,7 +128,9 @@ class OpenAIRoutes:
         return self._names.card(name)
 
     def _text_of(self, prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._admission.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        return self._admission.tokenizer.decode(prompt, skip_special_tokens=False)
 
 
 def _make_choices(

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, model_validator
 
-from autotp_serving.api.sampling_fields import SamplingFields
+from autotp_serving.api.ignored_fields import Ignored
+from autotp_serving.api.openai.peer_fields import PeerFields
 from autotp_serving.api.schemas import (
     NonEmptyText,
     Seed,
@@ -76,7 +77,7 @@ class StreamOptions(StrictModel):
     )
 
 
-class OpenAIRequest(SamplingFields):
+class OpenAIRequest(PeerFields):
     """What both OpenAI routes take."""
 
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
@@ -103,14 +104,27 @@ class OpenAIRequest(SamplingFields):
         description="most tokens to generate; default 16 for completions, what fits for chat",
     )
 
-    user: Text | None = Field(None, description=LABEL)
+    return_token_ids: bool | None = Field(
+        None, description="give the token ids of prompt and completion"
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="list so many most likely tokens beside each of the prompt's, but the first; "
+        "not with stream; default: no logprobs",
+    )
 
-    use_beam_search: Annotated[Any, only(False)] = None
+    user: Ignored = Field(None, description=LABEL)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> OpenAIRequest:
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        asks = options and (options.include_usage or options.continuous_usage_stats)
+        if asks and not self.stream:
             raise RequestError("stream_options", "is only allowed with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs", "cannot be streamed")
         return self
 
     @property
@@ -179,6 +193,7 @@ class CompletionRequest(OpenAIRequest):
         description="list so many most likely tokens beside each; default: no logprobs",
     )
     suffix: Annotated[Any, only("")] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> CompletionRequest:
@@ -198,9 +213,10 @@ class CompletionRequest(OpenAIRequest):
         # To score a prompt is all that is left to do when no token is wanted.
         scored = self.logprobs or 0 if self.max_tokens == 0 else self.logprobs
         ranked = 0 if self.num_sampled > self.num_choices else None
+        of_prompt = [scored if self.echo else None, self.prompt_logprobs]
         return {
             "logprobs": ranked if self.logprobs is None else self.logprobs,
-            "prompt_logprobs": scored if self.echo else None,
+            "prompt_logprobs": max((one for one in of_prompt if one is not None), default=None),
         }
 
     def max_new_tokens(self, num_tokens_left: int) -> int:

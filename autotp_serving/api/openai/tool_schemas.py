@@ -5,30 +5,39 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
-from autotp_serving.api.schemas import StrictModel, Text, check_bounds
+from autotp_serving.api.schemas import GenerousModel, StrictModel, Text, check_bounds
 from autotp_serving.request import RequestError
 from autotp_serving.structured_output import CallableTool
 
 MAX_TOOLS = 128
 
 
-def _parse_arguments(text: str) -> str:
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("must be JSON") from error
-    if not isinstance(arguments, dict):
-        raise ValueError("must be a JSON object")
-    check_bounds(arguments)
-    return text
+def _parse_arguments(value: Any) -> dict[str, Any] | str:
+    """A call's arguments: an object, or what was written where that is none, or not all of one."""
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if not isinstance(parsed, dict):
+            return value
+    elif isinstance(value, dict):
+        parsed = value
+    else:
+        raise ValueError("must be a JSON object, as text")
+    check_bounds(parsed)
+    arguments: dict[str, Any] = parsed
+    return arguments
 
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
 
-class FunctionDefinition(StrictModel):
+class FunctionDefinition(GenerousModel):
     """What a function is for and what it takes."""
 
     name: ToolName = Field(description="what the model calls it by")
@@ -50,10 +59,10 @@ class FunctionDefinition(StrictModel):
         return CallableTool(self.name, json.dumps(schema), bool(self.strict))
 
 
-class Tool(StrictModel):
+class Tool(GenerousModel):
     """A tool that the model may call."""
 
-    type: Literal["function"] = Field(description="the only kind of tool")
+    type: Literal["function"] = Field("function", description="the only kind of tool")
     function: FunctionDefinition = Field(description="the function")
 
 
@@ -92,24 +101,26 @@ ToolsByName = Annotated[NamedTool | AllowedToolsChoice, Field(discriminator="typ
 ToolChoice = Literal["none", "auto", "required"] | ToolsByName
 
 
-class CalledFunction(StrictModel):
+class CalledFunction(GenerousModel):
     """The function that an earlier completion called."""
 
     name: Text = Field(description="its name")
-    arguments: Annotated[Text, AfterValidator(_parse_arguments)] = Field(
-        description="a JSON object, as text"
+    arguments: Annotated[Text | dict[str, Any] | None, BeforeValidator(_parse_arguments)] = Field(
+        None,
+        validate_default=True,
+        description="a JSON object, as text; what was cut short goes to the template as text, or "
+        "as {} where it wants an object; default: {}",
     )
 
 
-class ToolCall(StrictModel):
+class ToolCall(GenerousModel):
     """A call in an earlier completion, sent back as it came."""
 
-    id: Text = Field(description="what the tool's message refers to")
-    type: Literal["function"] = Field("function", description="the only kind of tool")
+    id: Text | None = Field(None, description="what the tool's message refers to; default: made up")
+    type: Literal["function"] | None = Field(None, description="the only kind of tool")
     function: CalledFunction = Field(description="the function and its arguments")
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates read it: arguments as an object, not as text."""
-        arguments = json.loads(self.function.arguments)
-        function = {"name": self.function.name, "arguments": arguments}
-        return {"id": self.id, "type": self.type, "function": function}
+        """As chat templates read it, but for what only some of them want."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": "function", "function": function}

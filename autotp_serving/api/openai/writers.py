@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autotp_serving.api.engine_client import Usage
 from autotp_serving.api.errors import ApiError, check_reason, error_body
-from autotp_serving.api.logprobs import CompletionLogprobs, ListedLogprobs
+from autotp_serving.api.logprobs import (
+    CompletionLogprobs,
+    EchoedPrompt,
+    ListedLogprobs,
+    PromptLogprobs,
+)
 from autotp_serving.api.openai.completion_parser import CompletionParser, join
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import Request, RequestOutput, TokenLogprobs
@@ -23,11 +28,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
-        # Completions after the first find their prompt in the cache: no more than the prompt
-        # counts.
-        "prompt_tokens_details": {
-            "cached_tokens": min(usage.num_cached_tokens, usage.num_prompt_tokens)
-        },
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
     }
 
 
@@ -44,12 +45,14 @@ class Piece:
     reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def add(self, output: RequestOutput) -> Piece:
         """Append an output; returns itself."""
         self.text += output.text
         self.reason = output.finish_reason
         self.logprobs.extend(output.logprobs)
+        self.token_ids.extend(output.token_ids)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         return self
@@ -64,6 +67,9 @@ class ChoiceWriter:
         include_usage: end a stream with the usage.
         tokenizer: knows the tokens that logprobs are about.
         always_usage: put the usage so far into every event.
+        shows_token_ids: give the token ids of prompts and completions.
+        num_prompt_logprobs: list so many most likely tokens beside each of the prompt's; None
+            lists none.
     """
 
     object_name = ""
@@ -77,7 +83,12 @@ class ChoiceWriter:
         include_usage: bool,
         tokenizer: Tokenizer,
         always_usage: bool,
+        *,
+        shows_token_ids: bool = False,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
+        self._shows_token_ids = shows_token_ids
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._head = dict(head)
         self._requests = requests
         self._tokenizer = tokenizer
@@ -86,6 +97,7 @@ class ChoiceWriter:
         self._include_usage = include_usage
         self._always_usage = always_usage
         self._pieces = [Piece() for _ in requests]
+        self._begun: set[int] = set()
 
     def collect(self, outputs: Sequence[RequestOutput]) -> None:
         """Keep outputs for the whole reply. Raises ApiError when one of them has failed."""
@@ -130,11 +142,30 @@ class ChoiceWriter:
             return DONE
         return self._chunk([], usage_object(self._usage)) + DONE
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        chunk = self._head | {"object": self.chunk_name, "choices": choices}
-        if self._always_usage:
+    def _chunk(
+        self,
+        choices: list[dict[str, Any]],
+        usage: dict[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        chunk = self._head | {"object": self.chunk_name, "choices": choices} | dict(fields or {})
+        if usage is None and self._always_usage:
             usage = usage_object(self._usage)
         return event(chunk | {"usage": usage} if self._include_usage else chunk)
+
+    def _prompt_fields(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What was asked for about a prompt, in vLLM's words."""
+        fields: dict[str, Any] = {}
+        prompt = self._requests[index].prompt_token_ids
+        if self._shows_token_ids:
+            fields["prompt_token_ids"] = list(prompt)
+        if self._num_prompt_logprobs is not None:
+            ranked = PromptLogprobs(self._tokenizer, self._num_prompt_logprobs)
+            fields["prompt_logprobs"] = ranked.write(piece.prompt_logprobs or ())
+        return fields
+
+    def _token_fields(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self._shows_token_ids else {}
 
     def kept(self) -> Iterable[int]:
         """The completions that the whole reply gives, best first where it picks some."""
@@ -154,21 +185,27 @@ class CompletionWriter(ChoiceWriter):
 
     Args:
         echoes: a text to put before each completion, "" for none.
-        has_logprobs: the client wants them.
+        num_logprobs: most likely tokens to list beside each; None gives no logprobs.
         num_kept: of so many completions to each prompt, how many to return and how many there are.
     """
 
     object_name = chunk_name = "text_completion"
 
     def __init__(
-        self, *args: Any, echoes: Sequence[str], has_logprobs: bool, num_kept: tuple[int, int]
+        self,
+        *args: Any,
+        echoes: Sequence[str],
+        num_logprobs: int | None,
+        num_kept: tuple[int, int],
+        **options: Any,
     ) -> None:
-        super().__init__(*args)
+        super().__init__(*args, **options)
         self._echoes = list(echoes)
         self._num_kept, self._num_sampled = num_kept
+        self._num_logprobs = num_logprobs or 0
         self._logprobs = [
             CompletionLogprobs(self._tokenizer, request.params.skip_special_tokens)
-            for request in (self._requests if has_logprobs else ())
+            for request in (self._requests if num_logprobs is not None else ())
         ]
 
     def kept(self) -> Iterable[int]:
@@ -186,22 +223,31 @@ class CompletionWriter(ChoiceWriter):
         return sum(item.logprob for item in logprobs) / max(1, len(logprobs))
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        choice = self._write(index, piece)
+        return choice | self._prompt_fields(index, piece) | self._token_fields(piece.token_ids)
+
+    def _write(self, index: int, piece: Piece) -> dict[str, Any]:
         logprobs = None
+        echo = self._echoes[index]
         if self._logprobs:
-            first_token = None
-            if piece.prompt_logprobs is not None:
-                first_token = self._requests[index].prompt_token_ids[0]
-            items = [*(piece.prompt_logprobs or ()), *piece.logprobs]
-            logprobs = self._logprobs[index].write(items, first_token)
+            prompt = None
+            if echo and piece.prompt_logprobs is not None:
+                prompt = EchoedPrompt(
+                    echo, self._requests[index].prompt_token_ids[0], piece.prompt_logprobs
+                )
+            logprobs = self._logprobs[index].write(piece.logprobs, self._num_logprobs, prompt)
         return {
             "index": index,
-            "text": self._echoes[index] + piece.text,
+            "text": echo + piece.text,
             "logprobs": logprobs,
             "finish_reason": piece.reason,
         }
 
     def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        choice = self.choice(index, piece)
+        choice = self._write(index, piece) | self._token_fields(piece.token_ids)
+        if index not in self._begun:
+            self._begun.add(index)
+            choice |= self._prompt_fields(index, piece)
         self._echoes[index] = ""
         return [choice]
 
@@ -212,39 +258,60 @@ class ChatWriter(ChoiceWriter):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, *args: Any, parsers: Sequence[CompletionParser | None]) -> None:
-        super().__init__(*args)
-        self._begun: set[int] = set()
+    def __init__(
+        self, *args: Any, parsers: Sequence[CompletionParser | None], **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
         self._parsers = parsers
+
+    def reply(self) -> dict[str, Any]:
+        return super().reply() | self._prompt_fields(0, self._pieces[0])
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
         reason = piece.reason
         if (parser := self._parsers[index]) is not None:
-            message |= join(parser.add(piece.text, is_last=True))
+            message |= _name_reasoning(join(parser.add(piece.text, is_last=True)))
             reason = parser.finish_reason(reason)
         logprobs = self._write_logprobs(index, piece)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return choice | self._token_fields(piece.token_ids)
+
+    def events(self, outputs: Sequence[RequestOutput]) -> bytes:
+        if self._begun:
+            return super().events(outputs)
+        self._begun = set(range(len(self._requests)))
+        # Before there is a token: every completion's head, which costs nothing yet.
+        usage = usage_object(replace(self._usage, num_output_tokens=0))
+        delta = {"role": "assistant", "content": ""}
+        heads = [
+            self._chunk(
+                [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}],
+                usage if self._always_usage else None,
+                self._prompt_fields(index, self._pieces[index]) if index == 0 else {},
+            )
+            for index in sorted(self._begun)
+        ]
+        return b"".join(heads) + super().events(outputs)
 
     def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
-        if index not in self._begun:
-            self._begun.add(index)
-            deltas.append({"delta": {"role": "assistant", "content": ""}})
         reason = piece.reason
         parts = [{"content": piece.text}] if piece.text or reason is None else []
         if (parser := self._parsers[index]) is not None:
-            parts = parser.add(piece.text, is_last=reason is not None)
+            parts = list(map(_name_reasoning, parser.add(piece.text, is_last=reason is not None)))
             reason = parser.finish_reason(reason)
         # Something for each token, so that clients see that it goes on.
-        if not parts and (reason is None or piece.logprobs):
+        if not parts and (reason is None or piece.logprobs or self._shows_token_ids):
             parts = [{"content": ""}]
         logprobs = self._write_logprobs(index, piece)
+        tokens = self._token_fields(piece.token_ids)
         for part in parts:
-            deltas.append({"delta": part, "logprobs": logprobs})
+            deltas.append({"delta": part, "logprobs": logprobs} | tokens)
             logprobs = None  # they belong to the tokens, however many parts these make
+            tokens = self._token_fields(())
         if reason is not None:
-            deltas.append({"delta": {}, "finish_reason": reason})
+            deltas.append({"delta": {}, "finish_reason": reason} | tokens)
         empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         return [empty | delta for delta in deltas]
 
@@ -253,3 +320,10 @@ class ChatWriter(ChoiceWriter):
             return None
         listed = ListedLogprobs(self._tokenizer).write(piece.logprobs)
         return {"content": listed, "refusal": None}
+
+
+def _name_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message or a part of it, its reasoning under both names that clients know."""
+    if "reasoning_content" in message:
+        return message | {"reasoning": message["reasoning_content"]}
+    return message
