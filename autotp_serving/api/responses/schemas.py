@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from autotp_serving.api.history import HistoryModel
 from autotp_serving.api.ignored_fields import Ignored
-from autotp_serving.api.openai.chat_schemas import Labels
 from autotp_serving.api.openai.schemas import LABEL
 from autotp_serving.api.openai.tool_schemas import MAX_TOOLS
 from autotp_serving.api.schemas import StrictModel, Text, at_most, bounded, only
@@ -20,8 +19,12 @@ from autotp_serving.request import RequestError
 
 MAX_ITEMS = 2**14
 MAX_INCLUDES = 64
+MAX_LABELS = 1024
 BOOKKEEPING = "a provider's bookkeeping"
 LOGPROBS = "message.output_text.logprobs"
+
+
+Metadata = Annotated[dict[Text, Text], at_most(MAX_LABELS)]
 
 
 class InputPart(HistoryModel):
@@ -159,7 +162,7 @@ class ResponsesRequest(StrictModel):
         None, description=f"what else to tell: nothing that there is here; `{LOGPROBS}` is refused"
     )
     truncation: Annotated[Any, only("disabled")] = None
-    metadata: Labels | None = Field(None, description=LABEL)
+    metadata: Metadata | None = Field(None, description=LABEL)
     user: Text | None = Field(None, description=LABEL)
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
