@@ -38,6 +38,7 @@ class ChatTemplate:
         from transformers.utils import chat_template_utils
 
         for source in self.sources.values():
+            self._find_habits(source)
             try:
                 chat_template_utils.render_jinja_template([], chat_template=source)
             except Exception:  # each conversation is told why
@@ -62,16 +63,19 @@ class ChatTemplate:
             ChatTemplateError: the template refuses it, or fails.
         """
         source = self.find_source("tools" in options)
-        if source not in self._habits:
-            self._habits[source] = find_habits(source)
         refusal: ChatTemplateError | None = None
-        for conversation in list_forms(messages, self._habits[source]):
+        for conversation in list_forms(messages, self._find_habits(source)):
             try:
                 return self._render(source, conversation, options)
             except ChatTemplateError as error:  # that of the closest form is told
                 refusal = refusal or error
         assert refusal is not None, "a conversation has a form"
         raise refusal
+
+    def _find_habits(self, source: str) -> TemplateHabits:
+        if source not in self._habits:
+            self._habits[source] = find_habits(source)
+        return self._habits[source]
 
     def _render(
         self, source: str, conversation: list[dict[str, Any]], options: Mapping[str, Any]

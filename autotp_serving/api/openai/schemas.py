@@ -80,7 +80,11 @@ class StreamOptions(StrictModel):
 class OpenAIRequest(PeerFields):
     """What both OpenAI routes take."""
 
-    model: Text | None = Field(None, description="a name from /v1/models; default: the first")
+    model: Text | None = Field(
+        None,
+        description="a name from /v1/models, or any other with --any-model-name; "
+        "default: the first",
+    )
     n: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="completions per prompt; default 1"
     )

@@ -123,4 +123,5 @@ class ToolCall(GenerousModel):
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it, but for what only some of them want."""
         function = {"name": self.function.name, "arguments": self.function.arguments}
-        return {"id": self.id, "type": "function", "function": function}
+        call: dict[str, Any] = {"type": "function", "function": function}
+        return {"id": self.id} | call if self.id else call
