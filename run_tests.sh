@@ -3,8 +3,9 @@
 #
 #     bash run_tests.sh                           # all tests
 #     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
-#     bash run_tests.sh --clients                 # lm-eval, litellm, langchain, schemathesis, from an
-#                                                 # environment of their own
+#     bash run_tests.sh --clients                 # lm-eval, litellm, langchain, openai-agents, anthropic,
+#                                                 # pydantic-ai, schemathesis, from an environment of
+#                                                 # their own
 #     bash run_tests.sh --ipex-llm                # the core of them beside ipex-llm 2.2.0, which needs
 #                                                 # transformers 4.53, from an environment of its own
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes

@@ -268,6 +268,7 @@ class RequestOutput:
         logprobs: one for each of `token_ids`, if asked for.
         prompt_logprobs: one for each prompt token after the first, if asked for; in the first
             output of the request and nowhere else.
+        stop_string: the one that ended the text; None where something else did.
     """
 
     request_id: str
@@ -282,3 +283,4 @@ class RequestOutput:
     queue_seconds: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    stop_string: str | None = None

@@ -13,6 +13,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from autotp_serving.api.anthropic.schemas import (
+    CountTokensRequest,
+    MessagesRequest,
+    OutputConfig,
+    OutputFormat,
+    Thinking,
+)
 from autotp_serving.api.native_schemas import GenerateRequest
 from autotp_serving.api.openai.chat_schemas import ChatMessage, ChatRequest, TextPart
 from autotp_serving.api.openai.peer_fields import PeerFields
@@ -27,6 +34,13 @@ from autotp_serving.api.openai.tool_schemas import (
     Tool,
     ToolCall,
 )
+from autotp_serving.api.responses.schemas import (
+    ReasoningConfig,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextFormat,
+    TextOptions,
+)
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.structured_output import (
     JsonSchemaFormat,
@@ -40,7 +54,9 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest, OpenAIRequest, PeerFields, CompletionRequest, ChatRequest, ChatMessage,
     TextPart, SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat,
-    StructuredOutputs, StreamOptions, Tool, FunctionDefinition, NamedTool, NamedFunction,
+    StructuredOutputs, StreamOptions, ResponsesRequest, TextOptions, TextFormat, ReasoningConfig,
+    ResponseStreamOptions, CountTokensRequest, MessagesRequest, Thinking, OutputConfig,
+    OutputFormat, Tool, FunctionDefinition, NamedTool, NamedFunction,
     AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
@@ -73,6 +89,8 @@ def table(model: type[BaseModel]) -> str:
 
 def row(name: str, field: dict[str, Any], is_required: bool) -> tuple[str, str, str, str]:
     """Cells of one field."""
+    if field.get("x-ignored"):
+        return f"`{name}`", "ignored, told", field["description"], "-"
     options = field.get("enum", ())
     if None in options and "type" not in field:  # `only(...)`
         shown = ", ".join(f"`{json.dumps(value)}`" for value in options)

@@ -77,7 +77,9 @@ ROOMS = {
         "scheduler, blocks, batch builder, output processor, tokenizer, grammar", ("base",)
     ),
     "api": Room(
-        "HTTP: app, middleware, metrics, native routes, chat page; `openai/`", ("engine", "base")
+        "HTTP: app, middleware, metrics, native routes, chat page; `openai/`, `responses/`, "
+        "`anthropic/`",
+        ("engine", "base"),
     ),
     "llm": Room(
         "the engine in a script, without HTTP", ("worker", "engine", "model", "distributed", "base")

@@ -14,6 +14,7 @@ from pathlib import Path
 from autotp_serving.config import ConfigError, ServingConfig
 
 ENVIRONMENT_NAME = "AUTOTP_API_KEY"
+KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
 BEARER = re.compile(rb"bearer +(\S+) *", re.IGNORECASE)
 
 
@@ -26,13 +27,22 @@ class ApiKeys:
     def find_tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
         """Whose request this is: a name that tells nothing of the key; None for nobody we know.
 
+        Keys are shown as OpenAI's clients do, `Authorization: Bearer KEY`, or as Anthropic's,
+        `x-api-key: KEY`; where both are, the first counts.
+
         "" where all are one tenant. Takes the same time whichever key matches, or none.
         """
         if not self._digests:
             return ""
-        shown = next((value for name, value in headers if name == b"authorization"), b"")
-        match = BEARER.fullmatch(shown)
-        digest = _digest(match[1] if match else b"")
+        shown: dict[bytes, bytes] = {}
+        for name, value in headers:
+            if name in KEY_HEADERS:
+                shown.setdefault(name, value)
+        key = shown.get(b"x-api-key", b"").strip()
+        if b"authorization" in shown:
+            match = BEARER.fullmatch(shown[b"authorization"])
+            key = match[1] if match else b""
+        digest = _digest(key)
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(found):
             return None

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from autotp_serving import __version__
 from autotp_serving.api.admission import Admission
+from autotp_serving.api.anthropic.routes import anthropic_routes
 from autotp_serving.api.api_keys import ApiKeys
 from autotp_serving.api.chat_page import page_routes
 from autotp_serving.api.engine_client import EngineClient
@@ -21,9 +22,12 @@ from autotp_serving.api.health import health_routes
 from autotp_serving.api.hosts import find_allowed_hosts
 from autotp_serving.api.middleware import RequestGuard
 from autotp_serving.api.native_routes import native_routes
+from autotp_serving.api.openai.chat_admission import ChatAdmission
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
+from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.openai.routes import openai_routes
+from autotp_serving.api.responses.routes import responses_routes
 from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
@@ -66,9 +70,13 @@ def build_app(
     defaults = read_sampling_defaults(Path(config.model_path), config.generation_config)
     names = ModelNames(config, max_model_len, defaults)
     parsers = CompletionParsers(tokenizer, config)
+    chats = ChatAdmission(admission, parsers, defaults)
+    reasoning = ReasoningOptions(tokenizer.chat_template)
     routers = [
         native_routes(engine, admission),
-        openai_routes(engine, admission, names, parsers),
+        openai_routes(engine, chats, names),
+        responses_routes(engine, chats, names, reasoning),
+        anthropic_routes(engine, chats, names, reasoning),
         token_routes(admission, names, parsers),
         page_routes(),
         health_routes(engine, config.model_names[0]),

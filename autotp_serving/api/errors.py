@@ -1,4 +1,4 @@
-"""What a refusal looks like: one error body, OpenAI's, for every route and status. Rank 0 only."""
+"""What a refusal looks like: OpenAI's error body, Anthropic's on its own routes. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from autotp_serving.api.anthropic.error_shape import anthropic_error, is_anthropic_path
 from autotp_serving.request import RequestError, RequestOutput
 
 MAX_NAMED_ERRORS = 5
@@ -55,7 +57,7 @@ def check_reason(output: RequestOutput) -> None:
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The error object that every route answers with."""
+    """The error object that all routes but Anthropic's answer with."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {
         "error": {
@@ -75,14 +77,32 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """An error as an HTTP response."""
+    return _ErrorResponse(ApiError(status, message, param=param, code=code, headers=headers))
+
+
+class _ErrorResponse(Response):
+    """Takes its shape when it is sent: by then it is known to which route."""
+
+    def __init__(self, error: ApiError) -> None:
+        body = error_body(error.status, error.message, error.param, error.code)
+        super().__init__(_to_json(body), error.status, error.headers, media_type="application/json")
+        self._message = error.message[:MAX_MESSAGE_LEN]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_anthropic_path(scope["path"]):
+            self.body = _to_json(anthropic_error(self.status_code, self._message))
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
+def _to_json(body: Mapping[str, Any]) -> bytes:
     # ASCII only: a client's field name may hold a lone surrogate, which UTF-8 cannot carry.
-    body = json.dumps(error_body(status, message, param, code)).encode("ascii")
-    return Response(body, status, headers, media_type="application/json")
+    return json.dumps(body).encode("ascii")
 
 
 def render_refusal(status: int, message: str, code: str | None = None) -> bytes:
     """An error as it goes over the wire, where there is no request to answer."""
-    body = json.dumps(error_body(status, message, code=code)).encode("ascii")
+    body = _to_json(error_body(status, message, code=code))
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n"

@@ -17,7 +17,7 @@ MAX_NAMES = 32
 MARK = {"x-ignored": True}
 
 Ignored = Annotated[Any, bounded(), Field(json_schema_extra=MARK)]
-"""The type of such a field. Null asks for nothing and is not told."""
+"""The type of such a field. Null and false ask for nothing and are not told."""
 
 
 def list_ignored(body: BaseModel) -> list[str]:
@@ -25,7 +25,7 @@ def list_ignored(body: BaseModel) -> list[str]:
     return [
         name
         for name, field in type(body).model_fields.items()
-        if field.json_schema_extra == MARK and getattr(body, name) is not None
+        if field.json_schema_extra == MARK and getattr(body, name) not in (None, False)
     ]
 
 

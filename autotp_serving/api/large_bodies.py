@@ -16,7 +16,7 @@ MIN_LARGE_BYTES = 2**18
 
 CPU_SECONDS = 5.0
 
-LISTING_PATHS = ("/tokenize", "/detokenize")
+LISTING_PATHS = ("/tokenize", "/detokenize", "/count_tokens")
 """Where more tokens are taken than the model runs."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from autotp_serving.api.api_keys import ApiKeys
+from autotp_serving.api.api_keys import KEY_HEADERS, ApiKeys
 from autotp_serving.api.connections import FULL
 from autotp_serving.api.engine_client import Usage
 from autotp_serving.api.errors import ApiError, error_response
@@ -175,13 +175,13 @@ def _find_client_id(scope: Scope) -> str:
 
 
 def _refuse_stranger(scope: Scope) -> Response:
-    shows_key = any(name == b"authorization" for name, _ in scope["headers"])
+    shows_key = any(name in KEY_HEADERS for name, _ in scope["headers"])
     return error_response(
         401,
         # Clients tell a refused key by these words of OpenAI's.
         "Incorrect API key provided: it is not known here"
         if shows_key
-        else "this server wants an API key, sent as Authorization: Bearer KEY",
+        else "this server wants an API key, sent as Authorization: Bearer KEY or x-api-key: KEY",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,17 +31,22 @@ class TokenStreamResponse(Response):
         render: Render,
         *,
         media_type: str,
+        head: Callable[[], bytes] = bytes,
         tail: Callable[[], bytes] = bytes,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._render = render
+        self._head = head
         self._tail = tail
         self.status_code = 200
         self.background = None
         self.media_type = media_type
         # Proxies must pass each token on at once, and keep none.
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.init_headers(
+            {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with _Patience() as patience:
@@ -60,6 +65,8 @@ class TokenStreamResponse(Response):
                         "headers": self.raw_headers,
                     }
                 )
+                if body := self._head():
+                    await send_body(body)
                 async for outputs in stream:
                     body = self._render(outputs)
                     if body:

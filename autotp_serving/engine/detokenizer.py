@@ -86,20 +86,19 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def add(self, piece: str) -> str:
         """Take a piece of text, return what is certain not to belong to a stop string.
 
-        Sets `found` once one is complete; it and what follows are never returned.
+        Sets `found` to the one that is complete; it and what follows are never returned.
         """
         text = self._held + piece
         starts = [(text.find(stop), stop) for stop in self._stop]
-        matches = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        matches = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if matches:
             # The one complete first, and so the same one however the text is cut into pieces.
-            _, start = min(matches)
-            self.found = True
+            _, start, self.found = min(matches)
             self._held = ""
             return text[:start]
         held_len = max((self._overlap_len(text, stop) for stop in self._stop), default=0)
@@ -140,6 +139,11 @@ class Detokenizer:
     @property
     def stopped(self) -> bool:
         """True once a stop string was found."""
+        return self.stop_string is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
         return self._stop_strings.found
 
     def add(self, token_id: int) -> str:

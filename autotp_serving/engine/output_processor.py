@@ -87,6 +87,7 @@ class OutputProcessor:
                 queue_seconds=sequence.queue_seconds,
                 logprobs=tuple(progress.logprobs[:num_tokens]) if progress.logprobs else (),
                 prompt_logprobs=prompt_logprobs,
+                stop_string=detokenizer.stop_string,
             )
         )
         return reason

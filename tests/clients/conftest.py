@@ -16,6 +16,8 @@ from tests.api.conftest import LiveServer
 from tests.live.launch import CACHE_FLAGS, ROOT, Launch
 
 KEY = "client-key"
+# As the grammar of calls has it, where a client asks for strict tools.
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 DEMO = ROOT / "demo_model"
 SERVER_PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
 
@@ -52,9 +54,8 @@ def calling_url() -> Iterator[str]:
     options = {
         "config": {"port": 0, "api_key": [KEY], "tool_call_parser": "hermes"},
         "book": {
-            "tool add\nuser: 1 + 2?\nassistant: ": (
-                '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
-            )
+            "tool add\nuser: 1 + 2?\nassistant: ": CALL,
+            "tool add\nuser: 1 + 2?\nassistant: \ntool: 3\nassistant: ": "It is 3.",
         },
     }
     server = LiveServer(options, python=SERVER_PYTHON)

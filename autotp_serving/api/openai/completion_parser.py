@@ -65,7 +65,7 @@ class CompletionParsers:
     def __init__(self, tokenizer: Tokenizer, config: ServingConfig) -> None:
         template = tokenizer.chat_template
         self._tokenizer = tokenizer
-        self._splits = config.reasoning_parser == "think" or (
+        self.splits_reasoning = config.reasoning_parser == "think" or (
             config.reasoning_parser == "auto" and OPEN in template and CLOSE in template
         )
         self.tool_format: ToolFormat | None = {
@@ -78,7 +78,7 @@ class CompletionParsers:
 
     def reasoning(self, prompt_token_ids: Sequence[int]) -> Reasoning | None:
         """Whether the completion may begin with reasoning, or the prompt ends inside it."""
-        if not self._splits:
+        if not self.splits_reasoning:
             return None
         tail = list(prompt_token_ids[-PROMPT_TAIL_LEN:])
         prompt = self._tokenizer.decode(tail, skip_special_tokens=False)

@@ -117,6 +117,10 @@ class ChoiceWriter:
             "usage": usage_object(self._usage),
         }
 
+    def begin(self) -> bytes:
+        """What begins a stream: nothing, before there is a token."""
+        return b""
+
     def events(self, outputs: Sequence[RequestOutput]) -> bytes:
         """The events of some outputs."""
         parts = []

@@ -1,0 +1,1 @@
+"""/v1/responses, translated to chat completions. Rank 0 only."""
