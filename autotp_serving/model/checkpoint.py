@@ -127,6 +127,11 @@ class Checkpoint:
         """A line for the log: what converting again has cost so far; None where nothing was."""
         if not self._loss.num_weights:
             return None
+        if not self._loss.errors:
+            return (
+                f"{self._loss.num_weights} weights that others had quantized were converted again "
+                "without loss (none of a sample has moved)"
+            )
         return (
             f"{self._loss.num_weights} weights that others had quantized were converted again, "
             f"which moved them by {self._loss.relative:.2%} (root mean square, of a sample): "

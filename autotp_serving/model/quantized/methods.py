@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from autotp_serving.model.quantized.fp8 import ACTIVATION_NAMES, find_fp8_weights
+from autotp_serving.model.quantized.mxfp4 import find_mxfp4_weights
 from autotp_serving.model.quantized.settings import Quantization
 from autotp_serving.model.quantized.weight import QuantizedWeight
 from autotp_serving.model.stored_tensors import StoredTensor
@@ -17,6 +18,7 @@ Find = Callable[[Quantization, dict[str, StoredTensor]], dict[str, QuantizedWeig
 FINDERS: dict[str, Find] = {
     "fp8": find_fp8_weights,
     "fbgemm_fp8": find_fp8_weights,
+    "mxfp4": find_mxfp4_weights,
 }
 
 CACHE_NAMES = (

@@ -27,7 +27,7 @@ SIDE_FILES = (
 )
 IPEX_LLM_KEY = "bigdl_transformers_low_bit"
 
-METHODS = ("fp8", "fbgemm_fp8")
+METHODS = ("fp8", "fbgemm_fp8", "mxfp4")
 """What is read; `quant_method` in a config."""
 
 CURE = "get the 16-bit original, which --low-bit converts while it loads"
