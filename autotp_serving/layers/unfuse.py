@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -45,7 +45,9 @@ class Expert(nn.Module):
     """One expert: a gated MLP.
 
     Args:
-        activate: maps [num_tokens, 2 * intermediate_size], gate and up side by side, to half of it.
+        activate: maps [num_tokens, 2 * intermediate_size], gate and up, to half of it.
+        is_interleaved: it takes a column of gate and one of up in turn, not all gate before all up.
+        has_bias: gate and up have biases; the down projection's is `Experts`' own.
     """
 
     def __init__(
@@ -53,16 +55,24 @@ class Expert(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         activate: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        is_interleaved: bool = False,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self._activate = activate
+        self._is_interleaved = is_interleaved
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
-        gate_up = torch.cat((self.gate_proj(hidden), self.up_proj(hidden)), dim=-1)
+        parts = (self.gate_proj(hidden), self.up_proj(hidden))
+        if self._is_interleaved:
+            gate_up = torch.stack(parts, dim=-1).flatten(-2)
+        else:
+            gate_up = torch.cat(parts, dim=-1)
         return self.down_proj(self._activate(gate_up))
 
 
@@ -70,11 +80,23 @@ class Experts(nn.ModuleList):
     """All experts of a layer; one all-reduce over the ranks for all of them together.
 
     Attributes:
+        down_proj_bias: [num_experts, hidden_size], whole on every rank, or None.
+        adds_bias: on one rank only, for the sum over the ranks is to hold it once.
         is_transposed: where a checkpoint stacks them, it has [input, output] of each.
+        is_interleaved: a checkpoint's stack has a row of gate and one of up in turn.
     """
 
     reduce: AllReduce | None = None
+    down_proj_bias: nn.Parameter | None
+    adds_bias = True
     is_transposed = False
+    is_interleaved = False
+
+    def __init__(
+        self, experts: Iterable[Expert], down_proj_bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(experts)
+        self.register_parameter("down_proj_bias", down_proj_bias)
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -91,7 +113,10 @@ class Experts(nn.ModuleList):
             if number >= len(self):
                 continue
             token, position = torch.where(top_k_index == number)
-            part = self[number](hidden[token]) * top_k_weights[token, position, None]
+            part = self[number](hidden[token])
+            if self.down_proj_bias is not None and self.adds_bias:
+                part = part + self.down_proj_bias[number]
+            part = part * top_k_weights[token, position, None]
             out.index_add_(0, token, part.to(out.dtype))
         return out if self.reduce is None else self.reduce(out)
 
@@ -101,12 +126,14 @@ def is_stack_of_experts(module: nn.Module) -> bool:
 
     Their classes say of themselves how they are laid out, and share one forward pass.
     """
+    if not getattr(module, "has_gate", False) or not hasattr(module, "is_concatenated"):
+        return False
+    expected = {"gate_up_proj", "down_proj"}
+    if module.has_bias:
+        expected |= {f"{name}_bias" for name in expected}
     return (
-        getattr(module, "has_gate", False)
-        and getattr(module, "is_concatenated", False)
-        and not module.has_bias
-        and not module.has_post_expert_norm
-        and {name for name, _ in module.named_parameters()} == {"gate_up_proj", "down_proj"}
+        not module.has_post_expert_norm
+        and {name for name, _ in module.named_parameters()} == expected
     )
 
 
@@ -152,18 +179,34 @@ def _split_experts(stacked: nn.Module) -> Experts:
     num_experts, *sizes = stacked.down_proj.shape
     is_transposed = bool(stacked.is_transposed)
     intermediate_size, hidden_size = sizes if is_transposed else reversed(sizes)
+    is_interleaved = not stacked.is_concatenated
     dtype = stacked.down_proj.dtype
     # What is left of it is its way to join gate and up, with whatever that needs.
-    del stacked.gate_up_proj, stacked.down_proj
+    for name, _ in list(stacked.named_parameters()):
+        delattr(stacked, name)
     with torch.device("meta"):
+        down_proj_bias = None
+        if stacked.has_bias:
+            down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         experts = Experts(
-            Expert(hidden_size, intermediate_size, stacked._apply_gate) for _ in range(num_experts)
+            (
+                Expert(
+                    hidden_size,
+                    intermediate_size,
+                    stacked._apply_gate,
+                    is_interleaved=is_interleaved,
+                    has_bias=stacked.has_bias,
+                )
+                for _ in range(num_experts)
+            ),
+            down_proj_bias,
         )
     experts.is_transposed = is_transposed
+    experts.is_interleaved = is_interleaved
     return experts.to(dtype)
 
 
-def finish_split(model: nn.Module, num_ranks: int, all_reduce: AllReduce) -> None:
+def finish_split(model: nn.Module, rank: int, num_ranks: int, all_reduce: AllReduce) -> None:
     """Tell the parts what their share is; after AutoTP."""
     for module in model.modules():
         if type(module).__name__ == "Phi3Attention":
@@ -175,6 +218,7 @@ def finish_split(model: nn.Module, num_ranks: int, all_reduce: AllReduce) -> Non
             for expert in module:
                 expert.down_proj.mp_group = None
             module.reduce = all_reduce
+            module.adds_bias = rank == 0
 
 
 class RowParallelLinear(nn.Module):

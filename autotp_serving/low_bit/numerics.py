@@ -31,8 +31,10 @@ class Blocks(NamedTuple):
     peak: Tensor
 
 
-def encode(weights: Tensor, format: Format) -> Blocks:
+def encode(weights: Tensor, format: Format, power_of_two_scales: bool = False) -> Blocks:
     """Quantize float32 `[n, 64]`, each row one block. Look at `peak` before trusting the codes."""
+    if power_of_two_scales and format.kind == "minifloat" and format.scale_dtype is not None:
+        return _encode_with_powers(weights, format)
     encoders = {
         "symmetric": _encode_symmetric,
         "asymmetric": _encode_asymmetric,
@@ -169,6 +171,24 @@ def _encode_minifloat(weights: Tensor, format: Format) -> Blocks:
         scales = scales.half()
     scaled = weights * (inverses / format.level_unit)
     return Blocks(_minifloat_codes(scaled, format), scales, None, magnitude.max())
+
+
+def _encode_with_powers(weights: Tensor, format: Format) -> Blocks:
+    """The same with the smallest power of two for a scale that takes the largest magnitude.
+
+    What has few enough significant bits, and lies in reach below the largest, stays as it is.
+    """
+    magnitude = torch.maximum(weights.amax(1, keepdim=True), -weights.amin(1, keepdim=True))
+    tight = magnitude / torch.full_like(magnitude[:1], format.largest_level)
+    mantissas, exponents = torch.frexp(tight)
+    exponents -= (mantissas == 0.5).int()
+    is_half = format.scale_dtype == "float16"
+    lowest, highest = (-24, 15) if is_half else (-126, 126)
+    powers = ((exponents.clamp(lowest, highest) + 127) << 23).view(torch.float32)
+    # Above the largest power that the scales' type has, other numbers are left.
+    scales = torch.where(exponents > highest, tight, powers)
+    codes = _minifloat_codes(weights * (_reciprocal(scales) / format.level_unit), format)
+    return Blocks(codes, scales.half() if is_half else scales, None, magnitude.max())
 
 
 def _minifloat_codes(levels: Tensor, format: Format) -> Tensor:

@@ -77,11 +77,15 @@ class LowBitTensor:
         return {f"{prefix}.{name}": plane for name, plane in self.canonical().planes.items()}
 
 
-def quantize(weight: Tensor, format: Format, *, tile: int | None = None) -> LowBitTensor:
+def quantize(
+    weight: Tensor, format: Format, *, tile: int | None = None, power_of_two_scales: bool = False
+) -> LowBitTensor:
     """Convert a weight `[rows, cols]` of any float dtype, on its own device.
 
     When `cols` is no multiple of 64 the last block of a row is filled up with the row's last
     weight, which leaves its range as it is. `tile` is the number of weights converted at once.
+    `power_of_two_scales` asks for them in formats of small floats (fp4, fp6, fp8_e4m3), for weights
+    that lie on such levels already.
     Raises LowBitError when a weight is NaN, infinite or too large for the format's scale.
     """
     rows, cols = weight.shape
@@ -96,7 +100,7 @@ def quantize(weight: Tensor, format: Format, *, tile: int | None = None) -> LowB
         if cols % BLOCK:
             filler = values[:, -1:].expand(-1, blocks * BLOCK - cols)
             values = torch.cat([values, filler], 1)
-        encoded = encode(values.reshape(-1, BLOCK), format)
+        encoded = encode(values.reshape(-1, BLOCK), format, power_of_two_scales)
         parts = pack(encoded.codes, format.code_bits)
         parts |= {"scales": encoded.scales, "mins": encoded.mins}
         for name, plane in planes.items():

@@ -42,7 +42,7 @@ def build_sharded_model(
     with refuse_by_name(model_config):
         if group.size > 1:
             _shard(model, group.size, dtype, all_reduce)
-        finish_split(model, group.size, all_reduce)
+        finish_split(model, group.rank, group.size, all_reduce)
         _install_head(model, group, all_reduce)
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Checkpoint:
         self._shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         self._itemsizes = {name: tensor.itemsize for name, tensor in self.stored.items()}
         self._views: dict[str, tuple[str, int]] = {}  # where its rows are, and the first of them
-        self._slices: dict[str, tuple[str, int, int, bool]] = {}  # see add_slice
+        self._slices: dict[str, _Slice] = {}
         self._hidden: set[str] = set()
         self._formats: dict[str, Format] = {}
         self._quantized = QuantizedTensors({})
@@ -134,6 +135,11 @@ class Checkpoint:
         """A line for the log: what converting again has cost so far; None where nothing was."""
         if not self._loss.num_weights:
             return None
+        if not self._loss.errors:
+            return (
+                f"{self._loss.num_weights} weights that others had quantized were converted again "
+                "without loss (none of a sample has moved)"
+            )
         return (
             f"{self._loss.num_weights} weights that others had quantized were converted again, "
             f"which moved them by {self._loss.relative:.2%} (root mean square, of a sample): "
@@ -207,20 +213,29 @@ class Checkpoint:
         self._hidden |= names
 
     def add_slice(
-        self, name: str, source: str, index: int, rows: tuple[int, int], *, is_transposed: bool
+        self,
+        name: str,
+        source: str,
+        index: int,
+        first_row: int,
+        num_rows: int,
+        *,
+        step: int,
+        is_transposed: bool,
     ) -> None:
         """Let rows of one of the matrices stacked in a tensor count as a tensor of their own.
 
         Args:
-            source: [number of matrices, rows, columns]; it is named no more.
+            source: [number of matrices, rows, columns], or [number of biases, rows]; it is named
+                no more.
             index: which matrix.
-            rows: (start, stop).
+            first_row, num_rows, step: every so many rows, from which on.
             is_transposed: the matrices in `source` have their rows as columns.
         """
-        num_cols = self._shapes[source][1 if is_transposed else 2]
-        self._slices[name] = (source, index, rows[0], is_transposed)
+        others = self._shapes[source][1:2] if is_transposed else self._shapes[source][2:]
+        self._slices[name] = _Slice(source, index, first_row, step, is_transposed)
         self._hidden.add(source)
-        self._shapes[name] = (rows[1] - rows[0], num_cols)
+        self._shapes[name] = (num_rows, *others)
         self._itemsizes[name] = self._itemsizes[source]
 
     def read_low_bit(self, name: str, ranges: Ranges) -> LowBitTensor:
@@ -282,13 +297,17 @@ class Checkpoint:
         return found if dtype is None else found.to(dtype)
 
     def _read_slice(self, name: str, ranges: Ranges) -> torch.Tensor:
-        source, index, first_row, is_transposed = self._slices[name]
-        check_type(source, self.stored[source])
-        (row_start, row_stop), cols = ranges
-        rows = (row_start + first_row, row_stop + first_row)
-        block = (cols, rows) if is_transposed else (rows, cols)
-        (part,) = self._read_stored(source, ((index, index + 1), *block))
-        return part.T.contiguous() if is_transposed else part
+        part = self._slices[name]
+        check_type(part.source, self.stored[part.source])
+        (row_start, row_stop), *cols = ranges
+        rows = (
+            part.first_row + row_start * part.step,
+            part.first_row + (row_stop - 1) * part.step + 1,
+        )
+        block = (*cols, rows) if part.is_transposed else (rows, *cols)
+        (found,) = self._read_stored(part.source, ((part.index, part.index + 1), *block))
+        found = found.T if part.is_transposed else found
+        return found[:: part.step].contiguous()
 
     def _read_stored(
         self, name: str, ranges: Ranges, dtype: torch.dtype | None = None
@@ -321,3 +340,14 @@ class Checkpoint:
             part = tensors.get_slice(name)[tuple(slice(start, stop) for start, stop in ranges)]
             # A view would keep the file mapped, and the pages around the slice resident.
             return part.clone()
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Every `step`-th row, from `first_row` on, of matrix `index` of those stacked in `source`."""
+
+    source: str
+    index: int
+    first_row: int
+    step: int
+    is_transposed: bool

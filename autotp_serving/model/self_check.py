@@ -46,7 +46,7 @@ class _Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.calls: list[tuple[int, tuple[int, ...], tuple[int, ...], float]] = []
+        self.calls: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...], float]] = []
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -70,14 +70,14 @@ def check_unproved(model: nn.Module, device: torch.device) -> None:
     recorder = _Recorder(device)
     with _compared_attention(model):
         _run(model, [second], recorder)
-    for layer, query_shape, key_shape, error in recorder.calls:
+    for attention, query_shape, key_shape, error in recorder.calls:
         if not error < tolerance:
             raise ConfigError(
-                f"the family '{family}' cannot be served: layer {layer} asks its attention for "
-                f"what is not done here (its output would be off by {error:.0%})"
+                f"the family '{family}' cannot be served: layer {attention.layer_idx} asks its "
+                f"attention for what is not done here (its output would be off by {error:.0%})"
             )
-        _check_heads(model, query_shape, key_shape)
-    layers = [call[0] for call in recorder.calls]
+        _check_heads(model, attention, query_shape, key_shape)
+    layers = [call[0].layer_idx for call in recorder.calls]
     if len(layers) != len(set(layers)):
         raise ConfigError(
             f"the family '{family}' cannot be served: a layer of it attends more than once"
@@ -130,16 +130,19 @@ def _attend_twice(
     ours, _ = paged_attention(
         module, query, key, value, None, attention_context=attention_context, **kwargs
     )
-    attention_context.cache.calls.append(
-        (module.layer_idx, query.shape, key.shape, _error(ours, theirs[0]))
-    )
+    attention_context.cache.calls.append((module, query.shape, key.shape, _error(ours, theirs[0])))
     return theirs
 
 
-def _check_heads(model: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:
+def _check_heads(
+    model: nn.Module, attention: nn.Module, query: tuple[int, ...], key: tuple[int, ...]
+) -> None:
     """Refuse heads that are not this rank's share: a reshape may hide a wrong sharding.
 
+    Layers may differ in their numbers of key/value heads, which are dealt out with the config's.
+
     Args:
+        attention: a layer's; its ratio of queries to keys is that of all ranks.
         query, key: shapes [1, heads, tokens, head_dim].
     """
     head = next(module for module in model.modules() if isinstance(module, VocabParallelHead))
@@ -149,12 +152,17 @@ def _check_heads(model: nn.Module, query: tuple[int, ...], key: tuple[int, ...])
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    if getattr(config, "kv_lora_rank", None):  # latent keys become those of every head
+    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    if is_latent:  # its keys become those of every head
         num_kv_heads = num_heads
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     share, rest = divmod(num_kv_heads, head.num_ranks)
     share += head.rank < rest
-    expected = (share * (num_heads // num_kv_heads), head_dim, share, head_dim)
+    num_queries = share * (num_heads // num_kv_heads)
+    group = num_heads // num_kv_heads
+    if not is_latent:
+        group = getattr(attention, "num_key_value_groups", group)
+    expected = (num_queries, head_dim, num_queries // group, head_dim)
     if (query[1], query[3], key[1], key[3]) != expected:
         raise ConfigError(
             f"the family '{model.config.model_type}' is not known to be split rightly over "

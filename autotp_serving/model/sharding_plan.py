@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autotp_serving.layers.unfuse import Experts, FusedOutput
+from autotp_serving.low_bit.formats import BLOCK
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,13 +87,15 @@ def follow_cuts(model: nn.Module, cuts: dict[str, str], all_reduce: AllReduce) -
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
-    options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config)}
     kinds = {"column": LinearLayer, "row": LinearAllreduce}
     for name, cut in cuts.items():
         if cut != "whole":
-            layer = kinds[cut](
-                model.get_submodule(name), comm.get_world_group(), name=name, **options
-            )
+            linear = model.get_submodule(name)
+            size = linear.out_features if cut == "column" else linear.in_features
+            # Low-bit weights are cut between blocks only, and no rank goes without any.
+            grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
+            options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config, grain)}
+            layer = kinds[cut](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
         query = getattr(module, "q_proj", None)

@@ -32,6 +32,8 @@ RENAMED = (
 )
 
 STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+GATE_UP_BIAS = "gate_up_proj_bias"
+"""Of the stacked biases, those that are taken apart; the others stay one tensor (`Experts`)."""
 
 
 def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -51,6 +53,9 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
                 continue
             number, position = part
             target = f"{parent}.{number}.{STACKED_PARTS[last][position]}.weight"
+        elif parent in experts and last == GATE_UP_BIAS:
+            _match_stack(parent, experts[parent], last, source, checkpoint)
+            continue
         if target in wanted and target not in known:
             checkpoint.add_view(target, source, 0, checkpoint.shape(source)[0])
     known = checkpoint.names()
@@ -116,19 +121,24 @@ def _match_stack(
 ) -> None:
     """Let the experts of a layer be slices of one tensor of the checkpoint."""
     shape = checkpoint.shape(source)
-    if len(shape) != 3 or shape[0] != len(experts):
+    is_bias = stack == GATE_UP_BIAS
+    if len(shape) != (2 if is_bias else 3) or shape[0] != len(experts):
         return  # the missing ones are named later
-    num_rows = shape[2 if experts.is_transposed else 1]
-    parts = STACKED_PARTS[stack]
+    is_transposed = experts.is_transposed and not is_bias
+    num_rows = shape[2 if is_transposed else 1]
+    parts = STACKED_PARTS[stack.removesuffix("_bias")]
     size = num_rows // len(parts)
     for number in range(len(experts)):
         for position, part in enumerate(parts):
+            step = len(parts) if experts.is_interleaved else 1
             checkpoint.add_slice(
-                f"{name}.{number}.{part}.weight",
+                f"{name}.{number}.{part}.{'bias' if is_bias else 'weight'}",
                 source,
                 number,
-                (position * size, (position + 1) * size),
-                is_transposed=experts.is_transposed,
+                position if step > 1 else position * size,
+                size,
+                step=step,
+                is_transposed=is_transposed,
             )
 
 

@@ -162,6 +162,52 @@ def test_tile_size_changes_nothing(format: Format, tile: int) -> None:
     assert torch.equal(dequantize(tensor, tile=tile), dequantize(tensor))
 
 
+SMALL_FLOATS = pytest.mark.parametrize("name", ["fp4", "fp6", "fp8_e4m3"])
+
+
+def make_halves(ratio: int, exponent: int) -> torch.Tensor:
+    """Numbers of e2m1 times a power of two, smaller by 2**ratio in the other half of a block."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    row = torch.cat([levels, -levels]).repeat(4) * 2.0**exponent
+    row[32:] *= 2.0**-ratio
+    return row.repeat(3, 2)
+
+
+@pytest.mark.parametrize("exponent", [-9, 0, 3])
+@pytest.mark.parametrize(("name", "reach"), [("fp4", 0), ("fp6", 5), ("fp8_e4m3", 14)])
+def test_power_of_two_scales_keep_e2m1(name: str, reach: int, exponent: int) -> None:
+    for ratio in range(reach + 1):
+        weight = make_halves(ratio, exponent)
+        tensor = quantize(weight, FORMATS[name], power_of_two_scales=True)
+        assert torch.equal(dequantize(tensor), weight)
+    further = make_halves(reach + 1, exponent)
+    found = dequantize(quantize(further, FORMATS[name], power_of_two_scales=True))
+    assert 0 < (found - further).abs().max() <= 2.0 ** (exponent - reach - 2)
+
+
+@SMALL_FLOATS
+@pytest.mark.parametrize("peak", [1e-12, 3e4, 4e4, 6e4])
+def test_power_of_two_scales_beyond_their_type(name: str, peak: float) -> None:
+    """Tiny numbers may become zeros; at the top, scales are what they are without the wish."""
+    format = FORMATS[name]
+    unit = 1.0 if format.scale_dtype == "float32" else format.largest_level
+    weight = make_weight(2, 64).clamp(-0.02, 0.02) / 0.02 * peak * unit
+    found = dequantize(quantize(weight, format, power_of_two_scales=True))
+    assert (found - weight).abs().max() <= (0.26 if peak > 1 else 1.0) * peak * unit
+
+
+@SMALL_FLOATS
+def test_power_of_two_scales_refuse_what_is_no_number(name: str) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight = make_weight(2, 64)
+        weight[1, 3] = bad
+        with pytest.raises(LowBitError, match="NaN or infinity"):
+            quantize(weight, FORMATS[name], power_of_two_scales=True)
+    assert not dequantize(
+        quantize(torch.zeros(2, 64), FORMATS[name], power_of_two_scales=True)
+    ).any()
+
+
 @every_format
 def test_zeros_stay_zero(format: Format) -> None:
     assert not dequantize(quantize(torch.zeros(2, 64), format)).any()

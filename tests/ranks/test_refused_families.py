@@ -28,7 +28,8 @@ FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "glm4": (None, None),  # gate and up in one matrix
     "bitnet": (None, "attn_sub_norm.weight stays whole"),
     "granite_swa": (None, None),  # attention sinks
-    "gpt_oss": (None, "GptOssExperts"),
+    "gpt_oss": (None, None),  # experts with biases, their gates and ups in turn
+    "mimo_v2_flash": (None, None),  # layers with twice as many key/value heads as others
     "mamba": ("no attention heads", "no attention heads"),
     "falcon_h1": ("cannot be computed", "not known to be split rightly"),
     "gptj": ("not among its attentions", "not among its attentions"),

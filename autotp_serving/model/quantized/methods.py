@@ -17,6 +17,7 @@ from autotp_serving.model.quantized.fp8 import (
 )
 from autotp_serving.model.quantized.gptq import find_gptq_weights
 from autotp_serving.model.quantized.ipex_llm import find_ipex_llm_weights, find_merged_parts
+from autotp_serving.model.quantized.mxfp4 import find_mxfp4_weights
 from autotp_serving.model.quantized.settings import Quantization
 from autotp_serving.model.quantized.weight import QuantizedWeight, Read
 from autotp_serving.model.stored_tensors import StoredTensor
@@ -43,6 +44,7 @@ FINDERS: dict[str, Find] = {
     "bitsandbytes": find_bitsandbytes_weights,
     "modelopt": find_modelopt_weights,
     "ipex-llm": find_ipex_llm_weights,
+    "mxfp4": find_mxfp4_weights,
 }
 
 AWQ_PACKINGS = ("awq", "auto_round:auto_awq")

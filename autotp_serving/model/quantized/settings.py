@@ -30,7 +30,7 @@ IPEX_LLM_FILE = "bigdl_config.json"
 
 METHODS = (
     *("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors"),
-    *("gptq", "auto-round", "awq", "bitsandbytes", "ipex-llm"),
+    *("gptq", "auto-round", "awq", "bitsandbytes", "mxfp4", "ipex-llm"),
 )
 """What is read; `quant_method` in a config."""
 

@@ -37,6 +37,9 @@ class QuantizedWeight(Protocol):
         format: what takes it as it is; None where nothing does.
         fallback: what it becomes where nothing does and nobody asks for something else.
         parts: names of the stored tensors that it consists of.
+
+    Where it has an attribute `has_power_of_two_scales` that is true, its scales are such, and so
+    are those of the small floats that it is converted to: levels then fall on levels.
     """
 
     shape: tuple[int, int]
@@ -107,12 +110,13 @@ def read_low_bit(
         name: torch.empty(shape[0], blocks * entries, dtype=getattr(torch, dtype))
         for name, dtype, entries in target.planes
     }
+    with_powers = getattr(weight, "has_power_of_two_scales", False)
     for start, stop in _list_tiles(rows, shape[1]):
         if target is weight.format:
             tile = weight.repack(read, (start, stop), cols)
         else:
             values = weight.decode(read, (start, stop), cols)
-            tile = quantize(values, target)
+            tile = quantize(values, target, power_of_two_scales=with_powers)
             loss.add(values, tile)
         for name, plane in planes.items():
             plane[start - rows[0] : stop - rows[0]] = tile.planes[name]
