@@ -168,9 +168,11 @@ def plan(config: ServingConfig, group: RankGroup, num_ranks: int) -> int:
 
 def save(config: ServingConfig, group: RankGroup) -> int:
     """All ranks: convert the checkpoint into a folder that loads quickly, and leave."""
+    from autotp_serving.distributed.collectives import join_for_exchange
     from autotp_serving.model.loader import read_model_config
     from autotp_serving.model.save import save_low_bit
 
+    join_for_exchange(group)
     save_low_bit(config, read_model_config(config), group)
     return 0
 

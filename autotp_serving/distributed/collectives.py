@@ -101,6 +101,24 @@ def join_collectives(
     return all_reduce
 
 
+def join_for_exchange(group: RankGroup) -> None:
+    """Let ranks that run no model exchange values; ranks of MPI can from the start."""
+    if not isinstance(group, TorchRankGroup):
+        return
+    if group.local_size == group.size:
+        listeners.keep_to_loopback(os.environ)
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=None if has_store(os.environ) else prepare_store(group),
+            rank=group.rank,
+            world_size=group.size,
+            timeout=GROUP_TIMEOUT,
+        )
+
+
 def broadcast_tokens(token_ids: Any) -> None:
     """Give every rank, in place, what rank 0 has in a tensor; once `join_collectives` is done."""
     import torch.distributed

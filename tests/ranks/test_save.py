@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from autotp_serving.low_bit.selection import MANIFEST_NAME
+from autotp_serving.model_folder import INDEX_NAME
 from tests.model.checkpoints import save_tiny_llama
 from tests.ranks.launch import ROOT, mpirun
 from tests.ranks.test_families import run_jobs
@@ -48,3 +51,19 @@ def test_reloads_at_any_number_of_ranks(
     num_ranks: int, jobs: list[dict], expected: list[list[int]], tmp_path: Path
 ) -> None:
     assert run_jobs(jobs[1:], num_ranks, tmp_path) == [expected]
+
+
+def test_torchrun_saves_every_ranks_part(jobs: list[dict], tmp_path: Path) -> None:
+    """Its ranks did not wait for one another, and rank 0 listed its own tensors alone."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    model, saved = Path(jobs[0]["model"]), Path(jobs[1]["model"])
+    subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node=2", "serving.py", "--model", model,
+         "--low-bit", "sym_int4", "--device", "cpu", "--save-low-bit", tmp_path / "saved"],
+        check=True, timeout=200, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for name in (INDEX_NAME, MANIFEST_NAME):
+        found, expected = (
+            json.loads((one / name).read_text()) for one in (tmp_path / "saved", saved)
+        )
+        assert found == expected
