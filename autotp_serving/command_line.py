@@ -13,11 +13,40 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from autotp_serving import __version__
 from autotp_serving.config import ConfigError, ServingConfig
+
+SECTIONS = {
+    "the model": (
+        *("model_path", "hub", "revision", "served_model_name", "any_model_name", "load_format"),
+        *("allow_pickle", "trust_remote_code", "generation_config"),
+    ),
+    "its weights": (
+        *("low_bit", "low_bit_provider", "lm_head_low_bit", "modules_to_not_convert"),
+        *("save_low_bit", "dtype"),
+    ),
+    "devices and memory": (
+        *("device", "tensor_parallel_size", "plan", "device_memory", "max_host_ram"),
+        *("gpu_memory_utilization", "kv_cache_memory", "kv_cache_dtype", "block_size"),
+        "enforce_eager",
+    ),
+    "batches and limits": (
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),
+        *("max_queue_len", "request_timeout", "compile_timeout", "template_timeout"),
+        *("step_timeout", "drain_seconds", "seed"),
+    ),
+    "HTTP": (
+        *("host", "port", "max_body_size", "api_key", "api_key_file", "cors_origin"),
+        *("allowed_host", "ssl_certfile", "ssl_keyfile"),
+    ),
+    "what completions hold": ("tool_call_parser", "reasoning_parser"),
+    "logs": ("log_level", "log_format", "profile"),
+}
+"""Of --help: fields of `ServingConfig`, each in one of them."""
 
 
 def parse_args(argv: list[str] | None = None) -> ServingConfig:
-    """Read the command line and the file it may name. Exits only for --help.
+    """Read the command line and the file it may name. Exits only for --help and --version.
 
     Raises:
         ConfigError: in one line, naming the flag or the key.
@@ -54,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML file of settings, its keys named like these flags, which win over it; "
         "default: none",
     )
+    parser.add_argument("--version", action="version", version=f"AutoTP Serving {__version__}")
+    sections = {
+        name: section
+        for title, names in SECTIONS.items()
+        for section in [parser.add_argument_group(title)]
+        for name in names
+    }
     for item in fields(ServingConfig):
         options = {key: value for key, value in item.metadata.items() if value is not None}
         flags = options.pop("flags") or (f"--{item.name.replace('_', '-')}",)
@@ -65,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
         if item.default not in (None, "", ()):
             options["help"] += f" (default: {item.default})"
         options["help"] = options["help"].replace("%", "%%")
-        parser.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **options)
+        section = sections[item.name]
+        section.add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **options)
     return parser
 
 
@@ -86,7 +123,7 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {
         flag: action
         for action in parser._actions
-        if action.dest not in ("help", "config")
+        if action.dest not in ("help", "version", "config")
         for flag in action.option_strings
         if not flag.startswith("--no-")
     }

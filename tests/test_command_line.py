@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from autotp_serving.command_line import build_parser, parse_args
+from autotp_serving import __version__
+from autotp_serving.command_line import SECTIONS, build_parser, parse_args
 from autotp_serving.config import ConfigError, ServingConfig
 
 MODEL = ["--model", "some/folder"]
@@ -45,6 +46,17 @@ def test_every_setting_has_a_flag_whose_help_tells_default_and_unit():
             assert action.metavar and action.metavar.isupper(), f"{item.name}: no unit"
         if isinstance(item.default, int | float) and not isinstance(item.default, bool):
             assert f"(default: {item.default})" in text, item.name
+
+
+def test_help_has_every_setting_in_one_section():
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(item.name for item in fields(ServingConfig))
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"AutoTP Serving {__version__}\n"
 
 
 def test_help_can_be_printed(capsys):
