@@ -117,7 +117,7 @@ def find_costs(config: ServingConfig) -> ModelCosts:
     """From config.json and the formats that the weights will have; reads no weight."""
     from autotp_serving.memory.footprint import MemorySetup
     from autotp_serving.memory.planner import find_footprints
-    from autotp_serving.model.families import find_max_model_len
+    from autotp_serving.model.lengths import find_max_model_len
     from autotp_serving.model.loader import read_model_config
 
     model_config = read_model_config(config)

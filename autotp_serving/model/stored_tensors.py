@@ -84,14 +84,14 @@ def list_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def has_weights(folder: Path, with_pickled: bool = False) -> bool:
-    """True for a folder with safetensors; to plan, config.json may be all there is.
+    """True for a folder with safetensors; to plan, config.json and an index may be all there is.
 
     Args:
         with_pickled: pickled weights count, too.
     """
     if with_pickled and list(folder.glob("pytorch_model*.bin")):
         return True
-    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
+    return any(folder.glob("*.safetensors"))
 
 
 def list_weight_files(folder: Path) -> list[Path]:
