@@ -17,6 +17,11 @@ from autotp_serving.memory.known_shapes import read_known_config
 from autotp_serving.model.lengths import describe_length, find_length, find_max_model_len
 from autotp_serving.model.loader import read_model_config
 from tests.model.families import COMMON, save_family
+from tests.ranks.test_families import IS_TRANSFORMERS_4
+
+needs_transformers_5 = pytest.mark.skipif(
+    IS_TRANSFORMERS_4, reason="its settings are written as transformers 5 has them"
+)
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -104,6 +109,7 @@ def test_a_factor_that_is_none_is_refused(factor: Any, tmp_path: Path) -> None:
         find_length(read_known_config(tmp_path))
 
 
+@needs_transformers_5
 def test_what_is_told_of_lengths() -> None:
     def config(**settings: Any) -> Any:
         return AutoConfig.for_model(**SIZES, **settings)
@@ -150,6 +156,7 @@ SCALED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("name", SCALED)
 def test_numbers_beyond_the_length_of_the_training(name: str, tmp_path: Path) -> None:
     """Each is also another one than without the scaling: a sequence of this length can tell."""
@@ -186,6 +193,7 @@ def test_numbers_beyond_the_length_of_the_training(name: str, tmp_path: Path) ->
     assert max(abs(a - b) for a, b in zip(logprobs, expected[False], strict=True)) > 0.05
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_up_to_the_length_of_the_training_nothing_changes(name: str, tmp_path: Path) -> None:
     family, rope = SCALED[name]
@@ -213,6 +221,7 @@ def test_the_sizes_above_have_heads_of_32() -> None:
     assert SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2 == len(FACTORS["long_factor"])
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("is_flat", [True, False])
 def test_yarn_in_a_vision_language_model(is_flat: bool, tmp_path: Path) -> None:
     """As Qwen2.5-VL's card has it: among the settings of an image's axes."""
