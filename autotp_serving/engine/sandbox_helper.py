@@ -89,6 +89,7 @@ class Helper:
         }
         package = str(Path(__file__).parents[2])
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environ.get("PYTHONPATH")]))
+        environ["USE_TORCH"] = "0"  # for transformers 4, which imports it along with its templates
         module = "autotp_serving.engine.sandbox_worker"
         with theirs:
             self._process = subprocess.Popen(
