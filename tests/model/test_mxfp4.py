@@ -20,6 +20,9 @@ from autotp_serving.model.quantized.mxfp4 import Mxfp4Weight
 from autotp_serving.model.stored_tensors import SINGLE_NAME
 from tests.model.gpt_oss import Saved, save_mxfp4
 from tests.model.test_quantized import cut, load, save
+from tests.ranks.test_families import IS_TRANSFORMERS_4
+
+pytestmark = pytest.mark.skipif(IS_TRANSFORMERS_4, reason="has no gpt-oss")
 
 SLICES = [
     ((0, None), (0, None)),
