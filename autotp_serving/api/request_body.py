@@ -59,11 +59,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int, large_bodies: La
             if size > limit:
                 raise _too_large(limit)
             chunks.append(chunk)
-            if file is None and size > MIN_LARGE_BYTES:
-                file = Spool()
-            if file is not None:
-                file.write(b"".join(chunks))
-                chunks.clear()
+            if size > MIN_LARGE_BYTES:
+                file = _spool(file, chunks)
             if not message.get("more_body", False):
                 break
             timer.num_bytes = size
@@ -71,6 +68,22 @@ async def read_body(scope: Scope, receive: Receive, limit: int, large_bodies: La
         return b"".join(chunks)
     await large_bodies.check(file, scope["path"])
     return file.read()
+
+
+def _spool(file: Spool | None, chunks: list[bytes]) -> Spool:
+    """Move what has come into the file, which is made for the first of it."""
+    try:
+        file = file or Spool()
+        file.write(b"".join(chunks))
+    except OSError as error:
+        raise ApiError(
+            503,
+            f"there is no room for a body of this size ({error.strerror}): try again",
+            code="busy",
+            headers={"Connection": "close", "Retry-After": "1"},
+        ) from error
+    chunks.clear()
+    return file
 
 
 def _too_large(limit: int) -> ApiError:

@@ -17,7 +17,7 @@ from autotp_serving.layers.unfuse import finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
-from autotp_serving.model.sharding_plan import AllReduce, find_cuts, follow_cuts
+from autotp_serving.model.sharding_plan import AllReduce, find_layer_sharding, shard_layers
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -81,13 +81,13 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
 
 
 def _shard(model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
-    """Cut the model by transformers' plan, or else as AutoTP finds right."""
-    cuts = None if model.config.model_type in PROVED else find_cuts(model)
-    if cuts is None:
+    """Shard the model by transformers' plan, or else as AutoTP finds right."""
+    sharding = None if model.config.model_type in PROVED else find_layer_sharding(model)
+    if sharding is None:
         _shard_with_autotp(model, num_ranks, dtype)
     else:
-        follow_cuts(model, cuts, all_reduce)
-    check_sharding(model, has_cuts=cuts is not None)
+        shard_layers(model, sharding, all_reduce)
+    check_sharding(model, has_plan=sharding is not None)
 
 
 def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> None:

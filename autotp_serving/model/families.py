@@ -36,7 +36,7 @@ PROVED = (
 COLUMN_NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_NAMES = ("o_proj", "down_proj")
 
-# Of latent attention: what comes before the matrices that are cut.
+# Of latent attention: what comes before the matrices that are sharded.
 WHOLE_PARTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
 # What transformers 4 reads from `rope_scaling` as transformers 5 does from `rope_parameters`.
@@ -114,12 +114,12 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
         )
 
 
-def check_sharding(model: nn.Module, *, has_cuts: bool) -> None:
+def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     """Refuse an unproved family that AutoTP has sharded wrongly, or where this cannot be checked.
 
     Args:
         model: sharded for several ranks, on the meta device.
-        has_cuts: its matrices are sharded as transformers' own plan or their names have it.
+        has_plan: its matrices are sharded as transformers' own plan or their names have it.
 
     Raises:
         ConfigError: naming the family and the layer.
@@ -136,7 +136,7 @@ def check_sharding(model: nn.Module, *, has_cuts: bool) -> None:
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
         if module is head or not (is_matrix or has_stacked_weights(module)):
             continue
-        if has_cuts and not has_stacked_weights(module):
+        if has_plan and not has_stacked_weights(module):
             continue
         last = name.rpartition(".")[2]
         expected = "LinearLayer" if last in COLUMN_NAMES else "LinearAllreduce"
@@ -167,7 +167,7 @@ def check_unsharded_parameters(model: nn.Module) -> None:
             if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
-                is_known = own_name == "sinks" and not inner_name  # cut by `follow_cuts`
+                is_known = own_name == "sinks" and not inner_name  # sharded by `shard_layers`
                 is_known |= inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
                 if is_known or tuple(parameter.shape) == (head_dim,):
                     continue

@@ -1,7 +1,7 @@
-"""Which matrix is cut how, where transformers or a name tells; by AutoTP's layers. Every rank.
+"""How each matrix is sharded, where transformers or a name tells; by AutoTP's layers. Every rank.
 
-AutoTP decides by names alone, and takes a router, say, for a matrix to cut. Most families of
-transformers name the matrices that are cut by rows or columns (`base_model_tp_plan`), and all
+AutoTP decides by names alone, and takes a router, say, for a matrix to shard. Most families of
+transformers name the matrices that are sharded by rows or columns (`base_model_tp_plan`), and all
 others stay whole on every rank; some are told by names that most families share.
 """
 
@@ -21,7 +21,7 @@ AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output")
 ROW_STYLES = ("rowwise", "rowwise_split_input")
-CUT_BY_NAME = {
+SHARDING_BY_NAME = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
     **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
     **dict.fromkeys(("o_proj", "down_proj"), "row"),
@@ -34,11 +34,11 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
-def find_cuts(model: nn.Module) -> dict[str, str] | None:
-    """How each linear layer is cut: by "column" of its output, by "row" of its input, or "whole".
+def find_layer_sharding(model: nn.Module) -> dict[str, str] | None:
+    """How each linear layer is sharded: by "column" of its output, "row" of its input, or "whole".
 
     Returns:
-        A cut by name, for all but the head; None where neither transformers nor a name tells.
+        By name, for all but the head; None where neither transformers nor a name tells.
     """
     head = model.get_output_embeddings()
     plan = getattr(model, "_tp_plan", None) or {}
@@ -48,60 +48,60 @@ def find_cuts(model: nn.Module) -> dict[str, str] | None:
         if style in COLUMN_STYLES + ROW_STYLES
     }
     is_whole_plan = any("att" in pattern.pattern for pattern in styles)
-    cuts = {}
+    sharding = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
             continue
         style = next((style for one, style in styles.items() if one.fullmatch(name)), None)
-        cut = _find_own_cut(model, name)
-        if cut is None and style is not None:
-            cut = "column" if style in COLUMN_STYLES else "row"
-        if cut is None:  # what a whole plan leaves out stays whole
-            cut = "whole" if is_whole_plan else CUT_BY_NAME.get(name.rpartition(".")[2])
-        if cut is None:
+        axis = _find_own_sharding(model, name)
+        if axis is None and style is not None:
+            axis = "column" if style in COLUMN_STYLES else "row"
+        if axis is None:  # what a whole plan leaves out stays whole
+            axis = "whole" if is_whole_plan else SHARDING_BY_NAME.get(name.rpartition(".")[2])
+        if axis is None:
             return None
-        cuts[name] = cut
-    return cuts if "row" in cuts.values() else None
+        sharding[name] = axis
+    return sharding if "row" in sharding.values() else None
 
 
-def _find_own_cut(model: nn.Module, name: str) -> str | None:
+def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     """Of the parts that our own code has made of others."""
     parent_name, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
-        return CUT_BY_NAME[last]
+        return SHARDING_BY_NAME[last]
     is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
     return "column" if is_part else None
 
 
-def follow_cuts(model: nn.Module, cuts: dict[str, str], all_reduce: AllReduce) -> None:
-    """Put AutoTP's layers in the place of those that are cut.
+def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllReduce) -> None:
+    """Put AutoTP's layers in the place of those that are sharded.
 
     Norms over the queries or keys of all heads see all of them, and heads are counted anew.
 
     Args:
         model: on the meta device.
-        cuts: of `find_cuts`.
+        sharding: of `find_layer_sharding`.
     """
     from deepspeed import comm
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     kinds = {"column": LinearLayer, "row": LinearAllreduce}
-    for name, cut in cuts.items():
-        if cut != "whole":
+    for name, axis in sharding.items():
+        if axis != "whole":
             linear = model.get_submodule(name)
-            size = linear.out_features if cut == "column" else linear.in_features
-            # Low-bit weights are cut between blocks only, and no rank goes without any.
+            size = linear.out_features if axis == "column" else linear.in_features
+            # Low-bit weights are sharded between blocks only, and no rank goes without any.
             grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
             options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config, grain)}
-            layer = kinds[cut](linear, comm.get_world_group(), name=name, **options)
+            layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
         query = getattr(module, "q_proj", None)
         if type(query).__name__ == "LinearLayer":
             _take_share_of_heads(model, module)
-            _cut_sinks(module)
+            _shard_sinks(module)
             for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
                 _gather_for_norm(module, projection, norm, all_reduce)
 
@@ -123,7 +123,7 @@ def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
                 setattr(attention, name, projection.weight.shape[0] * total // num_rows)
 
 
-def _cut_sinks(attention: nn.Module) -> None:
+def _shard_sinks(attention: nn.Module) -> None:
     """Keep this rank's part of what attention has one number a head of."""
     sinks = getattr(attention, "sinks", None)
     if isinstance(sinks, nn.Parameter):

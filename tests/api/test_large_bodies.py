@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from typing import Any
@@ -103,6 +104,16 @@ def test_memory_is_given_back() -> None:
         if os.path.exists(f"/proc/self/fd/{number}"):
             names.append(os.readlink(f"/proc/self/fd/{number}"))
     assert not [name for name in names if "memfd" in name]
+
+
+def test_no_room_for_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Spool, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, "write", fail)
+    status, reply = asyncio.run(send("/generate", FILL.encode() + b'{"prompt": "a"}'))
+    assert (status, reply["error"]["code"]) == (503, "busy")
+    assert "No space left" in reply["error"]["message"]
 
 
 def test_a_worker_that_runs_out_of_memory_is_the_bodys_fault(
