@@ -19,6 +19,7 @@ class VocabParallelHead(nn.Module):
     Attributes:
         weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
         low_bit: a layer without bias that multiplies by the converted weight.
+        matmul: multiplies [num_tokens, hidden_size] by the dense weight, or None for torch.
         gathers: whether `forward` hands every rank all logits, which is right for any family.
             Where it does not, what comes after it must treat all logits alike, and
             `LogitsGatherer` hands on what sampling needs.
@@ -48,6 +49,7 @@ class VocabParallelHead(nn.Module):
             torch.empty((num_rows, hidden_size), dtype=dtype, device="meta"), requires_grad=False
         )
         self.low_bit: nn.Module | None = None
+        self.matmul: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.bias = None
         if has_bias:
             self.bias = nn.Parameter(
@@ -68,10 +70,12 @@ class VocabParallelHead(nn.Module):
 
         Where it does not gather: to [..., stop - start], this rank's.
         """
-        if self.low_bit is None:
+        if self.low_bit is None and self.matmul is None:
             logits = functional.linear(hidden, self.weight, self.bias)
         else:
-            logits = self.low_bit(hidden)
+            multiply = self.low_bit or self.matmul
+            logits = multiply(hidden.reshape(-1, hidden.shape[-1]))
+            logits = logits.view(*hidden.shape[:-1], -1)
             if self.bias is not None:
                 logits = logits + self.bias
         return self.gather(logits) if self.gathers else logits

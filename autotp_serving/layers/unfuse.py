@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.nn import functional
-
-from autotp_serving.low_bit.selection import ROW_PARALLEL
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -219,38 +216,6 @@ def finish_split(model: nn.Module, rank: int, num_ranks: int, all_reduce: AllRed
                 expert.down_proj.mp_group = None
             module.reduce = all_reduce
             module.adds_bias = rank == 0
-
-
-class RowParallelLinear(nn.Module):
-    """A dense layer split by columns: `all_reduce(x @ weight.T) + bias`.
-
-    It takes the place of AutoTP's, so that dense and low-bit layers sum in the same way.
-
-    Args:
-        weight: [out_features, this rank's columns].
-        bias: [out_features], whole on every rank, or None.
-    """
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, all_reduce: AllReduce
-    ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self._all_reduce = all_reduce
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map [..., this rank's columns] to [..., out_features], equal on all ranks."""
-        out = self._all_reduce(functional.linear(hidden, self.weight))
-        return out if self.bias is None else out.add_(self.bias)
-
-
-def take_over_sums(model: nn.Module, all_reduce: AllReduce) -> None:
-    """Replace what AutoTP left of its own layers that sum; once the weights are loaded."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ in ROW_PARALLEL and module.mp_group is not None:
-            linear = RowParallelLinear(module.weight, module.bias, all_reduce)
-            model.set_submodule(name, linear)
 
 
 def _num_heads(linear: nn.Module, head_dim: int) -> int:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from autotp_serving.batch import Batch
 from autotp_serving.kernels.cpu.attention import CpuCache
+from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
 from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
 from autotp_serving.kernels.cpu.linear import CpuMatmul
+from autotp_serving.layers.dense_linear import DenseLinear, join_dense
 from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
@@ -86,12 +88,11 @@ class Layer:
         )
 
     def to_native(self, cache: KVCache) -> NativeLayer | None:
-        """The layer for `NativeLayers`, or None where a product is not a low-bit kernel's."""
+        """The layer for `NativeLayers`, or None where a product is not a kernel's."""
         joined, finished = (self.qkv, self.gate_up), (self.output, self.down)
-        are_low_bit = all(isinstance(linear, LowBitLinear) for linear in finished)
-        if not are_low_bit or not all(
-            isinstance(product.matmul, CpuMatmul) for product in (*joined, *finished)
-        ):
+        if not all(isinstance(linear, LowBitLinear | DenseLinear) for linear in finished):
+            return None
+        if not all(isinstance(x.matmul, CpuMatmul | DenseMatmul) for x in (*joined, *finished)):
             return None
         return NativeLayer(
             qkv=Product(self.qkv.matmul, self.qkv.bias),
@@ -135,8 +136,9 @@ class FusedForward:
         hidden = self._embedding(inputs.token_ids)
         cos, sin = self._rotary(hidden, inputs.positions[None])
         rotary = (cos[0].contiguous(), sin[0].contiguous())
-        if self._native_layers is not None:
-            added = self._native_layers.run(hidden, rotary, context.slots, context.attention)
+        native_layers = self._native_layers
+        if native_layers is not None and len(hidden) <= native_layers.most_tokens:
+            added = native_layers.run(hidden, rotary, context.slots, context.attention)
         else:
             added = self._run_operations(hidden, rotary, context)
         rows = inputs.logit_rows
@@ -207,11 +209,17 @@ class JoinedLinears:
 
 def join_linears(*linears: nn.Module) -> JoinedLinears:
     """Join what one kernel can multiply; the others follow each other."""
+    if (dense := join_dense(linears)) is not None:
+        return JoinedLinears(dense, _join_biases(linears))
     if not _can_join(linears):
         return JoinedLinears(lambda x: torch.cat([linear(x) for linear in linears], -1), None)
+    return JoinedLinears(make_matmul(*(linear.weight for linear in linears)), _join_biases(linears))
+
+
+def _join_biases(linears: tuple[nn.Module, ...]) -> Tensor | None:
+    """Of layers that all have one, or none of them."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    matmul = make_matmul(*(linear.weight for linear in linears))
-    return JoinedLinears(matmul, torch.cat(biases) if biases else None)
+    return torch.cat(biases) if biases else None
 
 
 def _can_join(linears: tuple[nn.Module, ...]) -> bool:

@@ -20,9 +20,9 @@ from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.ipex_llm import check_ipex_llm, convert_linear
 from autotp_serving.layers.convert import check_columns, replace_linear
+from autotp_serving.layers.dense_linear import take_over_linears
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear
-from autotp_serving.layers.unfuse import take_over_sums
 from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection, is_linear
 from autotp_serving.low_bit.tensor import quantize
@@ -119,7 +119,7 @@ def load_model(
     )
     filler.fill(shards, show_progress=group.rank == 0)
     log_lines(filter(None, [checkpoint.describe_loss()]), group)
-    take_over_sums(model, all_reduce)
+    take_over_linears(model, all_reduce)
     with refuse_by_name(model_config):
         rebuild_buffers(model, device)
     return model.eval()

@@ -24,6 +24,7 @@ from torch import nn
 from autotp_serving.batch import Batch
 from autotp_serving.devices import Device
 from autotp_serving.kernels.cpu.attention import CpuAttention
+from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps
 from autotp_serving.kernels.cpu.linear import CpuMatmul
 from autotp_serving.kernels.reference.attention import PortableAttention
@@ -43,7 +44,9 @@ TRACED_STEPS = 3
 LONGEST_PAUSE = 1.0
 
 PARTS = {
-    "linears": [(CpuMatmul, "__call__"), (LowBitLinear, "forward")],
+    "linears": [
+        (CpuMatmul, "__call__"), (DenseMatmul, "__call__"), (LowBitLinear, "forward"),
+    ],
     "attention": [(CpuAttention, "attend"), (PortableAttention, "attend")],
     "head": [(VocabParallelHead, "forward"), (LogitsGatherer, "__call__")],
     "norms, rotation, activation": [

@@ -1,13 +1,14 @@
 """Whole halves of decoder layers in one call each, by csrc/layer_ops.cpp. Every rank on CPU.
 
-For layers whose every product is a low-bit kernel: a small model's step is short enough for the
+For layers whose every product is a kernel of ours: a small model's step is short enough for the
 way from Python into C++, thirteen times a layer, to show. What is computed is what `LayerOps`,
-`CpuMatmul` and `CpuAttention` compute one by one.
+`CpuMatmul`, `DenseMatmul` and `CpuAttention` compute one by one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autotp_serving.kernels.cpu.attention import CpuAttention, PoolPointers
+from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, Rotation
 from autotp_serving.kernels.cpu.linear import CpuMatmul
 from autotp_serving.kernels.kv_pools import Pools
@@ -76,7 +78,7 @@ class Product:
     adds what is added once. In a joined product there is nothing to finish.
     """
 
-    matmul: CpuMatmul
+    matmul: CpuMatmul | DenseMatmul
     bias: Tensor | None = None
     finish: Callable[[Tensor], Tensor] | None = None
 
@@ -141,12 +143,25 @@ class NativeLayer:
 
 
 class NativeLayers:
-    """Runs all layers of a model, two calls each."""
+    """Runs all layers of a model, two calls each.
+
+    Attributes:
+        most_tokens: up to which its products are worth it.
+    """
 
     def __init__(self, ops: LayerOps, layers: list[NativeLayer]) -> None:
         self._ops = ops
         self._layers = layers
         self._described = [layer.describe() for layer in layers]
+        products = (
+            product.matmul
+            for layer in layers
+            for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        self.most_tokens = min(
+            (matmul.most_tokens for matmul in products if isinstance(matmul, DenseMatmul)),
+            default=sys.maxsize,
+        )
         self._calls = [
             (ctypes.addressof(described), layer.output.finish, layer.down.finish)
             for described, layer in zip(self._described, layers, strict=True)
