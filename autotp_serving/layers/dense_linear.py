@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from autotp_serving.kernels.cpu.dense import (
     DenseMatmul,
-    copy_to_huge_pages,
     load_dense_library,
+    place,
     sums_like_torch,
 )
 from autotp_serving.layers.head import VocabParallelHead
@@ -72,7 +72,7 @@ class DenseKernels:
 
     def make_matmul(self, weight: Tensor) -> DenseMatmul | None:
         """The product of a weight [rows, cols], or None where torch is to multiply."""
-        if not weight.is_cpu or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        if not weight.is_cpu or weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
             return None
         library = load_dense_library()
         if library is None or not weight.numel():
@@ -84,6 +84,16 @@ class DenseKernels:
             if not self._agrees[shape]:
                 logger.info("Weights %s are multiplied by torch, which sums otherwise here", shape)
         return matmul if self._agrees[shape] else None
+
+    def take_over(
+        self, weight: nn.Parameter, is_shared: bool = False
+    ) -> tuple[nn.Parameter, DenseMatmul | None]:
+        """A weight where it is read quickest, unless others share its memory, and its product."""
+        matmul = self.make_matmul(weight)
+        if matmul is None or is_shared:
+            return weight, matmul
+        weight = nn.Parameter(place(weight), requires_grad=False)
+        return weight, self.make_matmul(weight)
 
 
 def join_dense(linears: Sequence[nn.Module]) -> DenseMatmul | None:
@@ -103,23 +113,18 @@ def join_dense(linears: Sequence[nn.Module]) -> DenseMatmul | None:
 def take_over_linears(model: nn.Module, all_reduce: AllReduce) -> None:
     """Replace AutoTP's layers that sum, and all dense ones that a kernel multiplies.
 
-    Once the weights are loaded: those that a kernel reads move to huge pages.
+    Once the weights are loaded; those that a kernel reads are copied, one at a time, to where
+    that is quickest, but for a head tied to the embedding.
     """
     kernels = DenseKernels()
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
-        if isinstance(module, VocabParallelHead) and module.weight is not None:
-            module.matmul = kernels.make_matmul(module.weight)
-        elif kind in COLUMN_PARALLEL + ROW_PARALLEL:
-            if getattr(module, "gather_output", False):
-                continue
+        if isinstance(module, VocabParallelHead):
+            if module.weight is not None:
+                module.weight, module.matmul = kernels.take_over(module.weight, module.is_tied)
+        elif kind in COLUMN_PARALLEL + ROW_PARALLEL and not getattr(module, "gather_output", False):
+            weight, matmul = kernels.take_over(module.weight)
             reduces = kind in ROW_PARALLEL and module.mp_group is not None
-            weight = module.weight
-            matmul = kernels.make_matmul(weight)
-            if matmul is not None:
-                weight = nn.Parameter(copy_to_huge_pages(weight), requires_grad=False)
-                matmul = kernels.make_matmul(weight)
-            elif not reduces:
-                continue
-            reduce = all_reduce if reduces else None
-            model.set_submodule(name, DenseLinear(weight, module.bias, reduce, matmul))
+            if matmul is not None or reduces:
+                reduce = all_reduce if reduces else None
+                model.set_submodule(name, DenseLinear(weight, module.bias, reduce, matmul))

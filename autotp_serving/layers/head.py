@@ -20,6 +20,7 @@ class VocabParallelHead(nn.Module):
         weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
         low_bit: a layer without bias that multiplies by the converted weight.
         matmul: multiplies [num_tokens, hidden_size] by the dense weight, or None for torch.
+        is_tied: whether the weight is a view of the embedding.
         gathers: whether `forward` hands every rank all logits, which is right for any family.
             Where it does not, what comes after it must treat all logits alike, and
             `LogitsGatherer` hands on what sampling needs.
@@ -43,6 +44,7 @@ class VocabParallelHead(nn.Module):
         self.start = vocab_size * rank // num_ranks
         self.stop = vocab_size * (rank + 1) // num_ranks
         self.gathers = True
+        self.is_tied = False
         self.all_reduce = all_reduce
         num_rows = self.stop - self.start
         self.weight = nn.Parameter(
@@ -58,6 +60,7 @@ class VocabParallelHead(nn.Module):
 
     def tie_to(self, embedding: torch.Tensor) -> None:
         """Share the memory of the embedding, [vocab_size, hidden_size]."""
+        self.is_tied = True
         self.weight = nn.Parameter(embedding[self.start : self.stop], requires_grad=False)
 
     def set_low_bit(self, linear: nn.Module) -> None:

@@ -61,6 +61,15 @@ def test_several_weights_are_one_product_whatever_the_threads() -> None:
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("cols", [2048, 1050])
+def test_a_weight_in_its_place_is_the_same(cols: int) -> None:
+    weight, x = make_tensors(40, cols, seed=1), make_tensors(3, cols, seed=2)
+    library = load_dense_library()
+    placed = dense.place(weight)
+    assert torch.equal(placed, weight) and placed.stride(0) % 2048
+    assert torch.equal(DenseMatmul(library, placed)(x), DenseMatmul(library, weight)(x))
+
+
 def test_few_and_many_tokens_get_the_same_results() -> None:
     """What torch and the kernel sum in the same order; it is 1,024 columns at a time in both."""
     weight = make_tensors(300, 2600, seed=3)

@@ -25,19 +25,26 @@ SOURCE = Path(__file__).parent / "csrc" / "dense_linear.cpp"
 BFLOAT16 = 1  # the type's number, as low_bit_linear.cpp has it
 MOST_TOKENS = 64
 MOST_TOKENS_BESIDE_AMX = 8  # whose tiles torch uses for more
+LINE = 32  # numbers in a line of the cache
+SET_DISTANCE = 2048  # numbers from a line to the next that shares its set of the first cache
 NUM_CHECKED = 2**16  # results; of bfloat16 numbers summed in another order, 1 in 10,000 differs
 
 
 class _Dense(ctypes.Structure):
     """AutotpDense of csrc/dense_linear.cpp."""
 
-    _fields_ = (("rows", ctypes.c_int64), ("cols", ctypes.c_int64), ("numbers", ctypes.c_void_p))
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("numbers", ctypes.c_void_p),
+    )
 
 
 class DenseMatmul:
     """Multiplies `x` [tokens, cols] by weights [rows, cols] transposed: [tokens, rows of all].
 
-    All are bfloat16, and the weights have as many columns.
+    All are bfloat16, and the weights have as many columns, one beside the other.
 
     Attributes:
         most_tokens: up to which the kernel multiplies; torch takes more.
@@ -47,7 +54,9 @@ class DenseMatmul:
     def __init__(self, library: ctypes.CDLL, *weights: Tensor) -> None:
         self._multiply = library.autotp_dense_linear
         self._tensors = [weight.detach() for weight in weights]
-        self._described = [_Dense(*weight.shape, weight.data_ptr()) for weight in self._tensors]
+        self._described = [
+            _Dense(*weight.shape, weight.stride(0), weight.data_ptr()) for weight in self._tensors
+        ]
         self.rows = sum(weight.shape[0] for weight in weights)
         self.cols = weights[0].shape[1]
         self.most_tokens = MOST_TOKENS_BESIDE_AMX if best_isa() == "amx" else MOST_TOKENS
@@ -104,9 +113,13 @@ def load_dense_library(isa: str | None = None) -> ctypes.CDLL | None:
     return library
 
 
-def copy_to_huge_pages(weight: Tensor) -> Tensor:
-    """A weight where it is read quickest."""
-    return huge_pages.empty_like(weight).copy_(weight.detach())
+def place(weight: Tensor) -> Tensor:
+    """Copy a weight [rows, cols] to where it is read quickest: to huge pages, and, where rows are
+    a multiple of 4 KiB long, a line further apart, or 16 of them would share a set of the cache.
+    """
+    rows, cols = weight.shape
+    apart = cols + (LINE if cols % SET_DISTANCE == 0 else 0)
+    return huge_pages.zeros((rows, apart), weight.dtype)[:, :cols].copy_(weight.detach())
 
 
 def sums_like_torch(matmul: DenseMatmul) -> bool:

@@ -16,8 +16,8 @@
 
 // A weight as kernels/cpu/dense.py describes it.
 struct AutotpDense {
-    int64_t rows, cols;
-    const uint16_t* numbers;  // [rows, cols]
+    int64_t rows, cols, stride;
+    const uint16_t* numbers;  // [rows, cols], rows `stride` numbers apart
 };
 
 namespace {
@@ -57,7 +57,7 @@ uint16_t* scratch(size_t bytes) {
     alignas(64) uint16_t padded[kRows][kCols];
     for (int i = 0; i < kRows; ++i) {
         const int64_t index = std::min<int64_t>(row + i, weight.rows - 1);
-        const uint16_t* from = weight.numbers + index * weight.cols + col;
+        const uint16_t* from = weight.numbers + index * weight.stride + col;
         if (weight.cols - col < kCols) {
             std::memset(padded[i], 0, sizeof padded[i]);
             std::memcpy(padded[i], from, (weight.cols - col) * sizeof *from);
@@ -113,7 +113,7 @@ void multiply_rows(const AutotpDense& weight, int64_t row, const uint16_t* x, in
     Floats sums[kMostTokens], totals[kMostTokens];
     for (int64_t m = 0; m < tokens; ++m) sums[m] = same_float(0);
     // Past the end of these rows the next 16 follow.
-    const int64_t skipped = (kRows - 1) * weight.cols;
+    const int64_t skipped = kRows * weight.stride - weight.cols;
     int64_t ahead = kAhead + kAhead / weight.cols * skipped;
     int64_t row_end = weight.cols - kAhead % weight.cols;
     for (int64_t first = 0; first < all_panels; first += kPanels) {
