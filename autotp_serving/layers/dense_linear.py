@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from autotp_serving.kernels.cpu.dense import (
     DenseMatmul,
+    has_kernel,
     load_dense_library,
     place,
     sums_like_torch,
@@ -72,7 +73,7 @@ class DenseKernels:
 
     def make_matmul(self, weight: Tensor) -> DenseMatmul | None:
         """The product of a weight [rows, cols], or None where torch is to multiply."""
-        if not weight.is_cpu or weight.dtype != torch.bfloat16 or weight.stride(1) != 1:
+        if not weight.is_cpu or not has_kernel(weight.dtype) or weight.stride(1) != 1:
             return None
         library = load_dense_library()
         if library is None or not weight.numel():

@@ -1,4 +1,4 @@
-"""Dense bfloat16 products of a few tokens beside torch's, for each instruction set."""
+"""Dense products of 16-bit numbers beside torch's, for each instruction set."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ def make_tensors(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_right_and_do_not_depend_on_other_tokens(
-    shape: tuple[int, int], isa: str
+    shape: tuple[int, int], dtype: torch.dtype, isa: str
 ) -> None:
-    weight, x = make_tensors(*shape, seed=1), make_tensors(70, shape[1] + 3, seed=2)[:, :-3]
+    weight = make_tensors(*shape, seed=1).to(dtype)
+    x = make_tensors(70, shape[1] + 3, seed=2)[:, :-3].to(dtype)
     library = load_dense_library(isa)
     assert library is not None, "it does not compile: see the log"
     matmul = DenseMatmul(library, weight)
@@ -81,6 +83,17 @@ def test_few_and_many_tokens_get_the_same_results() -> None:
     assert torch.equal(whole, nn.functional.linear(x, weight))
     for count in (1, 5, matmul.most_tokens):
         assert torch.equal(matmul(x[:count]), whole[:count])
+
+
+def test_float16_is_left_to_torch_only_where_it_has_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = make_tensors(40, 64, seed=1).half()
+    for has_instructions in (True, False):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda found=has_instructions: found
+        )
+        assert (DenseKernels().make_matmul(weight) is None) == has_instructions
 
 
 def test_a_kernel_that_sums_otherwise_is_not_used(

@@ -1,6 +1,7 @@
-"""Products of a few tokens with dense bfloat16 weights by csrc/. Every rank on CPU.
+"""Products with dense weights of 16 bits by csrc/dense_linear.cpp. Every rank on CPU.
 
-With many tokens torch's oneDNN is as fast as a core can be; with one it reads weights at half the
+float16: all of them, where torch's oneDNN has no instructions for it. bfloat16: a few tokens. With
+many tokens torch's oneDNN is as fast as a core can be; with one it reads weights at half the
 speed of memory. Both sum in the same order, which `sums_like_torch` makes sure of: so a token's
 result does not depend on how many there are.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from autotp_serving.devices.build import BuildError, best_isa, build_library, is
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "dense_linear.cpp"
-BFLOAT16 = 1  # the type's number, as low_bit_linear.cpp has it
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MOST_TOKENS = 64
 MOST_TOKENS_BESIDE_AMX = 8  # whose tiles torch uses for more
 LINE = 32  # numbers in a line of the cache
@@ -44,7 +46,7 @@ class _Dense(ctypes.Structure):
 class DenseMatmul:
     """Multiplies `x` [tokens, cols] by weights [rows, cols] transposed: [tokens, rows of all].
 
-    All are bfloat16, and the weights have as many columns, one beside the other.
+    All are of one type, and the weights have as many columns, one beside the other.
 
     Attributes:
         most_tokens: up to which the kernel multiplies; torch takes more.
@@ -59,7 +61,10 @@ class DenseMatmul:
         ]
         self.rows = sum(weight.shape[0] for weight in weights)
         self.cols = weights[0].shape[1]
+        self._dtype = DTYPES[weights[0].dtype]
         self.most_tokens = MOST_TOKENS_BESIDE_AMX if best_isa() == "amx" else MOST_TOKENS
+        if weights[0].dtype == torch.float16:
+            self.most_tokens = sys.maxsize
         self.function = ctypes.cast(self._multiply, ctypes.c_void_p).value
         self.weights = (ctypes.c_void_p * len(weights))(
             *(ctypes.addressof(structure) for structure in self._described)
@@ -84,7 +89,7 @@ class DenseMatmul:
             x.stride(0),
             out.data_ptr(),
             len(x),
-            BFLOAT16,
+            self._dtype,
             torch.get_num_threads(),
         )
         if failed:
@@ -113,6 +118,13 @@ def load_dense_library(isa: str | None = None) -> ctypes.CDLL | None:
     return library
 
 
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Whether a type's products are better made here than by torch."""
+    if dtype == torch.float16:
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.bfloat16
+
+
 def place(weight: Tensor) -> Tensor:
     """Copy a weight [rows, cols] to where it is read quickest: to huge pages, and, where rows are
     a multiple of 4 KiB long, a line further apart, or 16 of them would share a set of the cache.
@@ -123,7 +135,12 @@ def place(weight: Tensor) -> Tensor:
 
 
 def sums_like_torch(matmul: DenseMatmul) -> bool:
-    """Whether the kernel's results are torch's to the last bit, by a look at some of them."""
+    """Whether the kernel's results are torch's to the last bit, by a look at some of them.
+
+    Of a type that the kernel multiplies alone there is nothing to compare.
+    """
+    if matmul.most_tokens == sys.maxsize:
+        return True
     num_tokens = max(matmul.most_tokens + 1, min(512, NUM_CHECKED // matmul.rows))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, matmul.cols, generator=generator).bfloat16()

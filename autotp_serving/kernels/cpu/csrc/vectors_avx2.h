@@ -121,6 +121,21 @@ inline Floats load_halves(const uint16_t* from) {
     };
     return {load(from), load(from + 8)};
 }
+// Of 16 pairs of halves, those at the lower or the upper places.
+inline Floats lower_halves(Bytes pairs) {
+    const auto convert = [](__m256i eight) {
+        const __m256i lower = _mm256_and_si256(eight, _mm256_set1_epi32(0xffff));
+        return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(lower),
+                                                _mm256_extracti128_si256(lower, 1)));
+    };
+    return {convert(pairs.first), convert(pairs.second)};
+}
+inline Floats upper_halves(Bytes pairs) { return lower_halves(shift_right<16>(pairs)); }
+inline void store_halves(uint16_t* to, Floats a, int count) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m128i halves[2] = {_mm256_cvtps_ph(a.first, kNearest), _mm256_cvtps_ph(a.second, kNearest)};
+    std::memcpy(to, halves, count * sizeof *to);
+}
 inline Floats load_bfloat16(const uint16_t* from) {
     const auto load = [](const uint16_t* eight) {
         const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));

@@ -71,6 +71,18 @@ inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats load_halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+// Every other of 32 halves: those at the lower or the upper places of their pairs.
+inline Floats lower_halves(Bytes pairs) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+}
+inline Floats upper_halves(Bytes pairs) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+inline void store_halves(uint16_t* to, Floats a, int count) {
+    const __m256i halves = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    if (count == 16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), halves);
+}
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
