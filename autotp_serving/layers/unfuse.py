@@ -144,12 +144,12 @@ def split_layers(model: nn.Module) -> None:
         if kind == "Phi3Attention":
             heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
             sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
-            _split_linear(
+            split_linear(
                 module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
             )
         elif is_gated_mlp(module):
             size = module.gate_up_proj.out_features // 2
-            _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
+            split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
 
@@ -165,7 +165,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
     )
 
 
-def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
+def split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
+    """Put linear layers of so many rows each beside a fused one, and their join in its place."""
     fused = getattr(parent, fused_name)
     for name, size in sizes.items():
         part = nn.Linear(

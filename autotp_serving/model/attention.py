@@ -8,12 +8,14 @@ sequence attend to its own, both by the cache's kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.reference.recurrence import Spans
 from autotp_serving.model.kv_cache import Attention, KVCache
 from autotp_serving.model.step_inputs import StepInputs
 
@@ -35,12 +37,18 @@ class AttentionContext:
     cache: KVCache
     slots: torch.Tensor
     attention: Attention
+    inputs: StepInputs
 
     @staticmethod
     def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
         """What attention over this cache needs of a step's inputs."""
         attention = cache.kernels.attention(inputs, cache.block_size, cache.is_int8)
-        return AttentionContext(cache, inputs.slots, attention)
+        return AttentionContext(cache, inputs.slots, attention, inputs)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """The step's sequences, for layers that keep a state (`state_layers.py`)."""
+        return Spans.of(self.inputs)
 
 
 def register_paged_attention() -> None:

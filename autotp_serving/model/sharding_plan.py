@@ -16,6 +16,7 @@ from torch import nn
 
 from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.low_bit.formats import BLOCK
+from autotp_serving.model.state_layers import StateLayer
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,6 +69,8 @@ def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     """Of the parts that our own code has made of others."""
     parent_name, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if isinstance(parent, StateLayer):
+        return parent.sharding[last]
     if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
         return SHARDING_BY_NAME[last]
     is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
@@ -94,7 +97,10 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             size = linear.out_features if axis == "column" else linear.in_features
             # Low-bit weights are sharded between blocks only, and no rank goes without any.
             grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
-            options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config, grain)}
+            meta = AutoTPMeta.from_model_config(model.config, grain)
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), StateLayer):
+                meta = AutoTPMeta(num_kv_heads=comm.get_world_size())  # evenly
+            options: dict[str, Any] = {"tp_meta": meta}
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():

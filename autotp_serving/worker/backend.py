@@ -18,6 +18,7 @@ from autotp_serving.devices import huge_pages
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.cpu.attention import CpuCache, can_attend
 from autotp_serving.kernels.reference.attention import ReferenceCache
+from autotp_serving.kernels.reference.recurrence import Recurrence, ReferenceRecurrence
 from autotp_serving.layers.low_bit_linear import Products, choose_products
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward, PlainForward
@@ -53,9 +54,11 @@ class Backend(Protocol):
 
     Attributes:
         linear: multiplies by low-bit weights.
+        recurrence: mixes tokens in layers that keep states.
     """
 
     linear: Products
+    recurrence: Recurrence
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """Who lays out, writes and reads a KV cache of this shape."""
@@ -75,6 +78,7 @@ class ReferenceBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.linear = choose_products(device)
+        self.recurrence: Recurrence = ReferenceRecurrence()
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """See Backend."""
