@@ -147,22 +147,25 @@ def split_layers(model: nn.Module) -> None:
             split_linear(
                 module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
             )
-        elif is_gated_mlp(module):
-            size = module.gate_up_proj.out_features // 2
-            split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
+        elif (fused_name := find_gate_up(module)) is not None:
+            size = getattr(module, fused_name).out_features // 2
+            split_linear(module, fused_name, {"gate_proj": size, "up_proj": size})
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
 
 
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether one matrix computes gate and up, one after the other, in an MLP like Phi-3's."""
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    return (
-        isinstance(gate_up, nn.Linear)
-        and isinstance(down, nn.Linear)
-        and gate_up.out_features == 2 * down.in_features
-        and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
-    )
+def find_gate_up(module: nn.Module) -> str | None:
+    """Name of the matrix that computes gate and up, one after the other, in an MLP like Phi-3's."""
+    for fused_name, last_name in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
+        gate_up, down = getattr(module, fused_name, None), getattr(module, last_name, None)
+        if (
+            isinstance(gate_up, nn.Linear)
+            and isinstance(down, nn.Linear)
+            and gate_up.out_features == 2 * down.in_features
+            and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
+        ):
+            return fused_name
+    return None
 
 
 def split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:

@@ -129,6 +129,8 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     """
     from torch import nn
 
+    from autotp_serving.model.state_layers import ConvolutionPart
+
     family = model.config.model_type
     if family in PROVED:
         return
@@ -137,6 +139,8 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
+        if isinstance(module, ConvolutionPart):  # of a layer that shares out its own
+            continue
         if module is head or not (is_matrix or has_stacked_weights(module)):
             continue
         if has_plan and not has_stacked_weights(module):

@@ -25,11 +25,12 @@ ROW_STYLES = ("rowwise", "rowwise_split_input")
 SHARDING_BY_NAME = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
     **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
-    **dict.fromkeys(("o_proj", "down_proj"), "row"),
+    **dict.fromkeys(("w1", "w3"), "column"),
+    **dict.fromkeys(("o_proj", "down_proj", "out_proj", "w2", "output_linear"), "row"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
     **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
 }
-"""Llama's names, those of latent attention (DeepSeek-V2), and those of routers."""
+"""Names of Llama, latent attention (DeepSeek-V2), LFM2 and Granite, and those of routers."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
