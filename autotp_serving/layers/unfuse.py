@@ -42,12 +42,14 @@ class FusedOutput(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: a gated MLP.
+    """One expert: a gated MLP, or one without a gate.
 
     Args:
-        activate: maps [num_tokens, 2 * intermediate_size], gate and up, to half of it.
+        activate: maps [num_tokens, 2 * intermediate_size], gate and up, to half of it; without a
+            gate, [num_tokens, intermediate_size] to the same.
         is_interleaved: it takes a column of gate and one of up in turn, not all gate before all up.
         has_bias: gate and up have biases; the down projection's is `Experts`' own.
+        has_gate: False for an expert that has none.
     """
 
     def __init__(
@@ -58,9 +60,12 @@ class Expert(nn.Module):
         *,
         is_interleaved: bool = False,
         has_bias: bool = False,
+        has_gate: bool = True,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
+        self.gate_proj = None
+        if has_gate:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self._activate = activate
@@ -68,6 +73,8 @@ class Expert(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
+        if self.gate_proj is None:
+            return self.down_proj(self._activate(self.up_proj(hidden)))
         parts = (self.gate_proj(hidden), self.up_proj(hidden))
         if self._is_interleaved:
             gate_up = torch.stack(parts, dim=-1).flatten(-2)
@@ -126,9 +133,11 @@ def is_stack_of_experts(module: nn.Module) -> bool:
 
     Their classes say of themselves how they are laid out, and share one forward pass.
     """
-    if not getattr(module, "has_gate", False) or not hasattr(module, "is_concatenated"):
+    if not hasattr(module, "has_gate") or not hasattr(module, "is_concatenated"):
         return False
-    expected = {"gate_up_proj", "down_proj"}
+    expected = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
+    if not module.has_gate and (module.has_bias or not hasattr(module, "act_fn")):
+        return False
     if module.has_bias:
         expected |= {f"{name}_bias" for name in expected}
     return (
@@ -197,9 +206,10 @@ def _split_experts(stacked: nn.Module) -> Experts:
                 Expert(
                     hidden_size,
                     intermediate_size,
-                    stacked._apply_gate,
+                    stacked._apply_gate if stacked.has_gate else stacked.act_fn,
                     is_interleaved=is_interleaved,
                     has_bias=stacked.has_bias,
+                    has_gate=stacked.has_gate,
                 )
                 for _ in range(num_experts)
             ),

@@ -171,8 +171,9 @@ def _count_kv_bytes(shapes: ModelShapes, setup: MemorySetup, rank: int) -> int:
     own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
     is_int8 = setup.config.kv_cache_dtype == "int8"
     head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
-    num_layers = shapes.num_attention_layers
-    return own_heads * head_bytes * (text.num_hidden_layers if num_layers is None else num_layers)
+    layers = shapes.attention_layers
+    num_layers = text.num_hidden_layers if layers is None else len(layers)
+    return own_heads * head_bytes * num_layers
 
 
 def _head_dim(config: Any) -> int:

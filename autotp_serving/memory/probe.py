@@ -70,7 +70,8 @@ def probe_model(
     if model.config.model_type not in PROVED:
         with refuse_by_name(model.config):
             check_unproved(model, device.torch_device)
-    layers = tuple(sorted(probe.head_shapes))
-    head_shapes = tuple(probe.head_shapes[layer] for layer in layers)
+    dims = next(iter(probe.head_shapes.values()))[1:]
+    layers = range(max(probe.head_shapes) + 1)
+    head_shapes = tuple(probe.head_shapes.get(layer, (0, *dims)) for layer in layers)
     is_int8 = config.kv_cache_dtype == "int8"
-    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8, layers), peak
+    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8), peak

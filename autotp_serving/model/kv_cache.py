@@ -18,18 +18,15 @@ class KVCacheShape:
     """What one block costs on this rank; ranks with fewer heads have smaller blocks.
 
     Attributes:
-        head_shapes: per layer that attends, (num_kv_heads, key_head_dim, value_head_dim) on this
-            rank.
+        head_shapes: per layer, (num_kv_heads, key_head_dim, value_head_dim) on this rank.
         dtype: of the keys and values that come in, and that attention computes with.
         is_int8: whether they are rounded to int8, with a scale for each token and head.
-        layers: the numbers of those layers; () where all attend.
     """
 
     head_shapes: tuple[tuple[int, int, int], ...]
     block_size: int
     dtype: torch.dtype
     is_int8: bool = False
-    layers: tuple[int, ...] = ()
 
     @property
     def bytes_per_block(self) -> int:
@@ -109,14 +106,12 @@ class KVCache:
         self.device = device
         self.is_int8 = shape.is_int8
         self.kernels = kernels
-        pools = kernels.allocate_kv(shape, num_blocks * shape.block_size, device)
-        numbers = shape.layers or range(len(pools))
-        self._layers = dict(zip(numbers, pools, strict=True))
+        self._layers = kernels.allocate_kv(shape, num_blocks * shape.block_size, device)
 
     @property
     def num_bytes(self) -> int:
         """Of all pools."""
-        return sum(tensor.nbytes for pools in self._layers.values() for tensor in pools.tensors)
+        return sum(tensor.nbytes for pools in self._layers for tensor in pools.tensors)
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -40,7 +40,7 @@ class ModelShapes:
         embedding_name: which of them is the embedding.
         head: the output head's weight, which a tied one shares with the embedding.
         dtype: torch's name for the type of dense weights and of activations.
-        num_attention_layers: layers with keys and values; None: all.
+        attention_layers: the numbers of those with keys and values; None: all have some.
         state_bytes_per_row: of a sequence's states beside its KV blocks.
     """
 
@@ -49,7 +49,7 @@ class ModelShapes:
     embedding_name: str
     head: TensorShape
     dtype: str
-    num_attention_layers: int | None = None
+    attention_layers: tuple[int, ...] | None = None
     state_bytes_per_row: int = 0
 
     @property

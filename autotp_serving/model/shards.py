@@ -139,7 +139,7 @@ def describe_shapes(model: nn.Module) -> ModelShapes:
         embedding_name=embedding_name,
         head=head,
         dtype=str(model.dtype).removeprefix("torch."),
-        num_attention_layers=len(attention) if state_layers else None,
+        attention_layers=tuple(sorted(attention)) if state_layers else None,
         state_bytes_per_row=sum(layer.bytes_per_row for layer in state_layers),
     )
 

@@ -31,7 +31,11 @@ RENAMED = (
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
-STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+STACKED_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 GATE_UP_BIAS = "gate_up_proj_bias"
 """Of the stacked biases, those that are taken apart; the others stay one tensor (`Experts`)."""
 
