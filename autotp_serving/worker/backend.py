@@ -17,6 +17,7 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.devices import huge_pages
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.cpu.attention import CpuCache, can_attend
+from autotp_serving.kernels.cpu.recurrence import load_recurrence
 from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.kernels.reference.recurrence import Recurrence, ReferenceRecurrence
 from autotp_serving.layers.low_bit_linear import Products, choose_products
@@ -54,11 +55,13 @@ class Backend(Protocol):
 
     Attributes:
         linear: multiplies by low-bit weights.
-        recurrence: mixes tokens in layers that keep states.
     """
 
     linear: Products
-    recurrence: Recurrence
+
+    def recurrence(self) -> Recurrence:
+        """What mixes tokens in layers that keep states."""
+        ...
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """Who lays out, writes and reads a KV cache of this shape."""
@@ -78,7 +81,10 @@ class ReferenceBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.linear = choose_products(device)
-        self.recurrence: Recurrence = ReferenceRecurrence()
+
+    def recurrence(self) -> Recurrence:
+        """See Backend."""
+        return ReferenceRecurrence()
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """See Backend."""
@@ -95,6 +101,10 @@ class ReferenceBackend:
 
 class CpuBackend(ReferenceBackend):
     """Kernels for AVX-512 and AVX2, compiled here at first use."""
+
+    def recurrence(self) -> Recurrence:
+        """See Backend."""
+        return load_recurrence()
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """See Backend."""

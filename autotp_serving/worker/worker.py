@@ -113,14 +113,15 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     backend = choose_backend(device.torch_device)
     cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
     states = list_state_layers(model)
-    allocate_states(model, count_rows(config), device.torch_device, backend.recurrence)
+    if states:
+        rows = count_rows(config)
+        allocate_states(model, rows, device.torch_device, backend.recurrence())
     if states and group.rank == 0:
-        rows = sum(layer.bytes_per_row for layer in states)
         logger.info(
             "%d layers keep a state beside the KV blocks, %d KiB a sequence on each rank; the "
             "beginnings of prompts are not reused, for whose states nobody keeps",
             len(states),
-            rows >> 10,
+            sum(layer.bytes_per_row for layer in states) >> 10,
         )
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     state = BatchState(
