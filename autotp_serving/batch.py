@@ -198,12 +198,15 @@ class Runner(Protocol):
         num_blocks: blocks in the KV pool, the same on every rank.
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected, at least 1.
+        can_reuse_prefixes: whether a sequence may begin with another's blocks; not where layers
+            keep states that are not in them.
         rank_times: [num_ranks], what the steps have cost each rank so far.
     """
 
     num_blocks: int
     block_size: int
     max_in_flight: int
+    can_reuse_prefixes: bool
 
     @property
     def rank_times(self) -> Sequence[RankTimes]:

@@ -133,6 +133,7 @@ class FakeRunner:
         vocab_size: tokens that the model has rows for; others must not reach it.
     """
 
+    can_reuse_prefixes = True
     max_in_flight = 1  # tests set it to 2, here or on one runner
 
     def __init__(

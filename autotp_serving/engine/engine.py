@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -82,6 +83,8 @@ class Engine:
         self.failure: str | None = None
         self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
         self.is_sound = True  # the latest step to give numbers gave finite ones
+        if not runner.can_reuse_prefixes:
+            config = replace(config, enable_prefix_caching=False)
         self.scheduler = Scheduler(
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )

@@ -39,12 +39,14 @@ class FusedOutput(nn.Module):
 
 
 class Expert(nn.Module):
-    """One expert: a gated MLP.
+    """One expert: a gated MLP, or one without a gate.
 
     Args:
-        activate: maps [num_tokens, 2 * intermediate_size], gate and up, to half of it.
+        activate: maps [num_tokens, 2 * intermediate_size], gate and up, to half of it; without a
+            gate, [num_tokens, intermediate_size] to the same.
         is_interleaved: it takes a column of gate and one of up in turn, not all gate before all up.
         has_bias: gate and up have biases; the down projection's is `Experts`' own.
+        has_gate: False for an expert that has none.
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Expert(nn.Module):
         *,
         is_interleaved: bool = False,
         has_bias: bool = False,
+        has_gate: bool = True,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
+        self.gate_proj = None
+        if has_gate:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=has_bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self._activate = activate
@@ -65,6 +70,8 @@ class Expert(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [num_tokens, hidden_size] to the same shape: this rank's part of the sum."""
+        if self.gate_proj is None:
+            return self.down_proj(self._activate(self.up_proj(hidden)))
         parts = (self.gate_proj(hidden), self.up_proj(hidden))
         if self._is_interleaved:
             gate_up = torch.stack(parts, dim=-1).flatten(-2)
@@ -123,9 +130,11 @@ def is_stack_of_experts(module: nn.Module) -> bool:
 
     Their classes say of themselves how they are laid out, and share one forward pass.
     """
-    if not getattr(module, "has_gate", False) or not hasattr(module, "is_concatenated"):
+    if not hasattr(module, "has_gate") or not hasattr(module, "is_concatenated"):
         return False
-    expected = {"gate_up_proj", "down_proj"}
+    expected = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
+    if not module.has_gate and (module.has_bias or not hasattr(module, "act_fn")):
+        return False
     if module.has_bias:
         expected |= {f"{name}_bias" for name in expected}
     return (
@@ -141,28 +150,32 @@ def split_layers(model: nn.Module) -> None:
         if kind == "Phi3Attention":
             heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
             sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
-            _split_linear(
+            split_linear(
                 module, "qkv_proj", {part: n * module.head_dim for part, n in sizes.items()}
             )
-        elif is_gated_mlp(module):
-            size = module.gate_up_proj.out_features // 2
-            _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
+        elif (fused_name := find_gate_up(module)) is not None:
+            size = getattr(module, fused_name).out_features // 2
+            split_linear(module, fused_name, {"gate_proj": size, "up_proj": size})
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
 
 
-def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether one matrix computes gate and up, one after the other, in an MLP like Phi-3's."""
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    return (
-        isinstance(gate_up, nn.Linear)
-        and isinstance(down, nn.Linear)
-        and gate_up.out_features == 2 * down.in_features
-        and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
-    )
+def find_gate_up(module: nn.Module) -> str | None:
+    """Name of the matrix that computes gate and up, one after the other, in an MLP like Phi-3's."""
+    for fused_name, last_name in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
+        gate_up, down = getattr(module, fused_name, None), getattr(module, last_name, None)
+        if (
+            isinstance(gate_up, nn.Linear)
+            and isinstance(down, nn.Linear)
+            and gate_up.out_features == 2 * down.in_features
+            and ".chunk(2, dim=-1)" in inspect.getsource(type(module).forward)
+        ):
+            return fused_name
+    return None
 
 
-def _split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
+def split_linear(parent: nn.Module, fused_name: str, sizes: dict[str, int]) -> None:
+    """Put linear layers of so many rows each beside a fused one, and their join in its place."""
     fused = getattr(parent, fused_name)
     for name, size in sizes.items():
         part = nn.Linear(
@@ -190,9 +203,10 @@ def _split_experts(stacked: nn.Module) -> Experts:
                 Expert(
                     hidden_size,
                     intermediate_size,
-                    stacked._apply_gate,
+                    stacked._apply_gate if stacked.has_gate else stacked.act_fn,
                     is_interleaved=is_interleaved,
                     has_bias=stacked.has_bias,
+                    has_gate=stacked.has_gate,
                 )
                 for _ in range(num_experts)
             ),

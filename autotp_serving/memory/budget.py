@@ -51,7 +51,7 @@ def find_budget(footprint: Footprint, setup: MemorySetup, memory: Memory) -> Mem
     if setup.on_cpu:
         # A share of host memory is kept free of an automatic cache only.
         usable = (usable if config.kv_cache_memory is None else memory.free) // num_sharing
-    left = usable - footprint.weight_bytes - footprint.activation_bytes
+    left = usable - footprint.fixed_bytes
     blocks = left // footprint.kv_bytes_per_block
     if config.kv_cache_memory is not None:
         blocks = min(blocks, config.kv_cache_memory // footprint.kv_bytes_per_block)
@@ -77,21 +77,25 @@ def check_budget(footprint: Footprint, budget: MemoryBudget, setup: MemorySetup,
             f"--max-model-len is {max_model_len}, which takes {show(kv_bytes)}: "
             f"raise it, or lower --max-model-len{unit}"
         )
-    needed = footprint.weight_bytes + footprint.activation_bytes + kv_bytes
+    needed = footprint.fixed_bytes + kv_bytes
     if needed <= budget.usable:
         return
-    spare = budget.usable - footprint.weight_bytes - footprint.activation_bytes
+    spare = budget.usable - footprint.fixed_bytes
     tokens = spare // footprint.kv_bytes_per_block * config.block_size
     if tokens > 0:
         cure = f"set --max-model-len to at most {tokens}, or "
     else:
         cure = "start more ranks, choose a smaller --low-bit, lower --max-num-batched-tokens, or "
+    states = ""
+    if footprint.state_bytes:
+        states = f"states of {config.max_num_seqs} sequences {show(footprint.state_bytes)}, "
+        cure = f"lower --max-num-seqs, {cure}"
     weights = (
         f"weights {show(footprint.weight_bytes)}" if footprint.weights else "beside its weights"
     )
     raise ConfigError(
         f"rank {rank} needs {show(needed)} ({weights}, a step's "
-        f"activations {show(footprint.activation_bytes)}, KV cache of one sequence of "
+        f"activations {show(footprint.activation_bytes)}, {states}KV cache of one sequence of "
         f"{max_model_len} tokens {show(kv_bytes)}) but may use {show(max(0, budget.usable))} "
         f"of its device's memory: "
         f"{cure}raise --gpu-memory-utilization {config.gpu_memory_utilization}"
@@ -110,7 +114,7 @@ def find_host_peak(
     if not setup.on_cpu:
         return process + footprint.load_bytes
     cache = max(0, blocks) * footprint.kv_bytes_per_block
-    serving = footprint.weight_bytes + footprint.activation_bytes + cache
+    serving = footprint.fixed_bytes + cache
     return process + max(footprint.load_bytes, serving)
 
 

@@ -52,17 +52,24 @@ class Footprint:
         activation_bytes: most that a step of max_num_batched_tokens holds at once, estimated.
         load_bytes: most that this rank holds on the host while it loads, the process itself not
             counted; on CPU that includes the weights already placed.
+        state_bytes: of the states that some layers keep beside the KV blocks, of all rows.
     """
 
     weights: dict[tuple[str, str], int]
     kv_bytes_per_block: int
     activation_bytes: int
     load_bytes: int
+    state_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
         """All weights."""
         return sum(self.weights.values())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What does not depend on the size of the cache."""
+        return self.weight_bytes + self.activation_bytes + self.state_bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,13 @@ def find_footprint(
         kv_bytes_per_block=setup.config.block_size * _count_kv_bytes(shapes, setup, rank),
         activation_bytes=_estimate_activations(shapes, setup),
         load_bytes=load_bytes,
+        state_bytes=shapes.state_bytes_per_row * count_rows(setup.config),
     )
+
+
+def count_rows(config: ServingConfig) -> int:
+    """Rows of states: of each running sequence, and one for padding."""
+    return config.max_num_seqs + 1
 
 
 def _list_weights(
@@ -158,7 +171,9 @@ def _count_kv_bytes(shapes: ModelShapes, setup: MemorySetup, rank: int) -> int:
     own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
     is_int8 = setup.config.kv_cache_dtype == "int8"
     head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
-    return own_heads * head_bytes * text.num_hidden_layers
+    layers = shapes.attention_layers
+    num_layers = text.num_hidden_layers if layers is None else len(layers)
+    return own_heads * head_bytes * num_layers
 
 
 def _head_dim(config: Any) -> int:

@@ -52,12 +52,11 @@ def format_plan(
         f"activations, {config.max_num_batched_tokens} tokens",
         [item.activation_bytes for item in footprints],
     )
+    if any(item.state_bytes for item in footprints):
+        add(f"states, {config.max_num_seqs} sequences", [item.state_bytes for item in footprints])
     add(
         "device together",
-        [
-            item.weight_bytes + item.activation_bytes + blocks * item.kv_bytes_per_block
-            for item in footprints
-        ],
+        [item.fixed_bytes + blocks * item.kv_bytes_per_block for item in footprints],
     )
     add("host memory, peak", host_peaks)
     named = " and ".join(formats)

@@ -12,10 +12,12 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
+from autotp_serving.kernels.reference.recurrence import ReferenceRecurrence
 from autotp_serving.model.families import PROVED, check_attention, refuse_by_name
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.kv_cache import CacheKernels, KVCacheShape
-from autotp_serving.model.self_check import check_unproved
+from autotp_serving.model.self_check import NUM_SEQUENCES, check_unproved
+from autotp_serving.model.state_layers import allocate_states
 from autotp_serving.model.step_inputs import StepInputs
 
 CPU_PROBE_TOKENS = 16
@@ -54,6 +56,9 @@ def probe_model(
     lens = [min(max_model_len, num_tokens)] * max(1, num_tokens // max_model_len)
     inputs = StepInputs.of_prompts([[0] * length for length in lens], device.torch_device)
     inputs = replace(inputs, logit_rows=inputs.logit_rows[: config.max_num_seqs + MAX_SCORED_ROWS])
+    allocate_states(
+        model, max(NUM_SEQUENCES, len(lens)), device.torch_device, ReferenceRecurrence()
+    )
     device.reset_peak_memory()
     before = device.peak_memory()
     with refuse_by_name(model.config), torch.inference_mode():
@@ -65,6 +70,8 @@ def probe_model(
     if model.config.model_type not in PROVED:
         with refuse_by_name(model.config):
             check_unproved(model, device.torch_device)
-    head_shapes = tuple(probe.head_shapes[layer] for layer in sorted(probe.head_shapes))
+    dims = next(iter(probe.head_shapes.values()))[1:]
+    layers = range(max(probe.head_shapes) + 1)
+    head_shapes = tuple(probe.head_shapes.get(layer, (0, *dims)) for layer in layers)
     is_int8 = config.kv_cache_dtype == "int8"
     return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8), peak

@@ -8,12 +8,14 @@ sequence attend to its own, both by the cache's kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.reference.recurrence import Spans
 from autotp_serving.model.kv_cache import Attention, KVCache
 from autotp_serving.model.step_inputs import StepInputs
 
@@ -28,19 +30,24 @@ class AttentionContext:
     """What attention must know of one step; made once, used by every layer.
 
     Attributes:
-        slots: [num_tokens] int64, where the tokens' keys and values go.
-        attention: attends for all of them.
+        inputs: the step's.
+        attention: attends for all tokens.
     """
 
     cache: KVCache
-    slots: torch.Tensor
+    inputs: StepInputs
     attention: Attention
 
     @staticmethod
     def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
         """What attention over this cache needs of a step's inputs."""
         attention = cache.kernels.attention(inputs, cache.block_size, cache.is_int8)
-        return AttentionContext(cache, inputs.slots, attention)
+        return AttentionContext(cache, inputs, attention)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """The step's sequences, for layers that keep a state (`state_layers.py`)."""
+        return Spans.of(self.inputs)
 
 
 def register_paged_attention() -> None:
@@ -90,7 +97,7 @@ def paged_attention(
     _refuse_unknown(module, attention_mask, kwargs)
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    pools = context.cache.write(module.layer_idx, context.slots, key, value)
+    pools = context.cache.write(module.layer_idx, context.inputs.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = context.attention.attend(
         query, (key, value), pools, scaling, sliding_window, softcap, s_aux

@@ -18,6 +18,7 @@ from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attent
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
 from autotp_serving.model.sharding_plan import AllReduce, find_layer_sharding, shard_layers
+from autotp_serving.model.state_layers import list_state_layers, replace_state_layers
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -41,7 +42,7 @@ def build_sharded_model(
     model = build_on_meta(model_config, dtype, trust_remote_code)
     with refuse_by_name(model_config):
         if group.size > 1:
-            _shard(model, group.size, dtype, all_reduce)
+            _shard(model, group, dtype, all_reduce)
         finish_split(model, group.rank, group.size, all_reduce)
         _install_head(model, group, all_reduce)
     return model
@@ -77,16 +78,21 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
             ) from error
         model = model.to(dtype)
         split_layers(model)
+        replace_state_layers(model)
     return model
 
 
-def _shard(model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
+def _shard(model: nn.Module, group: RankGroup, dtype: torch.dtype, all_reduce: AllReduce) -> None:
     """Shard the model by transformers' plan, or else as AutoTP finds right."""
+    for layer in list_state_layers(model):
+        layer.plan_shares(group.size)
     sharding = None if model.config.model_type in PROVED else find_layer_sharding(model)
     if sharding is None:
-        _shard_with_autotp(model, num_ranks, dtype)
+        _shard_with_autotp(model, group.size, dtype)
     else:
         shard_layers(model, sharding, all_reduce)
+        for layer in list_state_layers(model):
+            layer.take_share(group.rank, group.size, all_reduce)
     check_sharding(model, has_plan=sharding is not None)
 
 

@@ -39,6 +39,9 @@ ROW_NAMES = ("o_proj", "down_proj")
 # Of latent attention: what comes before the matrices that are sharded.
 WHOLE_PARTS = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
+STATELESS_LAYERS = ("mlp", "moe")
+"""What `layer_types` calls layers that see each token alone (Nemotron-H)."""
+
 # What transformers 4 reads from `rope_scaling` as transformers 5 does from `rope_parameters`.
 ROPE_SETTINGS = (
     "rope_type",
@@ -126,6 +129,8 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     """
     from torch import nn
 
+    from autotp_serving.model.state_layers import ConvolutionPart
+
     family = model.config.model_type
     if family in PROVED:
         return
@@ -134,6 +139,8 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
+        if isinstance(module, ConvolutionPart):  # of a layer that shares out its own
+            continue
         if module is head or not (is_matrix or has_stacked_weights(module)):
             continue
         if has_plan and not has_stacked_weights(module):
@@ -157,10 +164,13 @@ def check_unsharded_parameters(model: nn.Module) -> None:
         ConfigError: naming the family and the parameter.
     """
     from autotp_serving.model.sharding_plan import GatheredNorm
+    from autotp_serving.model.state_layers import StateLayer
 
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, module in model.named_modules():
+        if isinstance(module, StateLayer):  # shares out its own
+            continue
         if not any(type(child).__name__ == "LinearLayer" for child in module.children()):
             continue
         for inner_name, inner in module.named_modules():
@@ -193,8 +203,13 @@ def check_attention(model: nn.Module, layers: set[int]) -> None:
     Raises:
         ConfigError: naming the family.
     """
+    from autotp_serving.model.state_layers import list_state_layers
+
     config = model.config.get_text_config()
-    missing = sorted(set(range(config.num_hidden_layers)) - layers)
+    types = list(getattr(config, "layer_types", None) or ())
+    known = {layer.layer_idx for layer in list_state_layers(model)}
+    known |= {number for number, name in enumerate(types) if name in STATELESS_LAYERS}
+    missing = sorted(set(range(config.num_hidden_layers)) - layers - known)
     if missing:
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: its layers {missing[:8]} do "

@@ -27,6 +27,7 @@ from autotp_serving.model.step_inputs import StepInputs
 
 CHECK_NAME = "autotp_check"
 FIRST_LEN, SECOND_LEN = 5, 16
+NUM_SEQUENCES = 2
 
 SHORT_WINDOW = 6
 """What sliding windows and attention chunks are set to meanwhile, so that they matter."""

@@ -40,6 +40,8 @@ class ModelShapes:
         embedding_name: which of them is the embedding.
         head: the output head's weight, which a tied one shares with the embedding.
         dtype: torch's name for the type of dense weights and of activations.
+        attention_layers: the numbers of those with keys and values; None: all have some.
+        state_bytes_per_row: of a sequence's states beside its KV blocks.
     """
 
     text_config: Any
@@ -47,6 +49,8 @@ class ModelShapes:
     embedding_name: str
     head: TensorShape
     dtype: str
+    attention_layers: tuple[int, ...] | None = None
+    state_bytes_per_row: int = 0
 
     @property
     def itemsize(self) -> int:

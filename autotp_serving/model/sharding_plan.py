@@ -16,6 +16,7 @@ from torch import nn
 
 from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.low_bit.formats import BLOCK
+from autotp_serving.model.state_layers import StateLayer
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,11 +25,12 @@ ROW_STYLES = ("rowwise", "rowwise_split_input")
 SHARDING_BY_NAME = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
     **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
-    **dict.fromkeys(("o_proj", "down_proj"), "row"),
+    **dict.fromkeys(("w1", "w3"), "column"),
+    **dict.fromkeys(("o_proj", "down_proj", "out_proj", "w2", "output_linear"), "row"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
     **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
 }
-"""Llama's names, those of latent attention (DeepSeek-V2), and those of routers."""
+"""Names of Llama, latent attention (DeepSeek-V2), LFM2 and Granite, and those of routers."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -68,6 +70,8 @@ def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     """Of the parts that our own code has made of others."""
     parent_name, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    if isinstance(parent, StateLayer):
+        return parent.sharding[last]
     if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
         return SHARDING_BY_NAME[last]
     is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
@@ -94,7 +98,10 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             size = linear.out_features if axis == "column" else linear.in_features
             # Low-bit weights are sharded between blocks only, and no rank goes without any.
             grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
-            options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config, grain)}
+            meta = AutoTPMeta.from_model_config(model.config, grain)
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), StateLayer):
+                meta = AutoTPMeta(num_kv_heads=comm.get_world_size())  # evenly
+            options: dict[str, Any] = {"tp_meta": meta}
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():

@@ -17,6 +17,7 @@ from autotp_serving.low_bit.selection import is_linear
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.leftovers import check_leftovers
 from autotp_serving.model.shapes import ModelShapes, TensorShape
+from autotp_serving.model.state_layers import list_state_layers
 from autotp_serving.model.stored_tensors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -129,12 +130,17 @@ def describe_shapes(model: nn.Module) -> ModelShapes:
         tensors.append(tensor)
         if value is embedding:
             embedding_name = name
+    state_layers = list_state_layers(model)
+    modules = [one for one in model.modules() if type(one).__name__.endswith("Attention")]
+    attention = {module.layer_idx for module in modules if hasattr(module, "layer_idx")}
     return ModelShapes(
         text_config=model.config.get_text_config(),
         tensors=tuple(tensors),
         embedding_name=embedding_name,
         head=head,
         dtype=str(model.dtype).removeprefix("torch."),
+        attention_layers=tuple(sorted(attention)) if state_layers else None,
+        state_bytes_per_row=sum(layer.bytes_per_row for layer in state_layers),
     )
 
 

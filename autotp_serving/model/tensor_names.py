@@ -31,7 +31,11 @@ RENAMED = (
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
-STACKED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+STACKED_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 GATE_UP_BIAS = "gate_up_proj_bias"
 """Of the stacked biases, those that are taken apart; the others stay one tensor (`Experts`)."""
 
@@ -45,6 +49,8 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     wanted = set(model.state_dict(keep_vars=True))
     known = checkpoint.names()
     experts = {name: one for name, one in model.named_modules() if isinstance(one, Experts)}
+    fused = {name: one for name, one in model.named_modules() if isinstance(one, FusedOutput)}
+    sources: dict[str, str] = {}  # of fused layers, by the model's name
     for source, target, part in _rename(model, sorted(known - wanted)):
         parent, _, last = target.rpartition(".")
         if parent in experts and last in STACKED_PARTS:
@@ -56,18 +62,31 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
         elif parent in experts and last == GATE_UP_BIAS:
             _match_stack(parent, experts[parent], last, source, checkpoint)
             continue
-        if target in wanted and target not in known:
+        if parent in fused:
+            sources[target] = source
+        elif target in wanted and target not in known:
             checkpoint.add_view(target, source, 0, checkpoint.shape(source)[0])
     known = checkpoint.names()
     for name in wanted - known:
-        for pattern, replacement in RENAMED:
-            source = re.sub(pattern, replacement, name)
-            if source != name and source in known:
-                checkpoint.add_view(name, source, 0, checkpoint.shape(source)[0])
-                break
-    for fused_name, module in model.named_modules():
-        if isinstance(module, FusedOutput):
-            _match_parts(fused_name, module.sizes, checkpoint)
+        if (source := _find_renamed(name, known)) is not None:
+            checkpoint.add_view(name, source, 0, checkpoint.shape(source)[0])
+    for name, module in fused.items():
+        for attribute in ("weight", "bias"):
+            target = f"{name}.{attribute}"
+            source = sources.get(target) or _find_renamed(target, known)
+            if source is not None:
+                _match_parts(name, attribute, module.sizes, source, checkpoint)
+
+
+def _find_renamed(name: str, known: set[str]) -> str | None:
+    """The checkpoint's name for a tensor of the model, by what is renamed for all families."""
+    if name in known:
+        return name
+    for pattern, replacement in RENAMED:
+        source = re.sub(pattern, replacement, name)
+        if source != name and source in known:
+            return source
+    return None
 
 
 def _rename(
@@ -142,14 +161,12 @@ def _match_stack(
             )
 
 
-def _match_parts(fused_name: str, sizes: dict[str, int], checkpoint: Checkpoint) -> None:
+def _match_parts(
+    fused_name: str, attribute: str, sizes: dict[str, int], source: str, checkpoint: Checkpoint
+) -> None:
     """Let each part of a fused layer be some rows of the checkpoint's tensor."""
     parent = fused_name.rpartition(".")[0]
-    for attribute in ("weight", "bias"):
-        source = f"{fused_name}.{attribute}"
-        if source not in checkpoint.names():
-            continue
-        start = 0
-        for part, size in sizes.items():
-            checkpoint.add_view(f"{parent}.{part}.{attribute}", source, start, start + size)
-            start += size
+    start = 0
+    for part, size in sizes.items():
+        checkpoint.add_view(f"{parent}.{part}.{attribute}", source, start, start + size)
+        start += size

@@ -17,7 +17,9 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.devices import huge_pages
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.cpu.attention import CpuCache, can_attend
+from autotp_serving.kernels.cpu.recurrence import load_recurrence
 from autotp_serving.kernels.reference.attention import ReferenceCache
+from autotp_serving.kernels.reference.recurrence import Recurrence, ReferenceRecurrence
 from autotp_serving.layers.low_bit_linear import Products, choose_products
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward, PlainForward
@@ -57,6 +59,10 @@ class Backend(Protocol):
 
     linear: Products
 
+    def recurrence(self) -> Recurrence:
+        """What mixes tokens in layers that keep states."""
+        ...
+
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """Who lays out, writes and reads a KV cache of this shape."""
         ...
@@ -76,6 +82,10 @@ class ReferenceBackend:
     def __init__(self, device: torch.device) -> None:
         self.linear = choose_products(device)
 
+    def recurrence(self) -> Recurrence:
+        """See Backend."""
+        return ReferenceRecurrence()
+
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """See Backend."""
         return ReferenceCache()
@@ -91,6 +101,10 @@ class ReferenceBackend:
 
 class CpuBackend(ReferenceBackend):
     """Kernels for AVX-512 and AVX2, compiled here at first use."""
+
+    def recurrence(self) -> Recurrence:
+        """See Backend."""
+        return load_recurrence()
 
     def cache(self, shape: KVCacheShape) -> CacheKernels:
         """See Backend."""

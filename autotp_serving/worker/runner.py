@@ -93,6 +93,8 @@ class LeadRunner:
         num_ranks: int,
         sampler: Sampler,
         max_in_flight: int,
+        *,
+        can_reuse_prefixes: bool,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
@@ -104,6 +106,7 @@ class LeadRunner:
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
         self.max_in_flight = max_in_flight
+        self.can_reuse_prefixes = can_reuse_prefixes
 
     def forward(self, batch: Batch) -> None:
         """See Runner.

@@ -22,6 +22,7 @@ from autotp_serving.distributed.collectives import broadcast_tokens, join_collec
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
 from autotp_serving.distributed.store import close_doors
+from autotp_serving.memory.footprint import count_rows
 from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
@@ -29,6 +30,7 @@ from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.model.state_layers import allocate_states, list_state_layers
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
@@ -110,6 +112,17 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)
     cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
+    states = list_state_layers(model)
+    if states:
+        rows = count_rows(config)
+        allocate_states(model, rows, device.torch_device, backend.recurrence())
+    if states and group.rank == 0:
+        logger.info(
+            "%d layers keep a state beside the KV blocks, %d KiB a sequence on each rank; the "
+            "beginnings of prompts are not reused, for whose states nobody keeps",
+            len(states),
+            sum(layer.bytes_per_row for layer in states) >> 10,
+        )
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     state = BatchState(
         config.max_num_seqs,
@@ -131,7 +144,15 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     lead = None
     if group.rank == 0:
         sampler = backend.sampler(device.fetch)
-        lead = LeadRunner(runner, cache, channel, group.size, sampler, device.max_in_flight)
+        lead = LeadRunner(
+            runner,
+            cache,
+            channel,
+            group.size,
+            sampler,
+            device.max_in_flight,
+            can_reuse_prefixes=not states,
+        )
     if config.profile is not None:
         from autotp_serving.worker.profiler import StepProfiler
 

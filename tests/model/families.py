@@ -93,9 +93,55 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+DELTA_NET = {
+    "num_hidden_layers": 4,  # the last attends
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# Those whose layers keep states, as transformers 5 has them.
+STATE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        DELTA_NET
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+        | {"shared_expert_intermediate_size": 128},
+    ),
+    "qwen3-5": ("Qwen3_5TextConfig", DELTA_NET),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "granite-hybrid": (  # one group of heads, which the ranks share
+        "GraniteMoeHybridConfig",
+        MAMBA
+        | EXPERTS
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"shared_intermediate_size": 128, "mamba_n_groups": 1},
+    ),
+    "falcon-h1": ("FalconH1Config", MAMBA | {"mamba_d_ssm": 256, "mamba_n_groups": 2}),
+    "falcon-h1-norm": (
+        "FalconH1Config",
+        MAMBA
+        | {"mamba_d_ssm": 256, "mamba_n_groups": 1, "mamba_rms_norm": True}
+        | {"mamba_norm_before_gate": True, "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7]}
+        | {"ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.5},
+    ),
+    "nemotron-h": (
+        "NemotronHConfig",
+        {"layer_types": ["linear_attention", "moe", "full_attention", "mlp"]}
+        | {"num_hidden_layers": 4, "mamba_num_heads": 8, "mamba_head_dim": 32}
+        | {"ssm_state_size": 16, "n_groups": 2, "expand": 2, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+        | {"moe_shared_expert_intermediate_size": 128},
+    ),
+}
+
+
 def save_family(name: str, folder: Path, **changes: Any) -> Path:
     """Save a random checkpoint of a family, in float32, as transformers itself writes it."""
-    config_class, settings = FAMILIES[name]
+    config_class, settings = (FAMILIES | STATE_FAMILIES)[name]
     config = getattr(transformers, config_class)(**(COMMON | settings | changes))
     torch.manual_seed(sum(name.encode()))
     model = transformers.AutoModelForCausalLM.from_config(config)

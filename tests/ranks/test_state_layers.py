@@ -1,0 +1,111 @@
+"""Families whose layers keep states beside the KV blocks, at one and two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from autotp_serving import LLM, SamplingParams
+from autotp_serving.config import ConfigError
+from autotp_serving.model.build import build_on_meta
+from autotp_serving.model.state_layers import list_state_layers
+from tests.model.families import (
+    COMMON,
+    STATE_FAMILIES,
+    generate_with_transformers,
+    save_family,
+)
+from tests.model.test_quantized import save
+from tests.ranks.test_families import IS_TRANSFORMERS_4, SETTINGS, make_prompts, run_jobs
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(IS_TRANSFORMERS_4, reason="has other layers, which are refused"),
+]
+
+MAX_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("states")
+    found = {name: save_family(name, root / name) for name in STATE_FAMILIES}
+    for name in ("qwen3-5", "nemotron-h"):
+        found[f"{name}-saved"] = root / f"{name}-saved"
+        save(found[name], found[f"{name}-saved"], low_bit="sym_int4", dtype="float32")
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str | None, int], Any]:
+    """By folder, --low-bit and number of ranks."""
+    kinds = [(name, low_bit) for low_bit in ("bf16", "sym_int4") for name in STATE_FAMILIES]
+    kinds += [(name, None) for name in folders if name.endswith("saved")]
+    jobs = [
+        {"model": str(folders[name]), "prompts": make_prompts(), "max_tokens": MAX_TOKENS}
+        | {"settings": SETTINGS | {"low_bit": low_bit}}
+        for name, low_bit in kinds
+    ]
+    found = {}
+    for num_ranks in (1, 2):
+        results = run_jobs(jobs, num_ranks, tmp_path_factory.mktemp("jobs"))
+        found |= {(*kind, num_ranks): one for kind, one in zip(kinds, results, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("name", STATE_FAMILIES)
+def test_tokens_equal_those_of_transformers(
+    name: str, folders: dict[str, Path], answers: dict[tuple[str, str | None, int], Any]
+) -> None:
+    expected = generate_with_transformers(folders[name], make_prompts(), MAX_TOKENS)
+    assert len({token for answer in expected for token in answer}) > 12, "answers that prove little"
+    assert answers[name, "bf16", 1] == expected
+    assert answers[name, "bf16", 2] == expected
+
+
+@pytest.mark.parametrize("name", STATE_FAMILIES)
+def test_low_bit_tokens_are_those_of_one_rank(
+    name: str, answers: dict[tuple[str, str | None, int], Any]
+) -> None:
+    whole = answers[name, "sym_int4", 1]
+    assert isinstance(whole, list), whole
+    assert answers[name, "sym_int4", 2] == whole
+    for num_ranks in (1, 2):
+        assert answers.get((f"{name}-saved", None, num_ranks), whole) == whole
+
+
+def test_preempted_sequences_and_equal_beginnings(folders: dict[str, Path]) -> None:
+    """The cache is too small for three, and prompts begin alike: states must not be mixed up."""
+    folder = folders["qwen3-5"]
+    long = make_prompts()[-1][:100]
+    prompts = [long, [*long[:90], 5, 6, 7], long, [*long, 9]]
+    max_tokens = 40
+    expected = generate_with_transformers(folder, prompts, max_tokens)
+    settings = SETTINGS | {"kv_cache_memory": 26 * 16 * 2 * 2 * 32 * 4, "low_bit": "bf16"}
+    with LLM(str(folder), **settings) as llm:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        completions = llm.generate(prompts, params, show_progress=False)
+        stats = llm._engine.stats()
+    assert [item.token_ids for item in completions] == expected
+    assert stats.num_preemptions > 0, "nothing was preempted"
+    assert stats.num_prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("qwen3-5", "2 key heads"), ("lfm2", "128 channels"), ("nemotron-h", "8 Mamba heads")],
+)
+def test_heads_that_do_not_divide_are_refused(name: str, what: str) -> None:
+    config_class, settings = STATE_FAMILIES[name]
+    config = getattr(transformers, config_class)(**(COMMON | settings))
+    layers = list_state_layers(build_on_meta(config, torch.float32, False))
+    assert layers
+    for layer in layers:
+        with pytest.raises(ConfigError, match=f"{what}.* over 3 ranks"):
+            layer.plan_shares(3)
