@@ -6,7 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 StructureKind = Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
-ToolFormat = Literal["hermes", "llama3"]
+ToolFormat = Literal[
+    "hermes", "llama3", "mistral", "mistral_json", "qwen3_coder", "glm45", "minimax_m2",
+    "deepseek_v3", "deepseek_v31", "kimi_k2", "phi4", "granite", "gemma4", "functiongemma",
+    "harmony",
+]  # fmt: skip
+ReasoningFormat = Literal["think", "mistral", "gemma4", "granite", "harmony"]
 Reasoning = Literal["begun", "possible"]
 
 
@@ -51,14 +56,15 @@ class StructuredOutput:
         source: a JSON schema, a regular expression, a JSON list of texts, or a grammar (Lark or
             GBNF); "" for text and json_object.
         calls: tool calls that the completion must or may have instead.
-        reasoning: free text up to `</think>` comes first: it has begun already in the prompt, or is
-            possible.
+        reasoning: free text comes first: it has begun already in the prompt, or is possible.
+        reasoning_format: how it is marked.
     """
 
     kind: StructureKind
     source: str = ""
     calls: ToolCalls | None = None
     reasoning: Reasoning | None = None
+    reasoning_format: ReasoningFormat = "think"
 
 
 def structure_to_plain(structured_output: StructuredOutput) -> dict[str, Any]:

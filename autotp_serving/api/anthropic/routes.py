@@ -106,7 +106,7 @@ class AnthropicRoutes:
         budget = None if body.thinking is None else body.thinking.budget_tokens
         if budget is None or budget >= body.max_tokens or not wants_thinking(body):
             return
-        if self._chats.parsers.splits_reasoning:
+        if self._chats.parsers.reasoning_format is not None:
             raise RequestError(
                 "thinking.budget_tokens",
                 "cannot be kept by this model: leave the length of its thoughts to it, with "

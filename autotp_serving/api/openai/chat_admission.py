@@ -88,7 +88,9 @@ class ChatAdmission:
         token_ids = await self.encode(body, record)
         reasoning = parsers.reasoning(token_ids)
         wanted = body.whole_structured_output(
-            parsers.call_format(is_required=body.requires_call), reasoning
+            parsers.call_format(is_required=body.requires_call),
+            reasoning,
+            parsers.reasoning_format,
         )
         grammar = await admission.compile(wanted)
         num_left = admission.num_tokens_left(token_ids)
@@ -109,14 +111,14 @@ class ChatAdmission:
             or ("max_tokens" if body.max_tokens else "max_completion_tokens"),
             grammar=grammar,
         )
-        names_called = {tool.function.name for tool in body.callable_tools}
+        tools = {tool.function.name: tool.function.parameters for tool in body.callable_tools}
         max_calls = 1 if body.allows_one_call else None
         return AdmittedChat(
             requests,
             [
                 parsers.make(
                     reasoning,
-                    names_called,
+                    tools,
                     max_calls,
                     is_chosen=body.names_one_tool,
                     is_required=body.requires_call,

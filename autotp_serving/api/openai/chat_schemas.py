@@ -26,7 +26,13 @@ from autotp_serving.api.schemas import (
 )
 from autotp_serving.engine.chat_history import Message, write_tools
 from autotp_serving.request import MAX_LOGPROBS, RequestError
-from autotp_serving.structured_output import Reasoning, StructuredOutput, ToolCalls, ToolFormat
+from autotp_serving.structured_output import (
+    Reasoning,
+    ReasoningFormat,
+    StructuredOutput,
+    ToolCalls,
+    ToolFormat,
+)
 
 MAX_MESSAGES = 2**14
 MAX_VARIABLES = 1024
@@ -289,7 +295,10 @@ class ChatRequest(OpenAIRequest):
         return self.parallel_tool_calls is False or self.names_one_tool
 
     def whole_structured_output(
-        self, tool_format: ToolFormat | None, reasoning: Reasoning | None
+        self,
+        tool_format: ToolFormat | None,
+        reasoning: Reasoning | None,
+        reasoning_format: ReasoningFormat | None,
     ) -> tuple[str, StructuredOutput] | None:
         """The structured output, calls and reasoning included, and the field that asks for it.
 
@@ -299,6 +308,7 @@ class ChatRequest(OpenAIRequest):
         Args:
             tool_format: how the model writes calls; None if it has not learned to.
             reasoning: whether it may think before it answers.
+            reasoning_format: how it marks that.
 
         Raises:
             RequestError: naming the tool whose parameters are no object's.
@@ -316,7 +326,8 @@ class ChatRequest(OpenAIRequest):
             calls = ToolCalls(tool_format, named, is_required, self.allows_one_call)
         if calls is None and structured_output.kind == "text":
             return None
-        return field_name, replace(structured_output, calls=calls, reasoning=reasoning)
+        whole = replace(structured_output, calls=calls, reasoning=reasoning)
+        return field_name, replace(whole, reasoning_format=reasoning_format or "think")
 
     def for_template(self, *, knows_tools: bool = True) -> tuple[list[Message], dict[str, Any]]:
         """The conversation and the variables for the chat template.
