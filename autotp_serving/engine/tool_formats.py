@@ -98,7 +98,7 @@ TOOL_SYNTAXES: dict[ToolFormat, ToolSyntax] = {
     ),
     "mistral_json": ToolSyntax(
         ("[TOOL_CALLS]",), "{object}", "object", absent=("[ARGS]",),
-        open="[TOOL_CALLS]", begin="[TOOL_CALLS][", separator=", ", end="]",
+        open="[TOOL_CALLS]", begin="[TOOL_CALLS] [", separator=", ", end="]",
     ),
     "qwen3_coder": ToolSyntax(
         ("<function=", "<tool_call>"),
