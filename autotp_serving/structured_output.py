@@ -96,8 +96,11 @@ class Guide(Protocol):
         """Return once it is ready, or when the time is over."""
         ...
 
-    def allowed(self) -> bytes:
-        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32."""
+    def allowed(self) -> bytes | None:
+        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32.
+
+        None where any may.
+        """
         ...
 
     def accept(self, token_id: int) -> bool:

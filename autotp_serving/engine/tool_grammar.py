@@ -101,9 +101,9 @@ def _write_body(
     grammar = {"name": f"arguments_{number}", "json_schema": schema | {"x-guidance": guidance}}
     if syntax.kind == "object":
         # JSON token by JSON token: in one piece, the head would win over an object that is content.
-        head = ["{", '"name"', ":", " ", json.dumps(tool.name), ",", " ", f'"{syntax.key}"', ":",
+        texts = ["{", '"name"', ":", " ", json.dumps(tool.name), ",", " ", f'"{syntax.key}"', ":",
                 " "]  # fmt: skip
-        return f'{" ".join(map(_literal, head))} @arguments_{number} "}}"', [], [grammar]
+        return f'{" ".join(map(_literal, texts))} @arguments_{number} "}}"', [], [grammar]
     between = f" {INDEX} ".join(map(_literal, syntax.between.split("{index}")))
     head = f"{_literal(tool.name)} {between}"
     if syntax.kind == "json":

@@ -61,6 +61,7 @@ class ChatAdmission:
         if body.tools and self.parsers.call_format(is_required=body.requires_call) is None:
             record.headers["X-Warning"] = NO_TOOLS
         messages, options = body.for_template(knows_tools=self.parsers.tool_format is not None)
+        options = self.parsers.reasoning_options.complete(options, body.reasoning_effort)
         return await self.admission.encode_chat(messages, options, is_listed=is_listed)
 
     async def admit(
@@ -92,7 +93,9 @@ class ChatAdmission:
             reasoning,
             parsers.reasoning_format,
         )
-        grammar = await admission.compile(wanted)
+        grammar = parsers.limit_reasoning(
+            await admission.compile(wanted), body.most_thinking_tokens, reasoning
+        )
         num_left = admission.num_tokens_left(token_ids)
         max_tokens = body.max_new_tokens(num_left)
         if cuts_length:

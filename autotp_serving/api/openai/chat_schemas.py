@@ -222,7 +222,14 @@ class ChatRequest(OpenAIRequest):
     separate_reasoning: Annotated[Any, only(True)] = None
     stream_reasoning: Annotated[Any, only(True)] = None
     include_reasoning: Annotated[Any, only(True)] = None
-    reasoning_effort: Annotated[Any, only()] = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(None, description="how much to reason, as far as the chat template can be told")
+    )
+    thinking_budget: int | None = Field(
+        None, ge=-1, description="most tokens of reasoning, which then ends; -1: as many as fit"
+    )
+    max_thinking_tokens: int | None = Field(None, ge=-1, description="the same")
+    thinking_token_budget: int | None = Field(None, ge=-1, description="the same, vLLM's name")
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> ChatRequest:
@@ -233,6 +240,23 @@ class ChatRequest(OpenAIRequest):
             self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs
         )
         return self
+
+    @model_validator(mode="after")
+    def _check_budgets(self) -> ChatRequest:
+        if len(self._budgets) > 1:
+            raise RequestError("max_thinking_tokens", "and another thinking budget differ")
+        return self
+
+    @property
+    def _budgets(self) -> set[int]:
+        budgets = (self.thinking_budget, self.max_thinking_tokens, self.thinking_token_budget)
+        return {budget for budget in budgets if budget is not None}
+
+    @property
+    def most_thinking_tokens(self) -> int | None:
+        """Most tokens of reasoning; None for as many as the model likes."""
+        (budget,) = self._budgets or {-1}
+        return None if budget < 0 else budget
 
     @model_validator(mode="after")
     def _check_tool_choice(self) -> ChatRequest:

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 from autotp_serving.api.openai.harmony import HarmonyParser
 from autotp_serving.api.openai.reasoning import ThinkSplitter
+from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, ToolParameters
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES, find_reasoning_format
+from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.engine.tool_formats import find_formats
-from autotp_serving.structured_output import Reasoning, ReasoningFormat, ToolFormat
+from autotp_serving.structured_output import Grammar, Reasoning, ReasoningFormat, ToolFormat
 
 PROMPT_TAIL_LEN = 32
 
@@ -72,10 +74,12 @@ class CompletionParsers:
     def __init__(self, tokenizer: Tokenizer, config: ServingConfig) -> None:
         template = tokenizer.chat_template
         self._tokenizer = tokenizer
+        self.reasoning_options = ReasoningOptions(template)
         found: ToolFormat | ReasoningFormat | None
         reasoning = config.reasoning_parser
         found = find_reasoning_format(template) if reasoning == "auto" else _named(reasoning)
         self.reasoning_format = cast(ReasoningFormat | None, found)
+        self._budget_tags: BudgetTags | None = None
         calls = config.tool_call_parser
         found = next(iter(find_formats(template)), None) if calls == "auto" else _named(calls)
         self.tool_format = cast(ToolFormat | None, found)
@@ -92,6 +96,19 @@ class CompletionParsers:
         prompt = self._tokenizer.decode(tail, skip_special_tokens=False)
         tag = REASONING_SYNTAXES[self.reasoning_format].open
         return "begun" if prompt.rstrip().endswith(tag) else "possible"
+
+    def limit_reasoning(
+        self, grammar: Grammar | None, num_tokens: int | None, reasoning: Reasoning | None
+    ) -> Grammar | None:
+        """A grammar that beside what it was asks for reasoning of so many tokens at most.
+
+        Without reasoning every limit is kept to.
+        """
+        if num_tokens is None or reasoning is None or self.reasoning_format is None:
+            return grammar
+        if self._budget_tags is None:
+            self._budget_tags = BudgetTags(self._tokenizer, self.reasoning_format)
+        return ThinkingBudget(num_tokens, self._budget_tags, reasoning == "begun", grammar)
 
     def make(
         self,
