@@ -84,8 +84,10 @@ def structure_from_plain(plain: dict[str, Any]) -> StructuredOutput:
 class Guide(Protocol):
     """Follows one completion through its structured output."""
 
-    error: str | None
-    """Why the structured output can be followed no more; None while it can."""
+    @property
+    def error(self) -> str | None:
+        """Why the structured output can be followed no more; None while it can."""
+        ...
 
     @property
     def is_ready(self) -> bool:

@@ -111,7 +111,8 @@ class ObjectReader:
                 if match and match[1] in self._tools:
                     self.is_call = self._in_arguments = True
                     deltas.append(begin_call(self._index, match[1]))
-            self._raw += char
+            if not self.is_call:
+                self._raw += char
             brackets.add(char)  # a text that does not begin with a brace is over at once
             if self._in_arguments:
                 arguments += char
