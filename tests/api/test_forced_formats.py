@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from transformers import AutoTokenizer
 
 from autotp_serving.api.openai.completion_parser import join
 from autotp_serving.api.openai.harmony import HarmonyParser
 from autotp_serving.api.openai.tool_calls import ToolCallParser
 from autotp_serving.engine import grammar
+from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+from autotp_serving.engine.tool_formats import TOOL_SYNTAXES
 from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import CallableTool, StructuredOutput, ToolCalls, ToolFormat
 from tests.api.tool_families import FAMILIES, WEATHER
@@ -19,6 +24,7 @@ from tests.api.tool_families import TOOLS as FAMILY_TOOLS
 from tests.fakes import ByteTokenizer
 from tests.generated_schemas import check
 
+DEMO = Path(__file__).parents[2] / "demo_model"
 TOOL_FORMATS = pytest.mark.parametrize("tool_format", get_args(ToolFormat))
 MAX_BYTES = 5000
 SHORT = {"type": "string", "maxLength": 3}
@@ -160,3 +166,26 @@ def test_schemas_without_an_end_or_a_form(tool_format: ToolFormat, vocabulary: V
     assert matcher.try_consume_tokens(list(text.encode())) == len(text)
     (call,) = read(tool_format, free, text)["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"a": "x", "b": {"c": [1]}}
+
+
+@pytest.mark.parametrize("tool_format", ["hermes", "mistral", "deepseek_v31", "gemma4", "harmony"])
+def test_tags_that_are_single_tokens_are_text_and_begin_a_call(
+    tool_format: ToolFormat, tmp_path: Path
+) -> None:
+    """As the families' own tokenizers have them, marked as special."""
+    syntax = TOOL_SYNTAXES[tool_format]
+    outer = AutoTokenizer.from_pretrained(DEMO)
+    outer.chat_template = FAMILIES[tool_format].template
+    outer.add_special_tokens({"additional_special_tokens": [syntax.open]})
+    outer.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    tag = outer.convert_tokens_to_ids(syntax.open)
+    assert tokenizer.decode([tag]) == syntax.open
+    vocabulary = Vocabulary.of(tokenizer)
+    tool = CallableTool("f", '{"type": "object"}', is_strict=False)
+    calls = StructuredOutput("text", calls=ToolCalls(tool_format, (tool,), is_required=True))
+    matcher, mask = grammar.compile_text(vocabulary, grammar.write_structure(calls, vocabulary))
+    assert mask[tag // 8] >> tag % 8 & 1
+    assert matcher.consume_token(tag)
