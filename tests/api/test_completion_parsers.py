@@ -232,6 +232,8 @@ def test_a_call_that_calls_are_numbered_by_keeps_its_id() -> None:
         if "id" in call
     ]
     assert ids == ["functions.weather:0", "functions.add:1"]
+    twice = FAMILIES["kimi_k2"].calls.replace("functions.add:1", "functions.weather:0")
+    parse("kimi_k2", [twice])  # where a model does not count, ids differ all the same
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def list_all_ignored(body: CountTokensRequest, reasoning: ReasoningOptions) -> l
     for name in ("thinking", "output_config"):
         part = getattr(body, name)
         ignored += [f"{name}.{one}" for one in list_ignored(part)] if part is not None else []
-    if body.thinking is not None and reasoning.switch is None:
+    told = body.thinking is None or body.thinking.budget_tokens is not None
+    if not told and reasoning.switch is None:
         ignored.append("thinking")
     if _effort(body) is not None and not reasoning.has_effort:
         ignored.append("output_config.effort")

@@ -157,6 +157,7 @@ class TaggedReader:
         head: of such a call, up to its arguments.
         lead: what was read of it.
         raw: what of that belongs to the head.
+        ids: of the calls before it; its own is added, if it has one.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class TaggedReader:
         head: re.Pattern[str],
         lead: str,
         raw: str,
+        ids: set[str],
     ) -> None:
         self.is_call = False
         self._index = index
@@ -176,6 +178,7 @@ class TaggedReader:
         self._lead = lead
         self._num_lead_chars = len(raw)
         self._raw = raw
+        self._ids = ids
         self._arguments: ArgumentReader | None = None
 
     def add(self, text: str) -> tuple[list[Delta], str | None]:
@@ -192,6 +195,9 @@ class TaggedReader:
             self.is_call = True
             # Models that number their calls are told of the results by the same ids.
             call_id = "" if index is None else f"functions.{name}:{index}"
+            if call_id in self._ids:
+                call_id = ""
+            self._ids.add(call_id)
             deltas.append(begin_call(self._index, name, call_id=call_id))
             self._arguments = make_argument_reader(self._syntax, self._tools[name])
             text = self._raw[match.end() :]
@@ -249,6 +255,7 @@ class ToolCallParser:
         self._tools = tools
         self._max_calls = max_calls
         self._held = ""
+        self._ids: set[str] = set()
         self._reader: CallReader | None = None
         self._head = None if syntax.kind == "object" else make_head(syntax)
         self._opens = [one for one in (syntax.open, *syntax.other_opens) if one]
@@ -342,7 +349,9 @@ class ToolCallParser:
         index, lead = self.num_calls, blanks + tag
         if self._head is not None:
             raw = tag if tag in self._kept else ""
-            self._reader = TaggedReader(index, self._tools, self._syntax, self._head, lead, raw)
+            self._reader = TaggedReader(
+                index, self._tools, self._syntax, self._head, lead, raw, self._ids
+            )
             return
         is_brace = tag == "{"
         self._reader = ObjectReader(index, self._tools, "" if is_brace else lead)
