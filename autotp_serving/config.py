@@ -10,7 +10,9 @@ import argparse
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
+
+from autotp_serving.structured_output import ReasoningFormat, ToolFormat
 
 
 class ConfigError(ValueError):
@@ -259,13 +261,13 @@ class ServingConfig:
     tool_call_parser: str = setting(
         "auto",
         "how the model writes tool calls; auto: as its chat template has it",
-        choices=("auto", "none", "hermes", "llama3"),
+        choices=("auto", "none", *get_args(ToolFormat)),
     )
     reasoning_parser: str = setting(
         "auto",
-        "how the model marks its reasoning, which chats answer as reasoning_content; auto: <think> "
-        "if its chat template has it",
-        choices=("auto", "none", "think"),
+        "how the model marks its reasoning, which chats answer as reasoning_content; auto: as its "
+        "chat template has it",
+        choices=("auto", "none", *get_args(ReasoningFormat)),
     )
     log_level: str = setting(
         "info",

@@ -211,7 +211,7 @@ class Request:
         params: how to sample.
         arrival_time: `time.monotonic()` seconds at which the server received it.
         tenant: whose request it is; those who share a server get turns. "" where all are one.
-        grammar: `params.structured_output`, compiled.
+        grammar: `params.structured_output`, compiled, and what else the tokens have to follow.
     """
 
     request_id: str
@@ -233,7 +233,7 @@ class Request:
         _check_type("arrival_time", self.arrival_time, Real)
         if not isinstance(self.params, SamplingParams):
             raise RequestError("params", "must be SamplingParams")
-        if (self.grammar is None) != (self.params.structured_output is None):
+        if self.grammar is None and self.params.structured_output is not None:
             raise RequestError("structured_output", "must be compiled before the request is made")
 
 

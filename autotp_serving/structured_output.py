@@ -6,7 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 StructureKind = Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
-ToolFormat = Literal["hermes", "llama3"]
+ToolFormat = Literal[
+    "hermes", "llama3", "mistral", "mistral_json", "qwen3_coder", "glm45", "minimax_m2",
+    "deepseek_v3", "deepseek_v31", "kimi_k2", "phi4", "granite", "gemma4", "functiongemma",
+    "harmony",
+]  # fmt: skip
+ReasoningFormat = Literal["think", "mistral", "gemma4", "granite", "harmony"]
 Reasoning = Literal["begun", "possible"]
 
 
@@ -51,14 +56,15 @@ class StructuredOutput:
         source: a JSON schema, a regular expression, a JSON list of texts, or a grammar (Lark or
             GBNF); "" for text and json_object.
         calls: tool calls that the completion must or may have instead.
-        reasoning: free text up to `</think>` comes first: it has begun already in the prompt, or is
-            possible.
+        reasoning: free text comes first: it has begun already in the prompt, or is possible.
+        reasoning_format: how it is marked.
     """
 
     kind: StructureKind
     source: str = ""
     calls: ToolCalls | None = None
     reasoning: Reasoning | None = None
+    reasoning_format: ReasoningFormat = "think"
 
 
 def structure_to_plain(structured_output: StructuredOutput) -> dict[str, Any]:
@@ -78,8 +84,10 @@ def structure_from_plain(plain: dict[str, Any]) -> StructuredOutput:
 class Guide(Protocol):
     """Follows one completion through its structured output."""
 
-    error: str | None
-    """Why the structured output can be followed no more; None while it can."""
+    @property
+    def error(self) -> str | None:
+        """Why the structured output can be followed no more; None while it can."""
+        ...
 
     @property
     def is_ready(self) -> bool:
@@ -90,8 +98,11 @@ class Guide(Protocol):
         """Return once it is ready, or when the time is over."""
         ...
 
-    def allowed(self) -> bytes:
-        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32."""
+    def allowed(self) -> bytes | None:
+        """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32.
+
+        None where any may.
+        """
         ...
 
     def accept(self, token_id: int) -> bool:

@@ -57,13 +57,13 @@ def check(schema: dict[str, Any], value: Any) -> None:
     if schema["type"] in ("integer", "number"):
         assert not isinstance(value, bool) and schema["minimum"] <= value <= schema["maximum"]
     if "maxLength" in schema:
-        assert schema["minLength"] <= len(value) <= schema["maxLength"]
+        assert schema.get("minLength", 0) <= len(value) <= schema["maxLength"]
     if schema["type"] == "array":
-        assert schema["minItems"] <= len(value) <= schema["maxItems"]
+        assert schema.get("minItems", 0) <= len(value) <= schema["maxItems"]
         for item in value:
             check(schema["items"], item)
     if schema["type"] == "object":
-        assert set(schema["required"]) <= set(value) <= set(schema["properties"])
+        assert set(schema.get("required", ())) <= set(value) <= set(schema["properties"])
         for name, item in value.items():
             check(schema["properties"][name], item)
     return None

@@ -19,7 +19,7 @@ from autotp_serving.engine.sandbox import Sandbox
 from autotp_serving.engine.sandbox_helper import SandboxBusyError
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.request import Request, RequestError, SamplingParams, check_tokens
-from autotp_serving.structured_output import StructuredOutput
+from autotp_serving.structured_output import Grammar, StructuredOutput
 
 
 class Admission:
@@ -143,7 +143,7 @@ class Admission:
         first_choice: int = 0,
         prompt_field: str = "prompt",
         length_field: str = "max_tokens",
-        grammar: CompiledGrammar | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Request]:
         """Make the engine's requests, one for each completion wanted to one prompt.
 
@@ -153,7 +153,7 @@ class Admission:
             first_choice: number of the first answer among all of this HTTP request.
             prompt_field: the client's word for the prompt.
             length_field: the client's word for max_tokens.
-            grammar: the structured output that `choices` name, compiled.
+            grammar: the structured output that `choices` name, compiled, and what else they follow.
 
         Raises:
             ApiError: 400 when prompt and completion together exceed the model's length.

@@ -25,7 +25,6 @@ from autotp_serving.api.native_routes import native_routes
 from autotp_serving.api.openai.chat_admission import ChatAdmission
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
-from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.openai.routes import openai_routes
 from autotp_serving.api.responses.routes import responses_routes
 from autotp_serving.api.route_paths import RoutePaths
@@ -71,7 +70,7 @@ def build_app(
     names = ModelNames(config, max_model_len, defaults)
     parsers = CompletionParsers(tokenizer, config)
     chats = ChatAdmission(admission, parsers, defaults)
-    reasoning = ReasoningOptions(tokenizer.chat_template)
+    reasoning = parsers.reasoning_options
     routers = [
         native_routes(engine, admission),
         openai_routes(engine, chats, names),

@@ -106,6 +106,7 @@ class TokenRoutes:
             messages, options = body.as_chat().for_template(knows_tools=knows_tools)
             if body.tools and not knows_tools:
                 request.state.record.headers["X-Warning"] = NO_TOOLS
+            options = self._parsers.reasoning_options.complete(options, None)
             tokens = await admission.encode_chat(messages, options, is_listed=True)
         reply = {"tokens": tokens, "count": len(tokens), "max_model_len": admission.max_model_len}
         if body.return_token_strs:

@@ -292,6 +292,17 @@ def _turn(call: Message) -> Message:
     return {**call, "function": {**function, "arguments": turned}}
 
 
+def put_tools(messages: Iterable[Mapping[str, Any]], tools: Sequence[Any]) -> list[Message]:
+    """A conversation whose system message has the tools as JSON, for templates that want it so."""
+    text = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    done = [dict(message) for message in messages]
+    for message in done:
+        if message.get("role") == "system":
+            message["tools"] = text
+            return done
+    return [{"role": "system", "content": "", "tools": text}, *done]
+
+
 def write_tools(messages: Iterable[Mapping[str, Any]], tools: Sequence[Any]) -> list[Message]:
     """A conversation that tells of tools in its first words, for a template that knows none."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from autotp_serving.engine.chat_history import list_forms
+from autotp_serving.engine.chat_history import list_forms, put_tools
 from autotp_serving.engine.template_habits import TemplateHabits, find_habits
 
 MAX_REASON_LEN = 300
@@ -64,7 +64,10 @@ class ChatTemplate:
         """
         source = self.find_source("tools" in options)
         refusal: ChatTemplateError | None = None
-        for conversation in list_forms(messages, self._find_habits(source)):
+        habits = self._find_habits(source)
+        if options.get("tools") and habits.reads_tools_of_message:
+            messages = put_tools(messages, options["tools"])
+        for conversation in list_forms(messages, habits):
             try:
                 return self._render(source, conversation, options)
             except ChatTemplateError as error:  # that of the closest form is told

@@ -18,8 +18,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from autotp_serving.engine.json_schema import close_objects
+from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES
 from autotp_serving.engine.tokenizer import is_panic
-from autotp_serving.engine.tool_grammar import arguments_schema, write_calls
+from autotp_serving.engine.tool_grammar import write_calls
 from autotp_serving.engine.vocabulary import Vocabulary
 from autotp_serving.structured_output import StructuredOutput
 
@@ -40,12 +41,6 @@ TRIED_SLOW_SECONDS = 0.005
 
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_flexible": False}
 """Compact: each blank between JSON tokens costs a step, and weak models write them for ever."""
-
-REASONING = {
-    "begun": r"start: reasoning /[ \n]{0,4}/ @answer",
-    "possible": r'start: ("<think>" reasoning /[ \n]{0,4}/)? @answer',
-}
-END_OF_REASONING = r'reasoning[lazy]: /(.|\n)*/ "</think>"'
 
 PANIC = "is more than the grammar library can take: make it smaller or simpler"
 
@@ -161,15 +156,28 @@ def _to_llguidance(structured_output: StructuredOutput, has_llama_tag: bool) -> 
     if structured_output.kind != "text" and not (calls and calls.is_required):
         grammars.append(_content(structured_output) | {"name": "content" if calls else "answer"})
     if calls is not None:
-        lark = write_calls(calls, has_content=bool(grammars), has_llama_tag=has_llama_tag)
+        lark, more = write_calls(calls, has_content=bool(grammars), has_llama_tag=has_llama_tag)
         grammars.insert(0, {"name": "answer", "lark_grammar": lark})
-        for number, tool in enumerate(calls.tools):
-            schema = arguments_schema(tool)
-            grammars.append({"name": f"arguments_{number}", "json_schema": schema})
+        grammars += more
     if structured_output.reasoning is not None:
-        lark = f"{REASONING[structured_output.reasoning]}\n{END_OF_REASONING}"
+        lark = _write_reasoning(structured_output)
         grammars.insert(0, {"name": "reasoning", "lark_grammar": lark})
     return json.dumps({"grammars": grammars})
+
+
+def _write_reasoning(structured_output: StructuredOutput) -> str:
+    """Rules of a completion that may begin with reasoning; `@answer` is the rest of it."""
+    syntax = REASONING_SYNTAXES[structured_output.reasoning_format]
+    opening, closing, after = map(json.dumps, (syntax.open, syntax.close, syntax.next))
+    blanks = f"{after} " if syntax.next else r"/[ \n]{0,4}/ "
+    head = ""
+    if syntax.answer and structured_output.calls is None:
+        head = f"{json.dumps(syntax.answer)} "
+    start = f"reasoning {blanks}"
+    if structured_output.reasoning == "possible":
+        start = f"({opening} {start})? "
+    lazy = f"reasoning[lazy]: /(.|\\n)*/ {closing}"
+    return f"start: {start}{head}@answer\n{lazy}"
 
 
 def _content(structured_output: StructuredOutput) -> dict[str, Any]:

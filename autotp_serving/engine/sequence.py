@@ -44,7 +44,7 @@ class GuardedGuide:
         return self._guide is None or self._guide.is_ready
 
     def allowed(self) -> bytes | None:
-        """See Guide; None after a fault, of which `error` tells."""
+        """See Guide; None after a fault too, of which `error` tells."""
         if self._guide is None:
             return None
         try:

@@ -31,6 +31,7 @@ class TemplateHabits:
         tests_none: it asks whether a message's content is none.
         wants_short_ids: ids of calls must have nine letters and digits.
         reasoning_key: its word for what was thought before an answer.
+        reads_tools_of_message: it reads the tools off the system message and nowhere else.
     """
 
     writes_calls: bool = True
@@ -39,6 +40,7 @@ class TemplateHabits:
     tests_none: bool = False
     wants_short_ids: bool = False
     reasoning_key: str = REASONING_KEYS[0]
+    reads_tools_of_message: bool = False
 
 
 def find_habits(source: str) -> TemplateHabits:
@@ -63,6 +65,7 @@ def find_habits(source: str) -> TemplateHabits:
     takes_text = any(test.name == "string" for test in tests)
     is_text = any(map(are_arguments, _used_as_text(tree)))
     keys = {_key(node) for node in tree.find_all((nodes.Getattr, nodes.Getitem))}
+    variables = {name.name for name in tree.find_all(nodes.Name)}
     return TemplateHabits(
         writes_calls="tool_calls" in source,
         arguments_are_text=is_text and not is_mapping and not tests,
@@ -73,6 +76,7 @@ def find_habits(source: str) -> TemplateHabits:
         ),
         wants_short_ids=SHORT_ID_CHECK.search(source) is not None,
         reasoning_key=next((key for key in REASONING_KEYS if key in keys), REASONING_KEYS[0]),
+        reads_tools_of_message="tools" in keys and "tools" not in variables,
     )
 
 

@@ -14,15 +14,14 @@ from typing import Any, Protocol
 
 from autotp_serving.config import ConfigError
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError, describe_error
+from autotp_serving.engine.reasoning_formats import list_reasoning_tags
 from autotp_serving.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
 from autotp_serving.engine.tokenizer_files import load_tokenizer
+from autotp_serving.engine.tool_formats import list_tags
 from autotp_serving.model_folder import check_model_folder, read_object
 from autotp_serving.request import RequestError
 
 logger = logging.getLogger(__name__)
-
-TAGS_OF_TEXT = frozenset({"<think>", "</think>", "<tool_call>", "</tool_call>"})
-"""Some models mark these as special; left out of a text, nobody could read the text's parts."""
 
 SHARED_TEMPLATE_OPTIONS = frozenset({"add_generation_prompt", "continue_final_message", "tools"})
 
@@ -111,7 +110,7 @@ class HuggingFaceTokenizer:
                 f"the chat_template of '{folder}' must be a text, or texts by name: download "
                 "tokenizer_config.json again"
             )
-        self.chat_template = template if isinstance(template, str) else json.dumps(template)
+        self.chat_template = "\n".join(texts)
         self.template, self._taken_names = self._find_template()
         self.eos_token_ids = frozenset(
             token
@@ -119,10 +118,12 @@ class HuggingFaceTokenizer:
             if token < self.vocab_size
         )
         added = self._inner.get_added_tokens_decoder()
+        # Some models mark tags as special; left out of a text, nobody could read the text's parts.
+        kept = list_tags(self.chat_template) | list_reasoning_tags()
         self.special_token_ids = frozenset(
             number
             for number in loaded.special_token_ids
-            if number < self.vocab_size and added[number].content not in TAGS_OF_TEXT
+            if number < self.vocab_size and added[number].content not in kept
         )
         self._is_byte_level = '"ByteLevel"' in json.dumps(
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]

@@ -175,7 +175,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"tools": [{"name": "a b"}]}, "tools: "),
         ({"tool_choice": {"type": "any"}}, "tool_choice: "),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name: "),
-        ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking.budget_tokens: "),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens: "),
         ({"mcp_servers": [{}]}, "mcp_servers: "),
         ({"foo": 1}, "foo: is not a field"),
         ({"stop_sequences": [""]}, "stop_sequences.0: "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from typing import get_args
 
 import pytest
 
@@ -21,6 +22,7 @@ from autotp_serving.api.openai import chat_schemas, peer_fields, tool_schemas
 from autotp_serving.api.openai import schemas as openai_schemas
 from autotp_serving.api.responses import schemas as responses_schemas
 from autotp_serving.api.schemas import ErrorReply, GenerousModel, StrictModel
+from autotp_serving.structured_output import ReasoningFormat, ToolFormat
 from scripts.api_tables import DOCUMENT, MODELS, fill
 from tests.api.conftest import LiveServer
 from tests.api.service import build_service
@@ -35,6 +37,13 @@ EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 
 def test_tables_are_those_of_the_schemas():
     assert fill(TEXT) == TEXT, "run: python -m scripts.api_tables"
+
+
+def test_every_format_of_calls_and_reasoning_is_told():
+    for name in get_args(ToolFormat):
+        assert f"\n| `{name}` | " in TEXT
+    for name in get_args(ReasoningFormat):
+        assert f"`{name}` (" in TEXT
 
 
 def test_every_body_has_a_table():

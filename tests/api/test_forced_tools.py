@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES
+from autotp_serving.structured_output import ReasoningFormat
 from tests.api import service
 from tests.api.test_tools import ASK, post, stream
 from tests.generated_schemas import check
@@ -196,6 +198,32 @@ def test_reasoning_comes_before_structured_output(
     reply = ask(tool_format, tools=[], thinks=True, **body, **only_yes)
     message = reply.json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Shall I add? {", '"yes"')
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "reasoning_parser"),
+    [("glm45", "think"), ("gemma4", "gemma4"), ("mistral", "mistral"), ("harmony", "harmony")],
+)
+def test_reasoning_of_other_families_before_what_is_forced(
+    tool_format: str, reasoning_parser: ReasoningFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syntax = REASONING_SYNTAXES[reasoning_parser]
+    text = f"{syntax.open}Shall I?{syntax.close}{syntax.next}{syntax.answer}Yes."
+    book = {PROMPT.format("hm"): text, "user: hm\nassistant: ": text}
+    monkeypatch.setattr(service, "BOOK", book)
+
+    def say(**options: Any) -> dict[str, Any]:
+        config = {"tool_call_parser": tool_format, "reasoning_parser": reasoning_parser}
+        body = {"messages": [{"role": "user", "content": "hm"}], "temperature": 0,
+                "max_tokens": 400, "thinking_budget": 20}  # fmt: skip
+        return post(body | options, **config).json()["choices"][0]["message"]
+
+    message = say(tools=TOOLS, tool_choice="required")
+    assert message["reasoning_content"] == "Shall I?"
+    check_calls(message, set(SCHEMAS), range(1, 99))
+    wanted = {"structured_outputs": {"choice": ["Yes."]}}
+    for message in (say(**wanted), say(tools=TOOLS, **wanted)):
+        assert (message["reasoning_content"], message["content"]) == ("Shall I?", "Yes.")
 
 
 def test_what_is_not_strict_takes_what_can_be_held() -> None:

@@ -241,12 +241,12 @@ def test_parsers_follow_the_chat_template():
     parsers = CompletionParsers(tokenizer, config)
     assert parsers.call_format(is_required=False) == "hermes"
     assert parsers.reasoning([]) == "possible"
-    assert parsers.make("possible", {"f"}, None) is not None
-    begun = parsers.make(parsers.reasoning(tokenizer.encode("a\n<think>\n")), set(), None)
+    assert parsers.make("possible", {"f": None}, None) is not None
+    begun = parsers.make(parsers.reasoning(tokenizer.encode("a\n<think>\n")), {}, None)
     assert begun.add("a</think>b", is_last=True) == [{"reasoning_content": "a"}, {"content": "b"}]
     tokenizer.chat_template = "plain"
     plain = CompletionParsers(tokenizer, config)
     assert plain.reasoning([]) is None
-    assert plain.make(None, {"f"}, None) is None
+    assert plain.make(None, {"f": None}, None) is None
     assert plain.call_format(is_required=False) is None
     assert plain.call_format(is_required=True) == "hermes"

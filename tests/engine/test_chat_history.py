@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from autotp_serving.engine.chat_history import list_forms, write_tools
+from autotp_serving.engine.chat_history import list_forms, put_tools, write_tools
+from autotp_serving.engine.chat_template import ChatTemplate
 from autotp_serving.engine.template_habits import TemplateHabits, find_habits
 
 CALL = {"id": "a-1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -33,6 +34,8 @@ def first_form(messages: list[Any], **habits: Any) -> list[dict[str, Any]]:
         ("{% if m['content'] is none %}{% endif %}", {"tests_none": True}),
         ("{% if c.id | length != 9 %}{% endif %}", {"wants_short_ids": True}),
         ("{{ m.thinking }}", {"reasoning_key": "thinking"}),
+        ("{{ m['tools'] }}", {"reads_tools_of_message": True}),
+        ("{{ m['tools'] or tools }}", {}),
         ("{{ m['reasoning_content'] }}{{ m.reasoning }}", {}),
         ("{% generation %}{{ '' + c.arguments }}{%- endgeneration -%}",
          {"arguments_are_text": True}),
@@ -108,6 +111,18 @@ def test_forms_come_closest_first_and_differ() -> None:
     assert forms[4][2]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
     assert len(list(list_forms([system, user], TemplateHabits()))) == 1
     assert list(list_forms(["no message"], TemplateHabits())) == [["no message"]]
+
+
+def test_tools_in_the_system_message() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    user = {"role": "user", "content": "u"}
+    system = {"role": "system", "content": "s"}
+    told = {"tools": '[{"name": "f"}]'}
+    assert put_tools([user], [tool]) == [system | {"content": ""} | told, user]
+    assert put_tools([system, user], [tool]) == [system | told, user]
+    source = "{% for m in messages %}{{ m.role }} {{ m['tools'] }}{% endfor %}"
+    options = {"tools": [tool], "add_generation_prompt": False}
+    assert '[{"name": "f"}]' in ChatTemplate({"default": source}, {}).render([user], options)
 
 
 def test_tools_are_told_in_the_first_words() -> None:

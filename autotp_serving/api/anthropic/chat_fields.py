@@ -18,6 +18,7 @@ FIELDS = {
     "response_format": "output_config.format",
     "stop": "stop_sequences",
     "chat_template_kwargs": "thinking",
+    "thinking_budget": "thinking.budget_tokens",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
 }
 """Of a chat completion, and what here each is made of, where the names differ."""
@@ -37,6 +38,8 @@ def to_chat(body: CountTokensRequest, reasoning: ReasoningOptions) -> dict[str, 
         "tools": _read_tools(body) or None,
         "chat_template_kwargs": reasoning.for_template(wants_thinking(body), _effort(body)),
     }
+    if body.thinking is not None and wants_thinking(body):
+        fields["thinking_budget"] = body.thinking.budget_tokens
     if ends_in_prefill(body):
         fields["continue_final_message"] = True
     if body.tool_choice is not None:
@@ -68,7 +71,8 @@ def list_all_ignored(body: CountTokensRequest, reasoning: ReasoningOptions) -> l
     for name in ("thinking", "output_config"):
         part = getattr(body, name)
         ignored += [f"{name}.{one}" for one in list_ignored(part)] if part is not None else []
-    if body.thinking is not None and reasoning.switch is None:
+    told = body.thinking is None or body.thinking.budget_tokens is not None
+    if not told and reasoning.switch is None:
         ignored.append("thinking")
     if _effort(body) is not None and not reasoning.has_effort:
         ignored.append("output_config.effort")

@@ -9,7 +9,6 @@ from autotp_serving.api.anthropic.chat_fields import (
     FIELDS,
     list_all_ignored,
     to_chat,
-    wants_thinking,
 )
 from autotp_serving.api.anthropic.error_shape import AnthropicErrorReply
 from autotp_serving.api.anthropic.schemas import CountTokensRequest, MessagesRequest
@@ -22,7 +21,6 @@ from autotp_serving.api.openai.chat_schemas import ChatRequest
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.reasoning_options import ReasoningOptions
 from autotp_serving.api.reply import WHOLE_OR_EVENTS, answer
-from autotp_serving.request import RequestError
 
 
 def anthropic_routes(
@@ -72,7 +70,6 @@ class AnthropicRoutes:
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
         """Answer the last message of a conversation, in blocks."""
         record = request.state.record
-        self._check_budget(body)
         with naming_fields(FIELDS):
             chat = ChatRequest.model_validate(to_chat(body, self._reasoning))
             head = self._names.head(chat, record.request_id, "msg_")
@@ -100,15 +97,3 @@ class AnthropicRoutes:
             token_ids = await self._chats.encode(chat, request.state.record, is_listed=True)
         headers = ignored_header(list_all_ignored(body, self._reasoning))
         return JSONResponse({"input_tokens": len(token_ids)}, headers=headers)
-
-    def _check_budget(self, body: MessagesRequest) -> None:
-        """Refuse a limit that nobody keeps: of thoughts that are shorter than the message."""
-        budget = None if body.thinking is None else body.thinking.budget_tokens
-        if budget is None or budget >= body.max_tokens or not wants_thinking(body):
-            return
-        if self._chats.parsers.splits_reasoning:
-            raise RequestError(
-                "thinking.budget_tokens",
-                "cannot be kept by this model: leave the length of its thoughts to it, with "
-                'thinking {"type": "adaptive"}',
-            )

@@ -61,6 +61,7 @@ class ChatAdmission:
         if body.tools and self.parsers.call_format(is_required=body.requires_call) is None:
             record.headers["X-Warning"] = NO_TOOLS
         messages, options = body.for_template(knows_tools=self.parsers.tool_format is not None)
+        options = self.parsers.reasoning_options.complete(options, body.reasoning_effort)
         return await self.admission.encode_chat(messages, options, is_listed=is_listed)
 
     async def admit(
@@ -88,9 +89,13 @@ class ChatAdmission:
         token_ids = await self.encode(body, record)
         reasoning = parsers.reasoning(token_ids)
         wanted = body.whole_structured_output(
-            parsers.call_format(is_required=body.requires_call), reasoning
+            parsers.call_format(is_required=body.requires_call),
+            reasoning,
+            parsers.reasoning_format,
         )
-        grammar = await admission.compile(wanted)
+        grammar = parsers.limit_reasoning(
+            await admission.compile(wanted), body.most_thinking_tokens, reasoning
+        )
         num_left = admission.num_tokens_left(token_ids)
         max_tokens = body.max_new_tokens(num_left)
         if cuts_length:
@@ -109,14 +114,14 @@ class ChatAdmission:
             or ("max_tokens" if body.max_tokens else "max_completion_tokens"),
             grammar=grammar,
         )
-        names_called = {tool.function.name for tool in body.callable_tools}
+        tools = {tool.function.name: tool.function.parameters for tool in body.callable_tools}
         max_calls = 1 if body.allows_one_call else None
         return AdmittedChat(
             requests,
             [
                 parsers.make(
                     reasoning,
-                    names_called,
+                    tools,
                     max_calls,
                     is_chosen=body.names_one_tool,
                     is_required=body.requires_call,

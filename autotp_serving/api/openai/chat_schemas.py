@@ -26,7 +26,13 @@ from autotp_serving.api.schemas import (
 )
 from autotp_serving.engine.chat_history import Message, write_tools
 from autotp_serving.request import MAX_LOGPROBS, RequestError
-from autotp_serving.structured_output import Reasoning, StructuredOutput, ToolCalls, ToolFormat
+from autotp_serving.structured_output import (
+    Reasoning,
+    ReasoningFormat,
+    StructuredOutput,
+    ToolCalls,
+    ToolFormat,
+)
 
 MAX_MESSAGES = 2**14
 MAX_VARIABLES = 1024
@@ -216,7 +222,14 @@ class ChatRequest(OpenAIRequest):
     separate_reasoning: Annotated[Any, only(True)] = None
     stream_reasoning: Annotated[Any, only(True)] = None
     include_reasoning: Annotated[Any, only(True)] = None
-    reasoning_effort: Annotated[Any, only()] = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(None, description="how much to reason, as far as the chat template can be told")
+    )
+    thinking_budget: int | None = Field(
+        None, ge=-1, description="most tokens of reasoning, which then ends; -1: as many as fit"
+    )
+    max_thinking_tokens: int | None = Field(None, ge=-1, description="the same")
+    thinking_token_budget: int | None = Field(None, ge=-1, description="the same, vLLM's name")
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> ChatRequest:
@@ -227,6 +240,23 @@ class ChatRequest(OpenAIRequest):
             self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs
         )
         return self
+
+    @model_validator(mode="after")
+    def _check_budgets(self) -> ChatRequest:
+        if len(self._budgets) > 1:
+            raise RequestError("max_thinking_tokens", "and another thinking budget differ")
+        return self
+
+    @property
+    def _budgets(self) -> set[int]:
+        budgets = (self.thinking_budget, self.max_thinking_tokens, self.thinking_token_budget)
+        return {budget for budget in budgets if budget is not None}
+
+    @property
+    def most_thinking_tokens(self) -> int | None:
+        """Most tokens of reasoning; None for as many as the model likes."""
+        (budget,) = self._budgets or {-1}
+        return None if budget < 0 else budget
 
     @model_validator(mode="after")
     def _check_tool_choice(self) -> ChatRequest:
@@ -289,7 +319,10 @@ class ChatRequest(OpenAIRequest):
         return self.parallel_tool_calls is False or self.names_one_tool
 
     def whole_structured_output(
-        self, tool_format: ToolFormat | None, reasoning: Reasoning | None
+        self,
+        tool_format: ToolFormat | None,
+        reasoning: Reasoning | None,
+        reasoning_format: ReasoningFormat | None,
     ) -> tuple[str, StructuredOutput] | None:
         """The structured output, calls and reasoning included, and the field that asks for it.
 
@@ -299,6 +332,7 @@ class ChatRequest(OpenAIRequest):
         Args:
             tool_format: how the model writes calls; None if it has not learned to.
             reasoning: whether it may think before it answers.
+            reasoning_format: how it marks that.
 
         Raises:
             RequestError: naming the tool whose parameters are no object's.
@@ -316,7 +350,8 @@ class ChatRequest(OpenAIRequest):
             calls = ToolCalls(tool_format, named, is_required, self.allows_one_call)
         if calls is None and structured_output.kind == "text":
             return None
-        return field_name, replace(structured_output, calls=calls, reasoning=reasoning)
+        whole = replace(structured_output, calls=calls, reasoning=reasoning)
+        return field_name, replace(whole, reasoning_format=reasoning_format or "think")
 
     def for_template(self, *, knows_tools: bool = True) -> tuple[list[Message], dict[str, Any]]:
         """The conversation and the variables for the chat template.

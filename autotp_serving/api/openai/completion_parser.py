@@ -5,16 +5,21 @@ Which parsers a model needs is read off its chat template, unless a flag says ot
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
-from autotp_serving.api.openai.reasoning import CLOSE, OPEN, ThinkSplitter
-from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, find_format
+from autotp_serving.api.openai.harmony import HarmonyParser
+from autotp_serving.api.openai.reasoning import ThinkSplitter
+from autotp_serving.api.openai.reasoning_options import ReasoningOptions
+from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, ToolParameters
 from autotp_serving.config import ServingConfig
+from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES, find_reasoning_format
+from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
 from autotp_serving.engine.tokenizer import Tokenizer
-from autotp_serving.structured_output import Reasoning, ToolFormat
+from autotp_serving.engine.tool_formats import find_formats
+from autotp_serving.structured_output import Grammar, Reasoning, ReasoningFormat, ToolFormat
 
-PROMPT_TAIL_LEN = 8
+PROMPT_TAIL_LEN = 32
 
 NO_TOOLS = (
     "tools: this model's chat template knows none, so they were left out; if it does, see "
@@ -30,7 +35,11 @@ class CompletionParser:
     """One completion's text in pieces in, deltas of its message out."""
 
     def __init__(
-        self, splitter: ThinkSplitter | None, caller: ToolCallParser | None, *, is_chosen: bool
+        self,
+        splitter: ThinkSplitter | None,
+        caller: ToolCallParser | HarmonyParser | None,
+        *,
+        is_chosen: bool,
     ) -> None:
         self._splitter = splitter
         self._caller = caller
@@ -65,12 +74,15 @@ class CompletionParsers:
     def __init__(self, tokenizer: Tokenizer, config: ServingConfig) -> None:
         template = tokenizer.chat_template
         self._tokenizer = tokenizer
-        self.splits_reasoning = config.reasoning_parser == "think" or (
-            config.reasoning_parser == "auto" and OPEN in template and CLOSE in template
-        )
-        self.tool_format: ToolFormat | None = {
-            "auto": find_format(template), "none": None, "hermes": "hermes", "llama3": "llama3",
-        }[config.tool_call_parser]  # fmt: skip
+        self.reasoning_options = ReasoningOptions(template)
+        found: ToolFormat | ReasoningFormat | None
+        reasoning = config.reasoning_parser
+        found = find_reasoning_format(template) if reasoning == "auto" else _named(reasoning)
+        self.reasoning_format = cast(ReasoningFormat | None, found)
+        self._budget_tags: BudgetTags | None = None
+        calls = config.tool_call_parser
+        found = next(iter(find_formats(template)), None) if calls == "auto" else _named(calls)
+        self.tool_format = cast(ToolFormat | None, found)
 
     def call_format(self, *, is_required: bool) -> ToolFormat | None:
         """How calls are written; None where the model has not learned to, and none is required."""
@@ -78,16 +90,30 @@ class CompletionParsers:
 
     def reasoning(self, prompt_token_ids: Sequence[int]) -> Reasoning | None:
         """Whether the completion may begin with reasoning, or the prompt ends inside it."""
-        if not self.splits_reasoning:
+        if self.reasoning_format is None:
             return None
         tail = list(prompt_token_ids[-PROMPT_TAIL_LEN:])
         prompt = self._tokenizer.decode(tail, skip_special_tokens=False)
-        return "begun" if prompt.rstrip().endswith(OPEN) else "possible"
+        tag = REASONING_SYNTAXES[self.reasoning_format].open
+        return "begun" if prompt.rstrip().endswith(tag) else "possible"
+
+    def limit_reasoning(
+        self, grammar: Grammar | None, num_tokens: int | None, reasoning: Reasoning | None
+    ) -> Grammar | None:
+        """A grammar that beside what it was asks for reasoning of so many tokens at most.
+
+        Without reasoning every limit is kept to.
+        """
+        if num_tokens is None or reasoning is None or self.reasoning_format is None:
+            return grammar
+        if self._budget_tags is None:
+            self._budget_tags = BudgetTags(self._tokenizer, self.reasoning_format)
+        return ThinkingBudget(num_tokens, self._budget_tags, reasoning == "begun", grammar)
 
     def make(
         self,
         reasoning: Reasoning | None,
-        names: Collection[str],
+        tools: ToolParameters,
         max_calls: int | None,
         *,
         is_chosen: bool = False,
@@ -97,20 +123,31 @@ class CompletionParsers:
 
         Args:
             reasoning: whether it may have any.
-            names: of the tools that may be called.
+            tools: that may be called.
             max_calls: further calls are dropped.
             is_chosen: the client chose the one tool to be called.
             is_required: the completion is nothing but calls.
         """
-        splitter = caller = None
-        if reasoning is not None:
-            splitter = ThinkSplitter(starts_inside=reasoning == "begun")
+        splitter: ThinkSplitter | None = None
+        caller: ToolCallParser | HarmonyParser | None = None
+        is_inside = reasoning == "begun"
         tool_format = self.call_format(is_required=is_required)
-        if names and tool_format is not None:
-            caller = ToolCallParser(tool_format, names, max_calls)
+        if "harmony" in (self.reasoning_format, tool_format):
+            caller = HarmonyParser(tools, max_calls, starts_inside=is_inside)
+            return CompletionParser(None, caller, is_chosen=is_chosen)
+        if reasoning is not None and self.reasoning_format is not None:
+            syntax = REASONING_SYNTAXES[self.reasoning_format]
+            splitter = ThinkSplitter(syntax, starts_inside=is_inside)
+        if tools and tool_format is not None:
+            caller = ToolCallParser(tool_format, tools, max_calls)
         return (
             CompletionParser(splitter, caller, is_chosen=is_chosen) if splitter or caller else None
         )
+
+
+def _named(choice: str) -> Any:
+    """The format that a flag names; None for none."""
+    return None if choice == "none" else choice
 
 
 def join(deltas: Sequence[Delta]) -> dict[str, Any]:

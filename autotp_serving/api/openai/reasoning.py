@@ -1,9 +1,8 @@
-"""Parts reasoning, `<think>...</think>`, from content while the text comes. Rank 0 only."""
+"""Parts reasoning from content while the text comes. Rank 0 only."""
 
 from __future__ import annotations
 
-OPEN = "<think>"
-CLOSE = "</think>"
+from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES, ReasoningSyntax
 
 
 def overlap_len(text: str, tag: str) -> int:
@@ -26,10 +25,14 @@ class ThinkSplitter:
     Only reasoning at the beginning counts; a tag in the middle of a completion is text.
 
     Args:
+        syntax: how it is marked.
         starts_inside: the prompt ends in the opening tag already, as some templates have it.
     """
 
-    def __init__(self, *, starts_inside: bool = False) -> None:
+    def __init__(
+        self, syntax: ReasoningSyntax = REASONING_SYNTAXES["think"], *, starts_inside: bool = False
+    ) -> None:
+        self._open_tag, self._close_tag = syntax.open, syntax.close
         self._held = ""
         self._is_inside: bool | None = True if starts_inside else None  # None: not known yet
         self._has_reasoning = False
@@ -41,21 +44,21 @@ class ThinkSplitter:
         self._held = ""
         if self._is_inside is None:
             start = text.lstrip()
-            if OPEN.startswith(start) and start != OPEN:
+            if self._open_tag.startswith(start) and start != self._open_tag:
                 self._held = text
                 return "", ""
-            self._is_inside = start.startswith(OPEN)
+            self._is_inside = start.startswith(self._open_tag)
             if not self._is_inside:
                 self._has_content = True  # its first blanks are its own
                 return "", text
-            text = start[len(OPEN) :]
+            text = start[len(self._open_tag) :]
         if not self._is_inside:
             return "", self._content(text)
-        reasoning, closing, content = text.partition(CLOSE)
+        reasoning, closing, content = text.partition(self._close_tag)
         if closing:
             self._is_inside = False
             return self._reasoning(reasoning.rstrip()), self._content(content)
-        reasoning, self._held = split_certain(text, CLOSE)
+        reasoning, self._held = split_certain(text, self._close_tag)
         return self._reasoning(reasoning), ""
 
     def end(self) -> tuple[str, str]:

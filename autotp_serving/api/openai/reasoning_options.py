@@ -37,3 +37,22 @@ class ReasoningOptions:
         if self.has_effort and effort is not None:
             options[EFFORT] = EFFORTS.get(effort, effort)
         return options
+
+    def complete(self, options: dict[str, Any], effort: str | None) -> dict[str, Any]:
+        """Variables of a conversation, what else it says of reasoning among them.
+
+        Args:
+            options: what is known of them, and takes precedence. A switch that the template calls
+                by another name is told by that too.
+            effort: how much reasoning is wanted, "none" for none; None leaves it to the template.
+        """
+        is_wanted = None if effort is None else effort != "none"
+        told = self.for_template(is_wanted, effort if is_wanted else None)
+        given = next((options[name] for name in SWITCHES if name in options), None)
+        if self.switch is not None and given is not None:
+            told[self.switch] = given
+        return told | options
+
+    def heeds(self, effort: str | None) -> bool:
+        """Whether the template can be told of an effort."""
+        return effort is None or self.has_effort or (effort == "none" and self.switch is not None)

@@ -103,7 +103,10 @@ class OpenAIRoutes:
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
         record = request.state.record
-        record.headers |= ignored_header(list_ignored(body))
+        ignored = list_ignored(body)
+        if not self._chats.parsers.reasoning_options.heeds(body.reasoning_effort):
+            ignored.append("reasoning_effort")
+        record.headers |= ignored_header(ignored)
         head = self._names.head(body, record.request_id, "chatcmpl-")
         chat = await self._chats.admit(body, record)
         writer = ChatWriter(
