@@ -38,11 +38,12 @@ usable_cores() {
     echo "$cores"
 }
 
-# Give each of $1 ranks its share of the cores. OMP_NUM_THREADS set by the caller wins.
+# Give each of $1 ranks its share of the cores; one alone looks which are idle when it starts.
+# OMP_NUM_THREADS set by the caller wins.
 share_cores() {
     local ranks=$1 cores
     cores=$(usable_cores)
-    if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    if [[ -z ${OMP_NUM_THREADS:-} ]] && ((ranks > 1)); then
         export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
     fi
     # Where torch runs on Intel's OpenMP runtime: threads sleep soon after a parallel region (the
@@ -50,7 +51,7 @@ share_cores() {
     # pinned, or every rank would take the same first cores.
     export KMP_BLOCKTIME=${KMP_BLOCKTIME:-1}
     if ((ranks > 1)); then export KMP_AFFINITY=${KMP_AFFINITY:-disabled}; fi
-    say "$ranks rank(s), $OMP_NUM_THREADS thread(s) each, on $cores core(s)"
+    say "$ranks rank(s), ${OMP_NUM_THREADS:-up to $cores} thread(s) each, on $cores core(s)"
 }
 
 # Show the last command of a script and become it; with DRY_RUN=1 only show it.
