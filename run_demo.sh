@@ -17,6 +17,7 @@ nodes=$(numa_nodes)
 NUM_RANKS=${NUM_RANKS:-$((nodes > 2 ? nodes : 2))}
 PORT=${PORT:-8000}
 require_count NUM_RANKS "$NUM_RANKS"
+require_port "$PORT"
 
 cd -- "$ROOT"
 [[ -f demo_model/config.json ]] ||

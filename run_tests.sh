@@ -3,9 +3,8 @@
 #
 #     bash run_tests.sh                           # all tests
 #     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
-#     bash run_tests.sh --clients                 # lm-eval, litellm, langchain, openai-agents, anthropic,
-#                                                 # pydantic-ai, schemathesis, from an environment of
-#                                                 # their own
+#     bash run_tests.sh --clients                 # the clients of docs/clients.md, from environments of
+#                                                 # their own (2 GB; npm where it is)
 #     bash run_tests.sh --ipex-llm                # the core of them beside ipex-llm 2.2.0, which needs
 #                                                 # transformers 4.53, from an environment of its own
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
@@ -35,6 +34,7 @@ if [[ ${1:-} == --xpu-compile ]]; then
 fi
 
 job="tests"
+CLIENT_PYTHONS=()
 if [[ ${1:-} == --ipex-llm ]]; then
     shift
     job="tests with ipex-llm"
@@ -65,6 +65,24 @@ if [[ ${1:-} == --clients ]]; then
     job="tests of clients"
     export SERVER_PYTHON=$VENV/bin/python
     VENV=${CLIENTS_VENV:-$ROOT/.venv-clients}
+    if command -v npm >/dev/null; then
+        export NODE_CLIENTS=$VENV-node
+        mkdir -p "$NODE_CLIENTS"
+        cp tests/clients/node/* "$NODE_CLIENTS"
+        say "installing tests/clients/node/package.json"
+        npm install --prefix "$NODE_CLIENTS" --no-audit --no-fund --loglevel=error >&2 ||
+            die "npm could not install the clients: see its message above"
+    else
+        warn "npm is missing: its clients are left out (apt-get install npm)"
+    fi
+    # Each environment runs what it has; the rest is skipped there.
+    clients_venv=$VENV
+    for kind in aider older; do
+        VENV=$clients_venv-$kind
+        (setup_venv "requirements/clients-$kind.txt")
+        CLIENT_PYTHONS+=("$VENV/bin/python")
+    done
+    VENV=$clients_venv
     setup_venv requirements/clients.txt
     set -- tests/clients "$@"
 elif [[ ${1:-} == --deploy ]]; then
@@ -96,4 +114,9 @@ run_job() {
     say "$name: passed in $((SECONDS - start)) s"
 }
 
+for client_python in "${CLIENT_PYTHONS[@]}"; do
+    run_job "$job, ${client_python%/bin/python}" "$client_python" -m pytest \
+        --timeout="${TEST_TIMEOUT:-600}" -p no:cacheprovider tests/clients/test_libraries.py \
+        tests/clients/test_commands.py -k "aider or instructor or llama_index or crewai"
+done
 run_job "$job" python -m pytest --timeout="${TEST_TIMEOUT:-600}" --durations=10 "$@"

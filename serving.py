@@ -15,26 +15,56 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from autotp_serving.command_line import parse_args
-from autotp_serving.config import ConfigError, ServingConfig
-from autotp_serving.distributed.launch import (
-    Failure,
-    GroupFailure,
-    LaunchError,
-    RankGroup,
-    check_open_files,
-    find_launched_rank,
-    find_num_ranks,
-    is_first_rank,
-    join_group,
-    leave_group,
-)
-from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
-from autotp_serving.logs import configure_logging
-from autotp_serving.model.source import resolve_model
+if TYPE_CHECKING:
+    import socket
+
+    from fastapi import FastAPI
+
+    from autotp_serving.api.engine_client import EngineClient
+    from autotp_serving.worker.runner import LeadRunner
 
 EXIT_CANNOT_START = 2
+
+
+def report(message: str) -> int:
+    """Say in one line why the server cannot start."""
+    print(f"serving.py: error: {message}", file=sys.stderr, flush=True)
+    return EXIT_CANNOT_START
+
+
+def report_missing(error: ModuleNotFoundError) -> int:
+    """Say which package this Python lacks: most often it is not the environment's."""
+    return report(
+        f"{sys.executable} has no package {error.name}: 'source .venv/bin/activate' (or that of "
+        "your own environment), or 'pip install -r requirements.txt'"
+    )
+
+
+try:
+    from autotp_serving.command_line import parse_args
+    from autotp_serving.config import ConfigError, ServingConfig
+    from autotp_serving.distributed.launch import (
+        Failure,
+        GroupFailure,
+        LaunchError,
+        RankGroup,
+        check_open_files,
+        find_launched_rank,
+        find_num_ranks,
+        is_first_rank,
+        join_group,
+        leave_group,
+    )
+    from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
+    from autotp_serving.logs import configure_logging
+    from autotp_serving.model.source import resolve_model
+    from autotp_serving.progress import tell_silence
+except ModuleNotFoundError as error:
+    if os.environ.get("PMI_RANK", os.environ.get("RANK", "0")) == "0":
+        report_missing(error)
+    sys.exit(EXIT_CANNOT_START)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         group = join_group(os.environ)
     except LaunchError as error:
         return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START
+    except ModuleNotFoundError as error:
+        return report_missing(error) if is_first_rank(os.environ) else EXIT_CANNOT_START
     try:
         return run_rank(group, argv, stand_in)
     except GroupFailure as error:
@@ -58,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code
     except LaunchError as error:  # the others cannot hear this rank, so it speaks for itself
         report(str(error))
+        group.abort(EXIT_CANNOT_START)
+        return EXIT_CANNOT_START
+    except ModuleNotFoundError as error:
+        report_missing(error)
         group.abort(EXIT_CANNOT_START)
         return EXIT_CANNOT_START
     except Exception:
@@ -71,12 +107,6 @@ def has_stuck_threads() -> bool:
     """Whether threads run that keep this process from ending."""
     others = set(threading.enumerate()) - {threading.main_thread()}
     return any(not thread.daemon for thread in others)
-
-
-def report(message: str) -> int:
-    """Say in one line why the server cannot start."""
-    print(f"serving.py: error: {message}", file=sys.stderr, flush=True)
-    return EXIT_CANNOT_START
 
 
 def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int:
@@ -107,10 +137,27 @@ def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int
 
 def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     """Rank 0: load, then answer requests until told to stop."""
+    with tell_silence():
+        logging.getLogger("autotp_serving").info("Starting %d rank(s), importing torch", group.size)
+        from autotp_serving.api.server import serve
+
+        app, engine, runner, sock = load(config, group, stand_in)
+    exit_code = serve(app, engine, config, sock)
+    ignore_signals()  # uvicorn has let go of them, and the end is near
+    if exit_code or not engine.engine.shutdown():
+        group.abort()
+    runner.stop()
+    return exit_code
+
+
+def load(
+    config: ServingConfig, group: RankGroup, stand_in: StandIn
+) -> tuple[FastAPI, EngineClient, LeadRunner, socket.socket]:
+    """Rank 0: the application around a running engine, and the port that it will listen at."""
     from autotp_serving.api.api_keys import load_api_keys
     from autotp_serving.api.app import build_app
     from autotp_serving.api.engine_client import EngineClient
-    from autotp_serving.api.server import check_tls, reserve_port, serve
+    from autotp_serving.api.server import check_tls, reserve_port
     from autotp_serving.engine import Engine
     from autotp_serving.engine.sandbox import Sandbox
     from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
@@ -146,12 +193,7 @@ def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
     engine.engine.start()
     app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys, sandbox)
-    exit_code = serve(app, engine, config, sock)
-    ignore_signals()  # uvicorn has let go of them, and the end is near
-    if exit_code or not engine.engine.shutdown():
-        group.abort()
-    runner.stop()
-    return exit_code
+    return app, engine, runner, sock
 
 
 def plan(config: ServingConfig, group: RankGroup, num_ranks: int) -> int:

@@ -29,6 +29,7 @@ source "$ROOT/scripts/common.sh"
 source "$ROOT/scripts/intel_gpu.sh"
 
 require_count tensor_parallel_size "$tensor_parallel_size"
+require_port "$port"
 cd -- "$ROOT"
 NUMA_PREFIX=()
 if [[ -n $(intel_gpus) ]]; then

@@ -128,7 +128,9 @@ class LLM:
         waiting = requests[::-1]
         try:
             with (
-                tqdm(total=len(waiting), unit="prompt", disable=not show_progress) as bar,
+                tqdm(
+                    total=len(waiting), unit="prompt", disable=None if show_progress else True
+                ) as bar,
                 _hold_interrupts() as raise_interrupt,
             ):
                 while waiting or self._engine.has_work:

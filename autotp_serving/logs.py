@@ -12,10 +12,11 @@ from typing import Any
 
 
 class TextFormatter(logging.Formatter):
-    """Lines as uvicorn writes them; the launcher puts the rank before each."""
+    """Lines as uvicorn writes them after month, day and time; the launcher puts the rank first."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname + ':':<9} {record.message}"
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
+        return f"{when} {record.levelname + ':':<9} {record.message}"
 
 
 class JsonFormatter(logging.Formatter):

@@ -24,16 +24,17 @@ STYLE = """
   --line: #33373e; --c0: #74a7ff; --c1: #ff9466; --c2: #6fd488; --c3: #d89cf0; --c4: #f783ac;
   --c5: #66d9e8; --c6: #e0c063; --c7: #adb5bd; --bad: #ff8787; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 1120px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .soft { color: var(--soft); } .bad { color: var(--bad); font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 1.5rem; }
+.plots { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .25rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+  font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal; }
 th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } pre { overflow-x: auto; font-size: 13px; }
 """

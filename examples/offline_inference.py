@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # the package is used from this checkout, not ins
 from autotp_serving import LLM, SamplingParams  # noqa: E402
 from autotp_serving.config import ConfigError  # noqa: E402
 from autotp_serving.distributed.launch import GroupFailure, LaunchError  # noqa: E402
+from autotp_serving.logs import configure_logging  # noqa: E402
 from autotp_serving.request import RequestError  # noqa: E402
 
 SAMPLES = ["What is AI?", "Define dog.", "What does run mean?", "Tell me about the moon."]
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=64, help="most tokens an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     options = parser.parse_args(argv)
+    configure_logging()
     try:
         prompts = options.prompts.read_text().splitlines() if options.prompts else SAMPLES
         params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature)

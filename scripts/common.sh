@@ -18,6 +18,13 @@ require_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 must be a whole number of at least 1, not '$2'"
 }
 
+# Stop unless $1 is a port that can be listened at.
+require_port() {
+    if ! [[ $1 =~ ^[0-9]{1,5}$ ]] || ((10#$1 > 65535)); then
+        die "PORT must be a number from 0 to 65535, not '$1'"
+    fi
+}
+
 # Cores this process may use: the smallest of affinity, physical cores and the container's quota.
 usable_cores() {
     local cores physical quota period
@@ -31,11 +38,12 @@ usable_cores() {
     echo "$cores"
 }
 
-# Give each of $1 ranks its share of the cores. OMP_NUM_THREADS set by the caller wins.
+# Give each of $1 ranks its share of the cores; one alone looks which are idle when it starts.
+# OMP_NUM_THREADS set by the caller wins.
 share_cores() {
     local ranks=$1 cores
     cores=$(usable_cores)
-    if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    if [[ -z ${OMP_NUM_THREADS:-} ]] && ((ranks > 1)); then
         export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
     fi
     # Where torch runs on Intel's OpenMP runtime: threads sleep soon after a parallel region (the
@@ -43,7 +51,7 @@ share_cores() {
     # pinned, or every rank would take the same first cores.
     export KMP_BLOCKTIME=${KMP_BLOCKTIME:-1}
     if ((ranks > 1)); then export KMP_AFFINITY=${KMP_AFFINITY:-disabled}; fi
-    say "$ranks rank(s), $OMP_NUM_THREADS thread(s) each, on $cores core(s)"
+    say "$ranks rank(s), ${OMP_NUM_THREADS:-up to $cores} thread(s) each, on $cores core(s)"
 }
 
 # Show the last command of a script and become it; with DRY_RUN=1 only show it.
@@ -91,12 +99,10 @@ PY
     fi
 }
 
-# Install the given requirement files into $VENV, torch first; nothing to do when they have not
-# changed since the last time. Then the environment is the one in use.
+# Install the given requirement files into $VENV, one after the other; nothing to do for one that has
+# not changed since the last time. Then the environment is the one in use.
 setup_venv() {
-    local stamp_file key index torch name file files=()
-    name=${*##*/}
-    stamp_file=$VENV/.installed-${name// /+}
+    local file
     mkdir -p "$VENV"
     exec 9>"$VENV/.lock"
     flock 9 # two scripts started at once install one after the other
@@ -105,21 +111,41 @@ setup_venv() {
         say "making a virtual environment in $VENV with $("$PYTHON" -V)"
         "$PYTHON" -m venv "$VENV" || die "could not make $VENV: is there room on the disk?"
     fi
-    key=$({ "$VENV/bin/python" -V && cat -- "$@"; } | sha256sum)
-    if [[ ! -f $stamp_file || $(<"$stamp_file") != "$key" ]]; then
-        torch=$(grep -h -m1 '^torch==' -- "$@" || true)
-        if [[ -n $torch ]] && ! pip_has "$torch"; then
-            index=$(torch_index)
-            say "installing $torch from ${index:-the configured package index}"
-            pip_install ${index:+--index-url "$index"} "$torch"
-        fi
-        for file in "$@"; do files+=(-r "$file"); done
-        say "installing ${*#"$ROOT"/} (a few minutes the first time)"
-        pip_install "${files[@]}"
-        printf '%s\n' "$key" >"$stamp_file"
-    fi
+    for file in "$@"; do install_requirements "$file" "$1"; done
     exec 9>&-
     export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+}
+
+# Install the requirement file $1 beside what $2 pins: torch first, then DeepSpeed, after which
+# native code is compiled while pip goes on.
+install_requirements() {
+    local stamp_file key index torch others
+    stamp_file=$VENV/.installed-${1##*/}
+    key=$({ "$VENV/bin/python" -V && cat -- "$1"; } | sha256sum)
+    if [[ -f $stamp_file && $(<"$stamp_file") == "$key" ]]; then return; fi
+    require_pip
+    torch=$(grep -m1 '^torch==' -- "$1" || true)
+    mapfile -t others < <(grep -oE '^(deepspeed|ninja)==[^ ]+' -- "$1" || true)
+    if [[ -n $torch ]] && ! pip_has "$torch"; then
+        index=$(torch_index)
+        pip_install "$torch from ${index:-the configured package index}" \
+            ${index:+--index-url "$index"} "$torch"
+        if ((${#others[@]} == 2)); then
+            pip_install "${others[*]}" "${others[@]}" -c "$1"
+            compile_early
+        fi
+    fi
+    pip_install "${1#"$ROOT"/}" -r "$1" -c "$2"
+    printf '%s\n' "$key" >"$stamp_file"
+}
+
+# Start to compile what a server on CPUs needs, in the demo's weight format; a server that comes
+# before this is done waits for it.
+compile_early() {
+    if ! has_compiler || command -v nvidia-smi >/dev/null; then return; fi
+    say "compiling native code meanwhile (its log: $VENV/.compile.log)"
+    (cd -- "$ROOT" && PATH=$VENV/bin:$PATH exec nice python -m scripts.compile_native sym_int8) \
+        </dev/null >"$VENV/.compile.log" 2>&1 9>&- &
 }
 
 # Use the environment that the caller is in, else $VENV; $1 names what belongs into it.
@@ -141,14 +167,50 @@ PY
 
 pip_has() { "$VENV/bin/python" -m pip freeze 2>/dev/null | grep -qE "^${1}(\+|$)"; }
 
-pip_install() {
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install -q "$@" ||
-        die "pip could not install the requirements: see its message above, mend that, start again"
+# Wheels of today need a pip that knows their platform tags.
+require_pip() {
+    local version
+    version=$("$VENV/bin/python" -m pip --version 2>/dev/null | cut -d' ' -f2)
+    if [[ ${version%%.*} =~ ^[0-9]+$ ]] && ((${version%%.*} >= 22)); then return; fi
+    pip_install "a newer pip, since ${version:-the one there} is too old" 'pip>=22'
 }
+
+# pip_install WHAT ARGUMENTS...: run pip with the arguments, and tell of WHAT at least each 3 s.
+pip_install() {
+    local what=$1 log=$VENV/.pip.log teller status=0 started=$SECONDS
+    shift
+    say "installing $what"
+    : >"$log"
+    tell_progress "$log" "$started" 9>&- &
+    teller=$!
+    # Modules are compiled when they are first imported; most never are.
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install --no-compile \
+        --progress-bar off "$@" >"$log" 2>&1 9>&- || status=$?
+    kill "$teller" 2>/dev/null || true
+    wait "$teller" 2>/dev/null || true
+    if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
+    if ((status == 0)); then return; fi
+    grep -v 'is ignored: it is neither a file nor a directory' "$log" | tail -n 12 >&2 || true
+    die "pip could not install the requirements: see its message above, mend that, start again"
+}
+
+# Say each 3 s what pip (whose log is $1, since second $2) is at, in one line that is written over on
+# a terminal; until this script ends.
+tell_progress() {
+    local line
+    while sleep 3 && kill -0 $$ 2>/dev/null; do
+        line=$(grep -E '^ *(Collecting|Downloading|Building|Installing|Using cached)' "$1" | tail -n1 | cut -c1-70) || true
+        line=${line:-starting pip}
+        line="    ${line#"${line%%[! ]*}"}, $((SECONDS - $2)) s"
+        if [[ -t 2 ]]; then printf '\r\033[K%s' "$line" >&2; else printf '%s\n' "$line" >&2; fi
+    done
+}
+
+has_compiler() { command -v g++ >/dev/null || command -v clang++ >/dev/null; }
 
 # Without a C++ compiler everything works, only slower.
 check_compiler() {
-    command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    has_compiler ||
         warn "no C++ compiler: ranks fall back to Gloo, about 100 times slower for small messages (apt-get install g++)"
 }
 

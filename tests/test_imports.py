@@ -41,6 +41,7 @@ BASE = (
     "batch",
     "step_times",
     "logs",
+    "progress",
     "model_folder",
 )
 ROOMS = {

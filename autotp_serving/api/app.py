@@ -62,6 +62,8 @@ def build_app(
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages come from the internet; ours are in page_routes
+        redoc_url=None,
         responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
     install_error_handlers(app)

@@ -1,22 +1,32 @@
-"""The chat page at /: one static file, under a policy that lets it reach us only. Rank 0 only."""
+"""Pages, each one static file under a policy that lets it reach us only. Rank 0 only.
+
+The chat at /, and the routes at /docs: without internet, as nothing comes from elsewhere.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, Response
 
-PAGE = Path(__file__).with_name("static") / "chat.html"
+STATIC = Path(__file__).with_name("static")
+PAGES = {"/": "chat.html", "/docs": "docs.html"}
 
 
 def page_routes() -> APIRouter:
-    """The page, read once."""
+    """The pages, read once."""
     router = APIRouter(redirect_slashes=False)
-    page = PAGE.read_bytes()
+    for path, name in PAGES.items():
+        router.add_api_route(path, _show((STATIC / name).read_bytes()), include_in_schema=False)
+    return router
+
+
+def _show(page: bytes) -> Callable[[], Awaitable[Response]]:
     headers = {
         "Content-Security-Policy": content_policy(page),
         "X-Content-Type-Options": "nosniff",
@@ -24,11 +34,10 @@ def page_routes() -> APIRouter:
         "Cache-Control": "no-cache",
     }
 
-    @router.get("/", include_in_schema=False)
-    async def chat_page() -> Response:
+    async def show() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    return router
+    return show
 
 
 def content_policy(page: bytes) -> str:

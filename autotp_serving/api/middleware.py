@@ -33,7 +33,7 @@ CLIENT_ID = re.compile(rb"[0-9A-Za-z._:/+=@-]{1,128}")
 CLIENT_LEFT = 499  # nginx's number for a client that closed the connection first
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Served without a key: what load balancers ask, and the page in which a person can type one.
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/ready"})
 
 
 @dataclass

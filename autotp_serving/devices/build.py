@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,40 @@ ISAS = {
 
 class BuildError(RuntimeError):
     """A library cannot be compiled here; says in one line why."""
+
+
+def find_reason(output: str) -> str:
+    """The line of a compiler's output that tells what is wrong.
+
+    That the linker has failed, and which commands there were, comes with every error.
+    """
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = [
+        line
+        for line in lines
+        if re.search(r"error:|cannot find|No such file|not found", line)
+        and not line.startswith("collect2:")
+    ]
+    return (telling or lines or ["no reason given"])[0][:300]
+
+
+@contextlib.contextmanager
+def remember_failure(path: Path) -> Iterator[None]:
+    """Build once; what has failed is not tried again at every start.
+
+    Args:
+        path: where the reason is kept; its name tells apart all that the outcome depends on.
+
+    Raises:
+        BuildError: the build's own, now or at an earlier start.
+    """
+    if path.exists():
+        raise BuildError(f"{path.read_text()} (at an earlier start; to try again: rm '{path}')")
+    try:
+        yield
+    except BuildError as error:
+        path.write_text(str(error))
+        raise
 
 
 def cache_folder() -> Path:
@@ -110,7 +145,8 @@ def build_library(name: str, source: Path, flags: Sequence[str]) -> Path:
     if library.exists():
         return library
     try:
-        with hold_build_lock(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold_build_lock(folder), remember_failure(library.with_suffix(".failed")):
             if not library.exists():
                 _compile(name, command, library)
     except OSError as error:
@@ -151,7 +187,6 @@ def isa_flags(name: str) -> tuple[str, ...]:
 def _compile(name: str, command: list[str], library: Path) -> None:
     """Compile beside the final place, then move there in one step."""
     logger.info("Compiling %s (once per machine, some seconds)", name)
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = Path(folder) / library.name
         try:
@@ -161,23 +196,36 @@ def _compile(name: str, command: list[str], library: Path) -> None:
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} took more than {BUILD_TIMEOUT:.0f} s") from error
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["failed"]
-            raise BuildError(f"{command[0]}: {lines[0]}")
+            raise BuildError(f"{command[0]}: {find_reason(done.stderr)}")
         output.rename(library)
 
 
 def _loaded_openmp() -> Path | None:
-    """The OpenMP library that torch brought into this process; a second one would have threads of
-    its own.
+    """The OpenMP library that torch uses in this process; a second one would have threads of its
+    own.
     """
-    import torch  # noqa: F401 (loads it)
+    import torch
 
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    for name in ("libgomp", "libiomp5", "libomp"):
-        for path in sorted(paths):
-            if Path(path).name.startswith(name):
-                return Path(path)
-    return None
+    return find_openmp(Path("/proc/self/maps").read_text(), Path(torch.__file__).parent)
+
+
+def find_openmp(maps: str, torch_folder: Path) -> Path | None:
+    """Torch's own OpenMP library, else any that is there.
+
+    Other packages (sentencepiece, scikit-learn) bring theirs, before torch or after.
+
+    Args:
+        maps: what the process has mapped, as /proc/self/maps tells it; paths may hold blanks.
+    """
+    paths = {Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines() if line.strip()}
+    found = [
+        path
+        for name in ("libgomp", "libiomp5", "libomp")
+        for path in sorted(paths)
+        if path.name.startswith(name)
+    ]
+    own = [path for path in found if torch_folder in path.parents]
+    return next(iter(own + found), None)
 
 
 def _processor() -> str:

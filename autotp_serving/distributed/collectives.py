@@ -10,13 +10,21 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autotp_serving.devices.build import cache_folder, hold_build_lock
+from autotp_serving.devices.build import (
+    BuildError,
+    cache_folder,
+    find_reason,
+    hold_build_lock,
+    remember_failure,
+)
 from autotp_serving.distributed import listeners
 from autotp_serving.distributed.launch import GROUP_TIMEOUT, RankGroup, TorchRankGroup
 from autotp_serving.distributed.store import has_store, prepare_store
@@ -67,7 +75,6 @@ def join_collectives(
         LOCAL_SIZE=str(group.local_size),
         DS_ACCELERATOR=device_kind,
     )
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
     with quiet_deepspeed():
         import deepspeed
         import deepspeed.comm
@@ -192,41 +199,16 @@ def _check_shared_memory(group: RankGroup) -> str | None:
 
 
 def _load_shared_memory_op(group: RankGroup) -> None:
-    """Compile DeepSpeed's shared-memory all-reduce, once per environment, or do without it.
-
-    Once compiled it is loaded as it is. DeepSpeed itself would ask ninja at every start, which
-    compiles again, for a minute, whenever anything in the environment looks different to it.
-    """
+    """Have DeepSpeed's shared-memory all-reduce on every rank, or do without it on all."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-    from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library
-
-    name = ShareMemCommBuilder.NAME
-
-    def load() -> str | None:
-        folder = Path(_get_build_directory(name, verbose=False))
-        complete = folder / f"complete-{deepspeed.__version__}"
-        with hold_build_lock(folder):
-            try:
-                if complete.exists():
-                    module = _import_module_from_library(name, str(folder), True)
-                    ShareMemCommBuilder._loaded_ops[name] = module
-                else:
-                    logger.info(
-                        "Compiling DeepSpeed's shared-memory all-reduce (once, about a minute)"
-                    )
-                    ShareMemCommBuilder().load(verbose=False)
-                    complete.touch()
-            except Exception as error:  # a compiler fails in many ways; Gloo serves without one
-                return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return None
 
     several_hosts = group.local_size < group.size
-    problem = None if several_hosts else _check_shared_memory(group) or load()
+    problem = None if several_hosts else _check_shared_memory(group) or open_shared_memory_op()
     if not isinstance(group, TorchRankGroup):
         problem = next(filter(None, group.all_gather(problem)), None)
     if several_hosts or problem:
-        deepspeed.ops.__compatible_ops__[name] = False
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     if several_hosts and group.rank == 0:
         logger.info("Ranks on several hosts: all-reduces go through Gloo, over the network")
     if problem and group.rank == 0:
@@ -235,6 +217,68 @@ def _load_shared_memory_op(group: RankGroup) -> None:
             "hundred times slower per call. It needs g++, ninja and room in shared memory.",
             problem,
         )
+
+
+def open_shared_memory_op() -> str | None:
+    """Load DeepSpeed's shared-memory all-reduce, compiled once per environment.
+
+    Once compiled it is loaded as it is. DeepSpeed itself would ask ninja at every start, which
+    compiles again, for a minute, whenever anything in the environment looks different to it.
+
+    Returns:
+        What is in the way, if anything.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory, _import_module_from_library
+
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
+    name = ShareMemCommBuilder.NAME
+    folder = Path(_get_build_directory(name, verbose=False))
+    complete = folder / f"complete-{deepspeed.__version__}"
+    with hold_build_lock(folder):
+        try:
+            if complete.exists():
+                module = _import_module_from_library(name, str(folder), True)
+                ShareMemCommBuilder._loaded_ops[name] = module
+            else:
+                _compile_shared_memory_op(folder)
+                complete.touch()
+        except BuildError as error:
+            return str(error)
+        except Exception as error:  # loading fails in many ways; Gloo serves without
+            return f"{type(error).__name__}: {find_reason(str(error))}"
+    return None
+
+
+def _compile_shared_memory_op(folder: Path) -> None:
+    """Compile it through DeepSpeed and torch, in torch's folder for it.
+
+    Raises:
+        BuildError: with the compiler's reason, now or at an earlier start.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils import cpp_extension
+
+    if shutil.which("ninja") is None:  # the environment is in use without being activated
+        programs = Path(sys.executable).parent
+        os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{programs}"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("ninja") is None:
+        raise BuildError(f"no {'ninja' if compiler else 'C++ compiler'}")
+    changed = Path(compiler).stat().st_mtime_ns
+    own = cpp_extension.TORCH_LIB_PATH
+    with remember_failure(folder / f"failed-{deepspeed.__version__}-{changed}"):
+        logger.info("Compiling DeepSpeed's shared-memory all-reduce (once, about a minute)")
+        # Torch writes this one path into a shell's command as it is, blanks and all.
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(own)
+        try:
+            ShareMemCommBuilder().load(verbose=False)
+        except Exception as error:  # a compiler fails in many ways
+            raise BuildError(find_reason(str(error))) from error
+        finally:
+            cpp_extension.TORCH_LIB_PATH = own
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ one node reads its weights from its own node. Standard library only; whatever st
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 SYS = Path("/sys")
 PROC = Path("/proc")
+NUM_LOOKS = 9
+LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,26 @@ def pin_to_cpus(cpus: Iterable[int], proc: Path = PROC) -> None:
             os.sched_setaffinity(int(thread.name), cpus)
         except ProcessLookupError:
             continue  # it has ended meanwhile
+
+
+def count_idle_cpus(proc: Path = PROC) -> int | None:
+    """How many of the host's CPUs other programs leave alone, by a look that takes a tenth of a
+    second; None where Linux does not say. This process counts as one that runs.
+
+    A parallel region ends with its last thread: one thread more than there are CPUs to run them
+    makes each of them wait for the scheduler, a thousand times a second.
+    """
+    looks = []
+    num_cpus = 0
+    for _ in range(NUM_LOOKS):
+        lines = _read(proc / "stat").splitlines()
+        num_cpus = sum(line[:3] == "cpu" and line[3:4].isdigit() for line in lines)
+        looks += [int(line.split()[1]) for line in lines if line.startswith("procs_running ")]
+        time.sleep(LOOK_SECONDS)
+    if not num_cpus or not looks:
+        return None
+    others = max(0, sorted(looks)[len(looks) // 2] - 1)
+    return max(0, num_cpus - others)
 
 
 def parse_ranges(text: str) -> frozenset[int]:

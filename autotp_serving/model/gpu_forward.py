@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
@@ -36,6 +35,7 @@ from autotp_serving.model.gpu_layers import (
 )
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.step_inputs import StepInputs
+from autotp_serving.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,8 @@ class GpuForward:
         pool = None
         sizes = find_batch_sizes(max_num_seqs)
         graphs = {}
-        for size in tqdm(sizes[::-1], desc="Capturing graphs", disable=not show_progress):
+        progress = Progress("Capturing graphs", len(sizes), "batch sizes", is_shown=show_progress)
+        for size in sizes[::-1]:
             inputs = self._state.apply(Batch([], [], [], [], []), size)  # padding alone
             self._run(inputs)  # compiles what this size needs
             torch.cuda.synchronize()
@@ -179,6 +180,7 @@ class GpuForward:
                 logits = self._run(inputs)
             pool = pool or graph.pool()
             graphs[size] = Graph(graph, logits)
+            progress.advance()
         self._graphs = {size: graphs[size] for size in sizes}
         if show_progress:
             logger.info(

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
 from autotp_serving.distributed.launch import RankGroup
@@ -39,6 +38,7 @@ from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model.vision_language import hide_vision_tensors, take_language_model
 from autotp_serving.model_folder import check_model_folder, read_object
+from autotp_serving.progress import Progress, show_size
 
 logger = logging.getLogger(__name__)
 
@@ -201,25 +201,21 @@ class WeightFiller:
         self._all_reduce = all_reduce
 
     def fill(self, shards: dict[str, Shard], show_progress: bool) -> None:
-        """Give every parameter of the model its memory, with a progress bar in bytes read.
+        """Give every parameter of the model its memory, and tell how far it is in bytes read.
 
         Raises:
             ConfigError: a weight that the low-bit format cannot take, named.
         """
         head_name = find_head_name(self._model)
         total = sum(self._count_bytes(name, shard) for name, shard in shards.items())
-        with tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc="Loading weights",
-            disable=not show_progress,
-        ) as bar:
-            for name, shard in shards.items():
-                try:
-                    bar.update(self._place(name, shard))
-                except LowBitError as error:
-                    raise ConfigError(f"{name} cannot be converted: {error}") from error
+        if show_progress:
+            logger.info("Loading weights: %s for this rank", show_size(total))
+        progress = Progress("Loading weights", total, is_shown=show_progress)
+        for name, shard in shards.items():
+            try:
+                progress.advance(self._place(name, shard))
+            except LowBitError as error:
+                raise ConfigError(f"{name} cannot be converted: {error}") from error
         self._fill_head(self._model.get_submodule(head_name), f"{head_name}.weight")
 
     def _count_bytes(self, name: str, shard: Shard) -> int:

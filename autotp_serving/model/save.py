@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.distributed.launch import RankGroup
@@ -33,6 +32,7 @@ from autotp_serving.model.shards import report_unused
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model.vision_language import hide_vision_tensors
 from autotp_serving.model_folder import INDEX_NAME, check_link
+from autotp_serving.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +176,10 @@ class _Converter:
         mine = sorted(sizes, key=lambda name: (-sizes[name], name))[group.rank :: group.size]
         tensors: dict[str, torch.Tensor] = {}
         file_number = 0
-        for position, name in enumerate(
-            tqdm(mine, unit="tensor", desc="Converting", disable=group.rank != 0)
-        ):
+        progress = Progress("Converting", len(mine), "tensors", is_shown=group.rank == 0)
+        for position, name in enumerate(mine):
             tensors |= self._convert(name)
+            progress.advance()
             held = sum(tensor.nbytes for tensor in tensors.values())
             if held >= FILE_BYTES or position == len(mine) - 1:
                 file_name = f"model-{group.rank:02d}-{file_number:05d}.safetensors"

@@ -20,7 +20,12 @@ from autotp_serving.distributed.agreement import check_agreement
 from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.distributed.collectives import broadcast_tokens, join_collectives
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.distributed.placement import find_placement, pin_to_cpus, read_topology
+from autotp_serving.distributed.placement import (
+    count_idle_cpus,
+    find_placement,
+    pin_to_cpus,
+    read_topology,
+)
 from autotp_serving.distributed.store import close_doors
 from autotp_serving.memory.footprint import count_rows
 from autotp_serving.memory.probe import probe_model
@@ -62,7 +67,8 @@ class Worker:
 def bind_to_placement(group: RankGroup) -> None:
     """Go to this rank's cores before it loads, with a thread for each; all ranks must call it.
 
-    OMP_NUM_THREADS, where it is set, has the last word on the threads.
+    OMP_NUM_THREADS, where it is set, has the last word on the threads. A rank alone, as a script
+    beside other work is one, leaves the CPUs that are busy to others.
     """
     if not hasattr(os, "sched_getaffinity"):  # only Linux has it
         return
@@ -76,7 +82,12 @@ def bind_to_placement(group: RankGroup) -> None:
     if placement.cpus is not None:
         pin_to_cpus(placement.cpus)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(placement.threads)
+        num_threads = placement.threads
+        idle = count_idle_cpus() if len(ranks) == 1 else None
+        if idle is not None and idle < num_threads:
+            num_threads = max(1, idle)
+            logger.info("Other programs keep CPUs busy: OMP_NUM_THREADS sets more threads")
+        torch.set_num_threads(num_threads)
     threads = torch.get_num_threads()
     logger.info("Rank %d %s, %d thread(s)", group.rank, placement.describe(), threads)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from autotp_serving.api.chat_page import PAGE, content_policy
+from autotp_serving.api.chat_page import PAGES, STATIC, content_policy
 from tests.api.browser import Browser, find_missing
 from tests.api.conftest import LiveServer
 from tests.api.service import client
@@ -27,11 +27,12 @@ RUNNING = "!document.querySelector('#stop').hidden"
 IDLE = "document.querySelector('#stop').hidden"
 
 
-def test_page_is_served_under_a_strict_policy_even_where_a_key_is_wanted():
+@pytest.mark.parametrize("path", PAGES)
+def test_page_is_served_under_a_strict_policy_even_where_a_key_is_wanted(path: str):
     async def go() -> httpx.Response:
         async with client(config={"api_key": ("key",)}) as (http, _):
-            assert (await http.head("/")).status_code == 200
-            return await http.get("/")
+            assert (await http.head(path)).status_code == 200
+            return await http.get(path)
 
     reply = asyncio.run(go())
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
@@ -45,9 +46,10 @@ def test_page_is_served_under_a_strict_policy_even_where_a_key_is_wanted():
     assert "unsafe" not in str(policy)
 
 
-def test_page_fetches_nothing_from_elsewhere_and_parses_no_text_as_html():
-    page = PAGE.read_text()
-    assert set(re.findall(r"https?://[^\s'\"]+", page)) == {"http://www.w3.org/2000/svg"}
+@pytest.mark.parametrize("name", PAGES.values())
+def test_page_fetches_nothing_from_elsewhere_and_parses_no_text_as_html(name: str):
+    page = (STATIC / name).read_text()
+    assert set(re.findall(r"https?://[^\s'\"]+", page)) <= {"http://www.w3.org/2000/svg"}
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert word not in page
     assert page.count("<script") == page.count("<style") == 1
@@ -78,6 +80,20 @@ def open_page(window: Browser, server: LiveServer) -> Browser:
     window.open()
     window.log()
     return window
+
+
+@needs_browser
+@pytest.mark.live
+def test_routes_are_shown_and_tried_on_a_phone(page: Browser):
+    page.resize(360, 640, is_phone=True)
+    page.open("/docs")
+    page.wait("document.querySelectorAll('details').length > 10")
+    generate = "document.getElementById('post/generate/')"
+    page.run(f"{generate}.open = true")
+    page.wait(f"{generate}.querySelector('table')?.innerText.includes('n_predict')")
+    page.run(f"{generate}.querySelector('button').click()")
+    page.wait(f"{generate}.querySelector('pre').innerText.includes('branch of computer science')")
+    assert page.run("return document.documentElement.scrollWidth") <= 360
 
 
 @needs_browser

@@ -43,6 +43,9 @@ def run_curl(live: LiveServer, command: str) -> str:
     ).stdout
 
 
+TIME = r"\d\d-\d\d \d\d:\d\d:\d\d "
+
+
 def test_console_shows_the_guides_lines(live: LiveServer) -> None:
     expected = [
         r"INFO:     Started server process \[\d+\]",
@@ -51,7 +54,7 @@ def test_console_shows_the_guides_lines(live: LiveServer) -> None:
         r"INFO:     Uvicorn running on http://0\.0\.0\.0:\d+ \(Press CTRL\+C to quit\)",
     ]
     for line, pattern in zip(live.lines, expected, strict=False):
-        assert re.fullmatch(pattern, line), line
+        assert re.fullmatch(TIME + pattern, line), line
 
 
 def test_guide_curl_generate(live: LiveServer) -> None:
@@ -173,7 +176,7 @@ def test_access_log_is_one_line_without_the_prompt(live: LiveServer) -> None:
     reply = httpx.post(f"{live.url}/generate/", json=body)
     line = live.wait_for_line(reply.headers["x-request-id"])
     assert re.fullmatch(
-        r"INFO:     POST /generate/ 200 \d+\.\d{3}s in=11 out=8 req-[0-9a-f]{32}", line
+        TIME + r"INFO:     POST /generate/ 200 \d+\.\d{3}s in=11 out=8 req-[0-9a-f]{32}", line
     )
     httpx.post(f"{live.url}/a%0Ab")
     assert "\\n" in live.wait_for_line("POST /a")

@@ -12,6 +12,7 @@ import pytest
 from autotp_serving.distributed.placement import (
     CpuPlacement,
     Topology,
+    count_idle_cpus,
     find_placement,
     join_ranges,
     parse_ranges,
@@ -174,3 +175,12 @@ early.join(); late.join()
 assert seen == [{cpu}, {cpu}], seen
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_cpus_that_other_programs_keep_busy_are_counted(tmp_path: Path) -> None:
+    """This process, which looks, is one of those that run."""
+    assert count_idle_cpus(tmp_path) is None
+    for running, idle in ((1, 4), (3, 2), (5, 0), (9, 0)):
+        cpus = "".join(f"cpu{number} 1 2 3\n" for number in range(4))
+        (tmp_path / "stat").write_text(f"cpu  1 2 3\n{cpus}procs_running {running}\n")
+        assert count_idle_cpus(tmp_path) == idle

@@ -65,10 +65,11 @@ def test_exit_code_of_the_group_is_the_script_s(tree):
     assert tree.run("run_demo.sh", FAKE_EXIT="7").returncode == 7
 
 
-def test_bad_num_ranks_and_missing_model_are_one_line(tree):
-    bad = tree.run("run_demo.sh", NUM_RANKS="two")
-    assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
-    assert "NUM_RANKS" in bad.stderr
+def test_bad_settings_and_missing_model_are_one_line(tree):
+    for name, value in (("NUM_RANKS", "two"), ("PORT", "abc"), ("PORT", "70000")):
+        bad = tree.run("run_demo.sh", **{name: value})
+        assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+        assert name in bad.stderr and value in bad.stderr
     (tree.root / "demo_model" / "config.json").unlink()
     gone = tree.run("run_demo.sh")
     assert (gone.returncode, len(gone.stderr.splitlines())) == (2, 1)
@@ -90,6 +91,39 @@ def test_requirements_that_cannot_be_installed_end_in_one_line_of_ours(fresh_tre
     assert not list(fresh_tree.venv.glob(".installed-*"))
 
 
+def test_an_old_pip_is_replaced_or_named(fresh_tree):
+    (fresh_tree.venv / "bin").mkdir(parents=True)
+    python = fresh_tree.venv / "bin" / "python"
+    python.write_text(OLD_PIP)
+    python.chmod(0o755)
+    result = fresh_tree.run("run_demo.sh")
+    assert result.returncode == 2
+    assert "installing a newer pip, since 19.2.3 is too old" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("ERROR: pip could not install")
+
+
+def test_what_pip_waits_for_is_told_line_by_line(fresh_tree):
+    """No carriage return where there is no terminal to draw on."""
+    (fresh_tree.venv / "bin").mkdir(parents=True)
+    python = fresh_tree.venv / "bin" / "python"
+    python.write_text(SLOW_PIP)
+    python.chmod(0o755)
+    result = fresh_tree.run("run_demo.sh")
+    assert result.returncode == 0, result.stderr
+    assert "    Downloading something.whl (1 kB), 3 s" in result.stderr.splitlines()
+    assert "\r" not in result.stderr
+
+
+OLD_PIP = """#!/bin/sh
+[ "$3" = --version ] && { echo "pip 19.2.3 from here"; exit; }
+[ "$3" = install ] && { echo "no network" >&2; exit 1; }
+echo Python 3.11.7
+"""
+SLOW_PIP = """#!/bin/sh
+[ "$3" = --version ] && { echo "pip 24.0 from here"; exit; }
+[ "$3" = install ] && { echo "  Downloading something.whl (1 kB)"; sleep 4; exit; }
+echo Python 3.11.7
+"""
 FAKE_PYTHON = """#!/bin/sh
 [ "$2" = pytest ] && {{ echo "$@" >"$RECORD/pytest"; exit {status}; }}
 exec {python} "$@"
@@ -124,7 +158,10 @@ def test_run_tests_with_ipex_llm_has_an_environment_of_its_own(tree, tmp_path):
         (tree.root / path).mkdir(parents=True)
     first = tree.run("run_tests.sh", "--ipex-llm", "-x", IPEX_LLM_VENV=str(venv))
     assert first.returncode == 0, first.stderr
-    assert "installing requirements/ipex-llm.txt requirements/dev.txt" in first.stderr
+    serving, testing = (
+        first.stderr.index(f"installing requirements/{name}.txt") for name in ("ipex-llm", "dev")
+    )
+    assert serving < testing
     assert "tests with ipex-llm: passed" in first.stderr
     words = (tree.record / "pytest").read_text().split()
     assert {"tests/low_bit", "tests/model", "tests/ranks/test_ipex_llm.py"} < set(words)

@@ -169,7 +169,8 @@ class CpuAttention:
 
     def __init__(self, inputs: StepInputs, block_size: int, *, isa: str | None = None) -> None:
         self._inputs = inputs  # whose memory the call points to
-        self._attend = load_library(isa).autotp_paged_attention
+        library = load_library() if isa is None else load_library(isa)
+        self._attend = library.autotp_paged_attention
         self._call = _Attention(
             tables=inputs.block_tables.data_ptr(),
             table_stride=inputs.block_tables.shape[1],

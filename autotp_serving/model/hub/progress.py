@@ -1,4 +1,4 @@
-"""A download that is watched: room on the disk, a bar or lines of progress, an end if it stalls.
+"""A download that is watched: room on the disk, lines of progress, an end if it stalls.
 
 One rank of each host. Progress is read off the disk, as bytes of the files that grow there, so it
 does not depend on which package brings them.
@@ -10,20 +10,17 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from autotp_serving.config import ConfigError
 from autotp_serving.distributed.launch import LaunchError
+from autotp_serving.progress import Progress, show_size
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 10.0
 STALL_SECONDS = 300.0
 STALL_BYTES = 2**20
 """A download that brings less than this in that time is given up."""
@@ -71,43 +68,23 @@ def watch_download(name: str, total: int, folder: Path, fetch: Callable[[], None
     before = _count_bytes(folder)
     thread.start()
     seen, seen_at = 0, time.monotonic()
-    with _show_progress(name, total) as show:
-        while thread.is_alive():
-            thread.join(0.5)
-            done = max(0, _count_bytes(folder) - before)
-            show(done)
-            now = time.monotonic()
-            if done >= seen + STALL_BYTES or done < seen:
-                seen, seen_at = done, now
-            if now - seen_at > STALL_SECONDS and done < total:
-                raise LaunchError(
-                    f"{name}: the download has stalled: in {STALL_SECONDS:.0f} s came less than "
-                    f"{show_size(STALL_BYTES)}: start again, files that are complete are kept"
-                )
-        if not failure:
-            show(total)
+    logger.info("Downloading %s: %s", name, show_size(total))
+    progress = Progress(f"Downloading {name}", total)
+    while thread.is_alive():
+        thread.join(0.5)
+        done = max(0, _count_bytes(folder) - before)
+        progress.reach(done)
+        now = time.monotonic()
+        if done >= seen + STALL_BYTES or done < seen:
+            seen, seen_at = done, now
+        if now - seen_at > STALL_SECONDS and done < total:
+            raise LaunchError(
+                f"{name}: the download has stalled: in {STALL_SECONDS:.0f} s came less than "
+                f"{show_size(STALL_BYTES)}: start again, files that are complete are kept"
+            )
     if failure:
         raise failure[0]
     logger.info("Downloaded %s", name)
-
-
-@contextlib.contextmanager
-def _show_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"Downloading {name}") as bar:
-            yield lambda done: bar.update(min(done, total) - bar.n) and None
-        return
-    logger.info("Downloading %s: %s", name, show_size(total))
-    said_at = time.monotonic()
-
-    def say(done: int) -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at > LOG_SECONDS and done < total:
-            said_at = time.monotonic()
-            logger.info("Downloading %s: %s of %s", name, show_size(done), show_size(total))
-
-    yield say
 
 
 def _count_bytes(folder: Path) -> int:
@@ -138,13 +115,6 @@ def try_again(fetch: Callable[[], None]) -> None:
             )
             time.sleep(1.0 + attempt)
     return None
-
-
-def show_size(num_bytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1000:.1f} kB"
 
 
 def one_line(error: BaseException) -> str:
