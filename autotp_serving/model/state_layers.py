@@ -355,6 +355,7 @@ class Mamba2(StateLayer):
 LAYERS: dict[str, type[ShortConvolution | GatedDeltaNet | Mamba2]] = {
     "Lfm2ShortConv": ShortConvolution,
     "Lfm2MoeShortConv": ShortConvolution,
+    "Lfm3ShortConv": ShortConvolution,
     "Qwen3NextGatedDeltaNet": GatedDeltaNet,
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
     "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,

@@ -48,8 +48,12 @@ def answers(
     kinds = [(name, low_bit) for low_bit in ("bf16", "sym_int4") for name in STATE_FAMILIES]
     kinds += [(name, None) for name in folders if name.endswith("saved")]
     jobs = [
-        {"model": str(folders[name]), "prompts": make_prompts(), "max_tokens": MAX_TOKENS}
-        | {"settings": SETTINGS | {"low_bit": low_bit}}
+        {
+            "model": str(folders[name]),
+            "prompts": make_prompts()[:: 1 if low_bit == "bf16" else 3],
+            "max_tokens": MAX_TOKENS,
+            "settings": SETTINGS | {"low_bit": low_bit},
+        }
         for name, low_bit in kinds
     ]
     found = {}
