@@ -132,13 +132,13 @@ class CompletionParsers:
         caller: ToolCallParser | HarmonyParser | None = None
         is_inside = reasoning == "begun"
         tool_format = self.call_format(is_required=is_required)
-        if "harmony" in (self.reasoning_format, tool_format):
-            caller = HarmonyParser(tools, max_calls, starts_inside=is_inside)
-            return CompletionParser(None, caller, is_chosen=is_chosen)
-        if reasoning is not None and self.reasoning_format is not None:
+        has_channels = self.reasoning_format == "harmony"
+        if reasoning is not None and self.reasoning_format is not None and not has_channels:
             syntax = REASONING_SYNTAXES[self.reasoning_format]
             splitter = ThinkSplitter(syntax, starts_inside=is_inside)
-        if tools and tool_format is not None:
+        if has_channels or tool_format == "harmony":
+            caller = HarmonyParser(tools, max_calls, starts_inside=is_inside and has_channels)
+        elif tools and tool_format is not None:
             caller = ToolCallParser(tool_format, tools, max_calls)
         return (
             CompletionParser(splitter, caller, is_chosen=is_chosen) if splitter or caller else None
