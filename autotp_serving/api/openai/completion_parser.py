@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from autotp_serving.api.openai.call_readers import Delta, ToolParameters
 from autotp_serving.api.openai.harmony import HarmonyParser
 from autotp_serving.api.openai.reasoning import ThinkSplitter
 from autotp_serving.api.openai.reasoning_options import ReasoningOptions
-from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, ToolParameters
+from autotp_serving.api.openai.tool_calls import ToolCallParser
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES, find_reasoning_format
 from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
