@@ -303,6 +303,14 @@ def test_channels_of_gpt_oss() -> None:
         assert parse("harmony", [text]) == ("", [])
 
 
+def test_reasoning_and_calls_of_two_families() -> None:
+    config = ServingConfig(model_path="fake", reasoning_parser="think", tool_call_parser="harmony")
+    parser = CompletionParsers(ByteTokenizer(), config).make("begun", TOOLS, None)
+    message = join(parser.add(f"Hm.</think>{FAMILIES['harmony'].calls}", is_last=True))
+    assert message["reasoning_content"] == "Hm."
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather", "add"]
+
+
 @pytest.mark.parametrize("name", get_args(ReasoningFormat))
 def test_reasoning_of_each_family(name: ReasoningFormat) -> None:
     syntax = REASONING_SYNTAXES[name]

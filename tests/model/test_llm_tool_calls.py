@@ -25,7 +25,7 @@ def llm():
         yield llm
 
 
-@pytest.mark.parametrize("tool_format", ["hermes", "llama3"])
+@pytest.mark.parametrize("tool_format", ["hermes", "llama3", "kimi_k2"])
 def test_calls_fit_generated_schemas_at_temperature_1(llm: LLM, tool_format) -> None:
     rng = random.Random(4)
     schemas = {f"f{n}": {"type": "object", "properties": {"a": make_schema(rng, 1)},
@@ -48,7 +48,7 @@ def test_calls_fit_generated_schemas_at_temperature_1(llm: LLM, tool_format) -> 
     answers = llm.generate(["What is AI?"] * len(params), params, show_progress=False)
     for chosen, answer in zip(choices, answers, strict=True):
         assert answer.finish_reason == "stop", answer.error
-        parser = ToolCallParser(tool_format, {tool.name for tool in chosen})
+        parser = ToolCallParser(tool_format, {tool.name: None for tool in chosen})
         message = join([*parser.add(answer.text), *parser.end()])
         assert message["content"] is None
         (call,) = message["tool_calls"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from autotp_serving.api.openai.call_readers import Delta, ToolParameters
 from autotp_serving.api.openai.harmony import HarmonyParser
 from autotp_serving.api.openai.reasoning import ThinkSplitter
 from autotp_serving.api.openai.reasoning_options import ReasoningOptions
-from autotp_serving.api.openai.tool_calls import Delta, ToolCallParser, ToolParameters
+from autotp_serving.api.openai.tool_calls import ToolCallParser
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.reasoning_formats import REASONING_SYNTAXES, find_reasoning_format
 from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
@@ -132,13 +133,13 @@ class CompletionParsers:
         caller: ToolCallParser | HarmonyParser | None = None
         is_inside = reasoning == "begun"
         tool_format = self.call_format(is_required=is_required)
-        if "harmony" in (self.reasoning_format, tool_format):
-            caller = HarmonyParser(tools, max_calls, starts_inside=is_inside)
-            return CompletionParser(None, caller, is_chosen=is_chosen)
-        if reasoning is not None and self.reasoning_format is not None:
+        has_channels = self.reasoning_format == "harmony"
+        if reasoning is not None and self.reasoning_format is not None and not has_channels:
             syntax = REASONING_SYNTAXES[self.reasoning_format]
             splitter = ThinkSplitter(syntax, starts_inside=is_inside)
-        if tools and tool_format is not None:
+        if has_channels or tool_format == "harmony":
+            caller = HarmonyParser(tools, max_calls, starts_inside=is_inside and has_channels)
+        elif tools and tool_format is not None:
             caller = ToolCallParser(tool_format, tools, max_calls)
         return (
             CompletionParser(splitter, caller, is_chosen=is_chosen) if splitter or caller else None

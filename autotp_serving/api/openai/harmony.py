@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 
-from autotp_serving.api.openai.reasoning import overlap_len
-from autotp_serving.api.openai.tool_calls import (
+from autotp_serving.api.openai.call_readers import (
     MAX_HEAD_LEN,
     Delta,
     ToolParameters,
@@ -20,6 +19,7 @@ from autotp_serving.api.openai.tool_calls import (
     content_delta,
     continue_call,
 )
+from autotp_serving.api.openai.reasoning import overlap_len
 
 MESSAGE = "<|message|>"
 START, CHANNEL = "<|start|>", "<|channel|>"
