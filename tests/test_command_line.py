@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -148,3 +150,13 @@ def test_repeated_keys_add_up_and_repeated_names_replace():
 
 def test_keys_do_not_show_where_settings_are_printed():
     assert "secret-key" not in repr(parse("--api-key", "secret-key"))
+
+
+def test_a_python_without_the_packages_is_told_in_one_line() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-S", "serving.py", "--model", str(root / "demo_model")]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if "serving.py: error:" in line]
+    assert "has no package" in line and "pip install -r requirements.txt" in line
