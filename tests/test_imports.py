@@ -42,6 +42,7 @@ BASE = (
     "step_times",
     "logs",
     "model_folder",
+    "pooling",
 )
 ROOMS = {
     "base": Room("words that all share: " + ", ".join(f"`{name}`" for name in BASE), ()),
@@ -78,7 +79,7 @@ ROOMS = {
     ),
     "api": Room(
         "HTTP: app, middleware, metrics, native routes, chat page; `openai/`, `responses/`, "
-        "`anthropic/`",
+        "`anthropic/`, `pooling/`",
         ("engine", "base"),
     ),
     "llm": Room(

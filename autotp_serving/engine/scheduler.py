@@ -168,6 +168,14 @@ class Scheduler:
             is_nan = any(math.isnan(one.logprob) for one in scores)
             if is_nan and sequence.finish_reason is None:
                 self._fail(sequence, INVALID_NUMBERS)
+        for sequence, pooled in zip(step.pooled, result.pooled, strict=True):
+            if sequence.finish_reason is not None or pooled is None:
+                continue
+            sequence.pooled = pooled
+            if pooled:
+                self.finish(sequence, "stop")
+            else:
+                self._fail(sequence, INVALID_NUMBERS)
         for sequence in step.read:
             if sequence.finish_reason is None:
                 self.finish(sequence, "length")
@@ -181,7 +189,7 @@ class Scheduler:
                 num_taken = self._take_tokens(sequence, token_ids)
                 taken = logprobs and logprobs[:num_taken]
                 progress.append(Progress(sequence, token_ids[:num_taken], taken))
-        for sequence in dict.fromkeys((*step.read, *step.scored)):
+        for sequence in dict.fromkeys((*step.read, *step.scored, *step.pooled)):
             is_over = sequence.finish_reason is not None and sequence not in late
             if is_over and sequence not in step.sampled:
                 progress.append(Progress(sequence, []))
@@ -275,7 +283,10 @@ class Scheduler:
             return None
         sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
-        if sequence.num_unscored_tokens:  # tokens taken from the cache would give no logits
+        pooling = sequence.params.pooling
+        if pooling is not None and pooling.method != "last":
+            matched = []  # tokens taken from the cache would give no hidden states
+        if sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
         # One block stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)

@@ -123,7 +123,7 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
     head = model.get_output_embeddings()
-    by_candidates = device.is_host and model.config.model_type in PROVED
+    by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
     runner = ModelRunner(forward, gatherer, state, times, broadcast)
     channel = StepChannel(group)
