@@ -86,10 +86,18 @@ def check_family(model_config: Any) -> None:
     reason = None
     if getattr(model_config, "is_encoder_decoder", False):
         reason = "an encoder reads its prompts"
+    elif is_bidirectional(model_config.get_text_config()):
+        reason = "its tokens see those after them, and here they see those before them"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
+
+
+def is_bidirectional(text_config: Any) -> bool:
+    """True for attention without a causal mask, as some embedding models have it."""
+    is_causal = getattr(text_config, "is_causal", True)
+    return is_causal is False or getattr(text_config, "use_bidirectional_attention", None) is True
 
 
 def check_heads(model_config: Any, num_ranks: int) -> None:
