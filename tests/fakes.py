@@ -170,6 +170,7 @@ class FakeRunner:
         self.samples: list[SampleInput] = []
         self.kept: set[str] = set()  # requests sampled and not released
         self.pools = False  # what `score_rows` are for
+        self.vector_size = 3
         self._sums: dict[str, Sequence[float]] = {}
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
         self._tables: dict[int, list[int]] = {}  # by row
@@ -284,7 +285,7 @@ class FakeRunner:
             return None
         if pool.pooling.method == "mean":
             total = [one / pool.num_tokens for one in total]
-        total = total[: pool.pooling.dimensions]
+        total = total[: pool.pooling.dimensions or self.vector_size]
         length = math.hypot(*total) if pool.pooling.normalize else 1.0
         return array("f", [one / length for one in total]).tobytes()
 

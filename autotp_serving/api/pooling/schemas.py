@@ -58,7 +58,7 @@ class EmbeddingRequest(PoolingRequest):
 class Document(GenerousModel):
     """A document to rank that is no plain text."""
 
-    text: Text
+    text: Text = Field(description="the document itself; other fields mean nothing")
 
 
 Documents = Annotated[
@@ -76,7 +76,7 @@ class RerankRequest(PoolingRequest):
     query: NonEmptyText = Field(description="what the documents are ranked by")
     documents: Documents = Field(description=f"texts, or objects with a text; {MAX_INPUTS} at most")
     top_n: int | None = Field(
-        None, ge=0, description="give so many of the most relevant; default or 0: all"
+        None, ge=0, description="give so many of the most relevant, 0 for all; default: all"
     )
     return_documents: bool | None = Field(
         None, description="give each document's text too; default true"
