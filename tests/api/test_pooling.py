@@ -69,6 +69,10 @@ def test_the_openai_client_embeds_as_it_does_elsewhere(tmp_path: Path) -> None:
         assert [one.embedding[0] for one in reply.data] == list(range(1, 100))
         assert [one.index for one in reply.data] == list(range(99))
         assert service.engine.engine.stats().num_finished["stop"] == 104
+        latencies = service.engine.latencies
+        for histogram in (latencies.request_queue_time, latencies.e2e_request_latency):
+            assert sum(histogram.counts) == 104
+        assert not any(latencies.request_decode_time.counts)
 
     run(test, tmp_path, "embed", EMBEDDER)
 
