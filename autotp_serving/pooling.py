@@ -55,6 +55,7 @@ class PoolingSettings:
         labels: rows of a stored classifier; 0 without one.
         label_tokens: tokens whose rows of the output head are the classifier, the false one first.
         sigmoid: scores are from 0 to 1.
+        is_causal: tokens see those before them only; else prompts cannot run in chunks.
         size: numbers of a hidden state, which an embedding is unless it is cut.
         end_text: the end token, if each text is to end with it, even where tokenizer.json puts
             none there; else "".
@@ -68,6 +69,7 @@ class PoolingSettings:
     labels: int = 0
     label_tokens: tuple[int, ...] = ()
     sigmoid: bool = True
+    is_causal: bool = True
     size: int = 0
     end_text: str = ""
 
@@ -140,8 +142,16 @@ def _read_embedder(folder: Path, found: dict[str, Any]) -> PoolingSettings:
         {name: text for name, text in prompts.items() if isinstance(name, str)},
         default,
         tuple(dimensions),
+        is_causal=_read_causality(found),
         size=_read_size(folder, found),
         end_text=_read_end_text(folder),
+    )
+
+
+def _read_causality(found: dict[str, Any]) -> bool:
+    """Whether attention has a causal mask, as transformers reads it from config.json."""
+    return (
+        found.get("is_causal") is not False and found.get("use_bidirectional_attention") is not True
     )
 
 
@@ -172,7 +182,12 @@ def _read_reranker(folder: Path, found: dict[str, Any]) -> PoolingSettings:
                 f"--task rerank: the classifier of this checkpoint has {labels} labels, and a "
                 "reranker has one"
             )
-        return PoolingSettings(normalize=False, labels=1, sigmoid=_read_sigmoid(folder, found))
+        return PoolingSettings(
+            normalize=False,
+            labels=1,
+            sigmoid=_read_sigmoid(folder, found),
+            is_causal=_read_causality(found),
+        )
     is_qwen3 = found.get("model_type") == "qwen3" and "Qwen3ForCausalLM" in architectures
     tokens = _find_label_tokens(folder) if is_qwen3 else ()
     paths = [path for kind, path in _list_modules(folder) if kind == "LogitScore"]

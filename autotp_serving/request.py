@@ -56,11 +56,18 @@ class Pooling:
         method: those of the last token, of the first (cls), or the mean of all.
         normalize: divide the vector by its length.
         dimensions: keep so many of its first numbers, before that; None keeps all.
+        whole: the prompt runs in one step, as its tokens see those after them.
     """
 
     method: PoolingMethod = "last"
     normalize: bool = False
     dimensions: int | None = None
+    whole: bool = False
+
+    @property
+    def can_reuse(self) -> bool:
+        """True where keys and values of an equal beginning, from the prefix cache, will do."""
+        return self.method == "last" and not self.whole
 
 
 @dataclass(frozen=True)

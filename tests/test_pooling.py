@@ -50,6 +50,10 @@ PROMPTS = {"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "
         (with_pooling("mean"), PoolingSettings("mean", normalize=False, size=8)),
         (with_pooling(["cls"], NORMALIZE), PoolingSettings("cls", size=8)),
         (
+            {"config.json": EMBEDDER | {"is_causal": False}},
+            PoolingSettings(is_causal=False, size=8),
+        ),
+        (
             with_pooling(OLD, NORMALIZE) | {"config_sentence_transformers.json": PROMPTS},
             PoolingSettings(prompts=PROMPTS["prompts"], default_prompt="query", size=8),
         ),

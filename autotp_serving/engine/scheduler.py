@@ -84,7 +84,8 @@ class Scheduler:
         """Refuse what could never run, even alone. Reads constants only: safe in any thread.
 
         Raises:
-            RequestError: prompt and completion need more blocks than there are.
+            RequestError: prompt and completion need more blocks than there are, or a prompt that
+                cannot run in chunks more tokens than a step has.
         """
         num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
         # The last token of a completion is only given out, it never enters the cache.
@@ -95,6 +96,13 @@ class Scheduler:
                 f"{len(request.prompt_token_ids)} tokens of prompt and up to "
                 f"{request.params.max_tokens} of completion do not fit in the KV cache of "
                 f"{self.blocks.num_blocks * self.blocks.block_size} tokens",
+            )
+        pooling, limit = request.params.pooling, self._config.max_num_batched_tokens
+        if pooling is not None and pooling.whole and num_tokens > limit:
+            raise RequestError(
+                "prompt",
+                f"{num_tokens} tokens do not fit in one step, in which this model has to see them "
+                f"all: {limit} (--max-num-batched-tokens)",
             )
 
     def add(self, request: Request) -> Sequence:
@@ -284,7 +292,7 @@ class Scheduler:
         sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
         pooling = sequence.params.pooling
-        if pooling is not None and pooling.method != "last":
+        if pooling is not None and not pooling.can_reuse:
             matched = []  # tokens taken from the cache would give no hidden states
         if sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
@@ -316,6 +324,9 @@ class Scheduler:
             the running list may be in the middle of one.
         """
         query_len = min(budget, sequence.num_unscheduled_tokens)
+        pooling = sequence.params.pooling
+        if pooling is not None and pooling.whole and query_len < sequence.num_unscheduled_tokens:
+            return 0  # it has the next step
         if sequence.num_unscored_tokens:
             query_len = min(query_len, self._num_score_rows_left)
             self._num_score_rows_left -= query_len

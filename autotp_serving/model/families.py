@@ -77,8 +77,11 @@ def refuse_by_name(model_config: Any) -> Iterator[None]:
         ) from error
 
 
-def check_family(model_config: Any) -> None:
+def check_family(model_config: Any, *, pools: bool = False) -> None:
     """Refuse what is told to be no decoder of text by its config.json alone.
+
+    Args:
+        pools: it is to embed or rerank, for which its tokens may see those after them.
 
     Raises:
         ConfigError: naming the family.
@@ -87,7 +90,12 @@ def check_family(model_config: Any) -> None:
     if getattr(model_config, "is_encoder_decoder", False):
         reason = "an encoder reads its prompts"
     elif is_bidirectional(model_config.get_text_config()):
-        reason = "its tokens see those after them, and here they see those before them"
+        if not pools:
+            reason = "its tokens see those after them, so that it cannot go on with a text"
+        elif model_config.model_type not in PROVED:
+            reason = "its tokens see those after them, which is done here for proved families only"
+        elif getattr(model_config, "sliding_window", None):
+            reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
     if reason:

@@ -76,7 +76,7 @@ def read_model_config(config: ServingConfig) -> Any:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     adapt_rope(found)
-    check_family(found)
+    check_family(found, pools=config.pools)
     with refuse_by_name(found):
         check_loaded_sizes(found)
     return found

@@ -29,6 +29,7 @@ from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.pooling import read_pooling
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
@@ -109,7 +110,10 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     shape, step_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)
-    cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
+    pooling = read_pooling(config)
+    is_causal = pooling is None or pooling.is_causal
+    kernels = backend.cache(shape, is_causal=is_causal)
+    cache = KVCache(shape, num_blocks, device.torch_device, kernels)
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     state = BatchState(
         config.max_num_seqs,
@@ -117,7 +121,7 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
         config.block_size,
         device.torch_device,
     )
-    setup = PassSetup(config, max_model_len, state, all_reduce, group)
+    setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
     broadcast = None
     if device.max_in_flight > 1:

@@ -147,6 +147,20 @@ def test_a_beginning_is_taken_from_the_cache_where_the_last_token_counts(
     run(test, tmp_path, "embed", EMBEDDER, modules=modules)
 
 
+def test_a_prompt_whose_tokens_see_later_ones_is_not_cut(tmp_path: Path) -> None:
+    async def test(http: httpx.AsyncClient, service: Service) -> None:
+        texts = ["x" * 48, "y" * 30, "z" * 30, "x" * 48]
+        reply = await http.post("/v1/embeddings", json={"input": texts, "normalize": False})
+        assert [one["embedding"][0] for one in reply.json()["data"]] == [48, 30, 30, 48]
+        lens = [length for batch in service.runner.batches for length in batch.query_lens]
+        assert lens == [48, 30, 30, 48]
+        assert service.engine.engine.stats().num_prefix_hit_tokens == 0
+        reply = await http.post("/v1/embeddings", json={"input": "x" * 49})
+        assert reply.status_code == 400 and "--max-num-batched-tokens" in reply.text
+
+    run(test, tmp_path, "embed", EMBEDDER | {"is_causal": False})
+
+
 def test_a_client_that_leaves_lets_go_of_everything(tmp_path: Path) -> None:
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         service.runner.delay = 0.05

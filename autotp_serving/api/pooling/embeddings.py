@@ -92,7 +92,7 @@ class EmbeddingRoutes:
                     f"must be one of {', '.join(map(str, settings.dimensions))} for this model",
                 )
         normalize = settings.normalize if body.normalize is None else body.normalize
-        return Pooling(settings.method, normalize, dimensions)
+        return Pooling(settings.method, normalize, dimensions, not settings.is_causal)
 
     def _find_prompt(self, name: str | None) -> str:
         """The text to put before each input."""

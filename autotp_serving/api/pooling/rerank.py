@@ -115,7 +115,7 @@ class RerankRoutes:
         if body.instruction is not None and not self._settings.label_tokens:
             raise RequestError("instruction", "this model takes none: leave it out")
         encode = partial(self._encode, body.instruction or QWEN3_INSTRUCTION, field_name)
-        pooling = Pooling(self._settings.method)
+        pooling = Pooling(self._settings.method, whole=not self._settings.is_causal)
         vectors = await self._pooler.pool(pairs, encode, pooling, record, field_name)
         return [self._find_score(vector) for vector in vectors]
 
