@@ -338,6 +338,8 @@ class ServingConfig:
                 "--save-low-bit is for models that generate: leave it out, --low-bit converts "
                 "others while they load"
             )
+        if self.pools and self.lm_head_low_bit != "auto":
+            raise ConfigError("--lm-head-low-bit is for models that generate: leave it out")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"--kv-cache-dtype {self.kv_cache_dtype} is not there: write int8, which takes as "

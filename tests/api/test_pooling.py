@@ -20,6 +20,7 @@ import pytest
 
 from autotp_serving.api.pooling.rerank import QWEN3_HEAD, QWEN3_TAIL
 from tests.api.service import MAX_MODEL_LEN, Service, client
+from tests.fakes import FakeRunner
 
 Test = Callable[[httpx.AsyncClient, Service], Awaitable[Any]]
 
@@ -46,7 +47,12 @@ def direction(*vector: float) -> Any:
     return pytest.approx([one / math.hypot(*vector) for one in vector], rel=1e-6)
 
 
-def test_the_openai_client_embeds_as_it_does_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_the_openai_client_embeds_as_it_does_elsewhere(
+    tmp_path: Path, max_in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRunner, "max_in_flight", max_in_flight)
+
     async def test(http: httpx.AsyncClient, service: Service) -> None:
         known = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http)
         reply = await known.embeddings.create(model=tmp_path.name, input="abc")  # in base64

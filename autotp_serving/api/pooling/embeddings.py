@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import sys
 from array import array
 from functools import partial
@@ -68,18 +70,16 @@ class EmbeddingRoutes:
             record,
             "input",
         )
-        is_base64 = body.encoding_format == "base64"
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": encode_base64(vector) if is_base64 else vector.tolist(),
-            }
-            for index, vector in enumerate(vectors)
-        ]
-        return JSONResponse(
-            {"object": "list", "data": data, **head, "usage": count_usage(record.usage)}
-        )
+        write = encode_base64 if body.encoding_format == "base64" else write_numbers
+        data = []
+        for index, vector in enumerate(vectors):
+            await asyncio.sleep(0)  # thousands of vectors are megabytes of text
+            data.append(
+                f'{{"object": "embedding", "index": {index}, "embedding": {write(vector)}}}'
+            )
+        rest = json.dumps({**head, "usage": count_usage(record.usage)})
+        text = f'{{"object": "list", "data": [{", ".join(data)}], {rest[1:]}'
+        return Response(text, media_type="application/json")
 
     def _find_pooling(self, body: EmbeddingRequest) -> Pooling:
         settings, dimensions = self._settings, body.dimensions
@@ -116,11 +116,16 @@ class EmbeddingRoutes:
 
 
 def encode_base64(vector: array[float]) -> str:
-    """Float32 numbers as OpenAI's clients decode them: little-endian bytes in base64."""
+    """Float32 numbers as OpenAI's clients decode them: little-endian bytes in base64, in quotes."""
     if sys.byteorder == "big":
         vector = vector[:]
         vector.byteswap()
-    return base64.b64encode(vector.tobytes()).decode("ascii")
+    return f'"{base64.b64encode(vector.tobytes()).decode("ascii")}"'
+
+
+def write_numbers(vector: array[float]) -> str:
+    """Float32 numbers as JSON, with as many digits as tell them apart."""
+    return f"[{', '.join(['%.9g'] * len(vector))}]" % tuple(vector)
 
 
 def count_usage(usage: Any) -> dict[str, int]:

@@ -71,8 +71,10 @@ class RerankRoutes:
         self._admission = admission
         self._names = names
         self._settings = settings
-        encode = partial(admission.tokenizer.encode, add_special_tokens=False)
-        self._head, self._tail = encode(QWEN3_HEAD), encode(QWEN3_TAIL)
+        self._head, self._tail = (
+            admission.tokenizer.encode(text, add_special_tokens=False)
+            for text in (QWEN3_HEAD, QWEN3_TAIL)
+        )
 
     async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Order documents by how relevant they are to a query."""
