@@ -39,7 +39,7 @@ def run(test: Test, folder: Path, task: str, config: dict[str, Any], **files: An
         async with client(model_path=str(folder), config=settings) as (http, service):
             return await test(http, service)
 
-    return asyncio.run(main())
+    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def direction(*vector: float) -> Any:
