@@ -115,6 +115,7 @@ class PoolingHead(nn.Module):
         self.num_ranks = num_ranks
         self.label_tokens = label_tokens
         self.gathers = True
+        self.bias = None
         self.weight = None
         if num_labels:
             self.weight = nn.Parameter(

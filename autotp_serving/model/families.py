@@ -89,6 +89,8 @@ def check_family(model_config: Any, *, pools: bool = False) -> None:
     reason = None
     if getattr(model_config, "is_encoder_decoder", False):
         reason = "an encoder reads its prompts"
+    elif pools and hasattr(model_config, "type_vocab_size"):  # BERT and what comes of it
+        reason = "it is an encoder, and embeddings are made here by decoders only"
     elif is_bidirectional(model_config.get_text_config()):
         if not pools:
             reason = "its tokens see those after them, so that it cannot go on with a text"
