@@ -29,13 +29,11 @@ EXACT = {"low_bit": "bf16"}
 CASES = {
     "last": ("qwen3", "", "embed", {"method": "last", "normalize": True}, EXACT),
     "mean": ("mistral", "", "embed", {"method": "mean", "dimensions": 48}, EXACT),
-    "cls": ("qwen2", "", "embed", {"method": "cls"}, EXACT),
     "softcap": ("gemma2", "ForCausalLM", "embed", {"method": "mean"}, EXACT),
     "classifier": ("llama-tied-bias", "ForSequenceClassification", "rerank", {}, EXACT),
     "answers": ("qwen3", "ForCausalLM", "rerank", {}, EXACT),
     "tied-answers": ("qwen3", "ForCausalLM", "rerank", {}, EXACT),
     "both-ways": ("qwen2", "", "embed", {"method": "last", "whole": True}, EXACT | WHOLE),
-    "both-ways-mean": ("llama", "", "embed", {"method": "mean", "whole": True}, EXACT | WHOLE),
     "both-ways-bfloat16": (
         "qwen2",
         "",
