@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from autotp_serving.request import SamplingParams, TokenLogprobs
+from autotp_serving.request import Pooling, SamplingParams, TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
 INVALID_TOKEN = -1
@@ -42,7 +42,8 @@ class Batch:
         sampled: indices of the sequences that get a token, in order.
         num_top: [num_samples], how many of the largest logits are enough to choose each token; 0
             where all are needed; [] where the largest is enough for each.
-        score_rows: indices into the flattened tokens whose logits score the prompt.
+        score_rows: indices into the flattened tokens whose logits score the prompt, or whose
+            hidden states are pooled: a model does one of both.
         num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none.
         adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
     """
@@ -171,6 +172,26 @@ class ScoreInput:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolInput:
+    """Rows of one prompt that are pooled, all of them or those of one chunk.
+
+    Attributes:
+        request_id: under which the sum of a mean is kept from chunk to chunk.
+        pooling: what to make of them.
+        num_rows: how many these are.
+        num_tokens: of the whole prompt.
+        is_first, is_last: whether others came before, or come after.
+    """
+
+    request_id: str
+    pooling: Pooling
+    num_rows: int
+    num_tokens: int
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What rank 0 makes of a step's logits.
 
@@ -180,11 +201,14 @@ class StepResult:
         logprobs: [num_samples] lists of their logprobs, None for rows that did not ask; empty
             when none did.
         scores: [num_scores] lists of the targets' logprobs.
+        pooled: [num_pools] vectors of float32 as bytes; b"" for one that is not finite, None where
+            more chunks follow.
     """
 
     token_ids: list[list[int]]
     logprobs: Sequence[list[TokenLogprobs] | None] = ()
     scores: Sequence[list[TokenLogprobs]] = ()
+    pooled: Sequence[bytes | None] = ()
 
 
 class Runner(Protocol):
@@ -217,12 +241,18 @@ class Runner(Protocol):
         """Begin a step on all ranks: its logits."""
         ...
 
-    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
-        """Begin to choose and score from the logits of the batch that was forwarded last.
+    def sample(
+        self,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+        pools: Sequence[PoolInput] = (),
+    ) -> None:
+        """Begin to choose and score from the logits of the batch that was forwarded last, or to
+        pool its hidden states.
 
         Args:
             samples: one for each of the batch's `sampled`.
-            scores: of the batch's `score_rows`, all of them together.
+            scores, pools: of the batch's `score_rows`, all of them together.
         """
         ...
 

@@ -19,7 +19,7 @@ from autotp_serving.config import ConfigError, ServingConfig
 SECTIONS = {
     "the model": (
         *("model_path", "hub", "revision", "served_model_name", "any_model_name", "load_format"),
-        *("allow_pickle", "trust_remote_code", "generation_config"),
+        *("allow_pickle", "trust_remote_code", "generation_config", "task"),
     ),
     "its weights": (
         *("low_bit", "low_bit_provider", "lm_head_low_bit", "modules_to_not_convert"),

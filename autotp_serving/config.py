@@ -21,6 +21,8 @@ class ConfigError(ValueError):
 
 DEFAULT_LOW_BIT = "sym_int4"
 
+TASKS = ("auto", "generate", "embed", "rerank")
+
 KV_CACHE_DTYPES = ("auto", "int8")
 
 MIN_STEP_TIMEOUT = 1.0
@@ -88,6 +90,12 @@ class ServingConfig:
     any_model_name: bool = setting(
         False,
         "answer requests for models of any other name too, which some clients cannot help sending",
+    )
+    task: str = setting(
+        "auto",
+        "what the model is served for: completions, embeddings, or scores of documents; auto: what "
+        "its own files say it was made for",
+        choices=TASKS,
     )
     low_bit: str | None = setting(
         None,
@@ -325,6 +333,15 @@ class ServingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.task not in TASKS:
+            raise ConfigError(f"--task must be one of {', '.join(TASKS)}, not {self.task}")
+        if self.pools and self.save_low_bit is not None:
+            raise ConfigError(
+                "--save-low-bit is for models that generate: leave it out, --low-bit converts "
+                "others while they load"
+            )
+        if self.pools and self.lm_head_low_bit != "auto":
+            raise ConfigError("--lm-head-low-bit is for models that generate: leave it out")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"--kv-cache-dtype {self.kv_cache_dtype} is not there: write int8, which takes as "
@@ -376,6 +393,16 @@ class ServingConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each sequence runs a token a step"
             )
+
+    @property
+    def pools(self) -> bool:
+        """True for models whose hidden states are pooled in place of completions."""
+        return self.task in ("embed", "rerank")
+
+    @property
+    def shown_task(self) -> str:
+        """The task in words for clients; "auto" is settled once the model is in a folder."""
+        return self.task if self.pools else "generate"
 
     @property
     def model_names(self) -> tuple[str, ...]:

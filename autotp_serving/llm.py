@@ -44,6 +44,7 @@ class Completion:
     Attributes:
         logprobs: one for each of `token_ids`, if asked for.
         prompt_logprobs: one for each prompt token after the first, if asked for.
+        pooled: of a model that embeds or reranks, see RequestOutput.
     """
 
     text: str = ""
@@ -52,6 +53,7 @@ class Completion:
     error: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    pooled: bytes = b""
 
 
 class LLM:
@@ -195,6 +197,7 @@ class LLM:
             completion.logprobs.extend(output.logprobs)
             if output.prompt_logprobs is not None:
                 completion.prompt_logprobs = output.prompt_logprobs
+            completion.pooled = output.pooled
 
 
 @contextlib.contextmanager

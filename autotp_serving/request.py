@@ -12,6 +12,7 @@ from typing import Any, Literal
 from autotp_serving.structured_output import Grammar, StructuredOutput
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+PoolingMethod = Literal["last", "mean", "cls"]
 
 MAX_LOGPROBS = 20
 """Most alternatives that are listed beside a token."""
@@ -48,6 +49,28 @@ def check_tokens(field_name: str, token_ids: Iterable[int], vocab_size: int) -> 
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """What is made of a prompt's hidden states, where a prompt is not continued.
+
+    Attributes:
+        method: those of the last token, of the first (cls), or the mean of all.
+        normalize: divide the vector by its length.
+        dimensions: keep so many of its first numbers, before that; None keeps all.
+        whole: the prompt runs in one step, as its tokens see those after them.
+    """
+
+    method: PoolingMethod = "last"
+    normalize: bool = False
+    dimensions: int | None = None
+    whole: bool = False
+
+    @property
+    def can_reuse(self) -> bool:
+        """True where keys and values of an equal beginning, from the prefix cache, will do."""
+        return self.method == "last" and not self.whole
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Values are checked at birth, never again later.
 
@@ -56,7 +79,8 @@ class SamplingParams:
     before any of this.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1; 0 only with `prompt_logprobs`.
+        max_tokens: most tokens to generate, at least 1; 0 only with `prompt_logprobs`, and with
+            `pooling` always.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -75,6 +99,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens; runs the whole prompt.
         skip_special_tokens: leave special tokens out of the text.
         structured_output: what the completion must keep to; None if it is free.
+        pooling: what to give in place of a completion; of models that embed or rerank.
 
     Raises:
         RequestError: naming the field that is out of range.
@@ -98,10 +123,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.max_tokens < 0 or (self.max_tokens == 0 and self.prompt_logprobs is None):
+        is_read = self.prompt_logprobs is not None or self.pooling is not None
+        if self.max_tokens < 0 or (self.max_tokens == 0 and not is_read):
             raise RequestError("max_tokens", f"must be at least 1, not {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
             raise RequestError("temperature", f"must be from 0 to 100, not {self.temperature}")
@@ -133,6 +160,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
                 raise RequestError(name, f"must be from 0 to {MAX_LOGPROBS}, not {value}")
+        if self.pooling is not None and (self.max_tokens or self.prompt_logprobs is not None):
+            raise RequestError("pooling", "gives no tokens and no logprobs: max_tokens must be 0")
         if self.structured_output is not None and self.min_tokens:
             raise RequestError(
                 "min_tokens", "cannot be held where a structured output ends the text"
@@ -269,6 +298,8 @@ class RequestOutput:
         prompt_logprobs: one for each prompt token after the first, if asked for; in the first
             output of the request and nowhere else.
         stop_string: the one that ended the text; None where something else did.
+        pooled: what `Pooling` makes of the prompt, float32 numbers one after another; b"" for
+            completions.
     """
 
     request_id: str
@@ -284,3 +315,4 @@ class RequestOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     stop_string: str | None = None
+    pooled: bytes = b""

@@ -34,6 +34,13 @@ from autotp_serving.api.openai.tool_schemas import (
     Tool,
     ToolCall,
 )
+from autotp_serving.api.pooling.schemas import (
+    Document,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from autotp_serving.api.responses.schemas import (
     ReasoningConfig,
     ResponsesRequest,
@@ -58,7 +65,8 @@ MODELS: tuple[type[BaseModel], ...] = (
     ResponseStreamOptions, CountTokensRequest, MessagesRequest, Thinking, OutputConfig,
     OutputFormat, Tool, FunctionDefinition, NamedTool, NamedFunction,
     AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
-    TokenizeRequest, DetokenizeRequest,
+    TokenizeRequest, DetokenizeRequest, PoolingRequest, EmbeddingRequest, RerankRequest, Document,
+    ScoreRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

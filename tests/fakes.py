@@ -8,13 +8,23 @@ same text without blocks, as the reference.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from autotp_serving.batch import MAX_SCORED_ROWS, Batch, SampleInput, ScoreInput, StepResult
+from autotp_serving.batch import (
+    MAX_SCORED_ROWS,
+    Batch,
+    PoolInput,
+    SampleInput,
+    ScoreInput,
+    StepResult,
+)
 from autotp_serving.request import TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
@@ -35,6 +45,10 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The UTF-8 bytes of the text. Raises UnicodeEncodeError for a lone surrogate."""
         return list(text.encode("utf-8"))
+
+    def encode_pair(self, text: str, other: str) -> list[int]:
+        """Both, with the end token between."""
+        return [*self.encode(text), self.EOS, *self.encode(other)]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """A line "role: content" for each message, and the beginning of the completion's."""
@@ -156,6 +170,9 @@ class FakeRunner:
         self.rank_times = [RankTimes(), RankTimes()]
         self.samples: list[SampleInput] = []
         self.kept: set[str] = set()  # requests sampled and not released
+        self.pools = False  # what `score_rows` are for
+        self.vector_size = 3
+        self._sums: dict[str, Sequence[float]] = {}
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
         self._tables: dict[int, list[int]] = {}  # by row
         self._last_tokens: dict[int, int] = {}
@@ -203,13 +220,18 @@ class FakeRunner:
         self._forwarded = (batch, seen)
         self._ends, self._written = ends, written
 
-    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+    def sample(
+        self,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+        pools: Sequence[PoolInput] = (),
+    ) -> None:
         """Choose and score; the tokens wait in the rows, the result until it is collected."""
         assert self._forwarded is not None, "nothing was forwarded"
         (batch, seen), self._forwarded = self._forwarded, None
         self.samples.extend(samples)
         self._check_tokens(samples, scores)
-        result = StepResult([], [], [])
+        result = StepResult([], [], [], [])
         for index, sample in zip(batch.sampled, samples, strict=True):
             context = seen[self._ends[index]]
             if sample.params.has_penalties:
@@ -231,6 +253,7 @@ class FakeRunner:
                     for context, target in zip(contexts, score.target_ids, strict=True)
                 ]
             )
+        result.pooled.extend(self._pool(pool, seen, rows) for pool in pools)
         assert next(rows, None) is None, "a row that nobody scores"
         sampled = {batch.rows[index] for index in batch.sampled}
         writers = {}
@@ -246,6 +269,26 @@ class FakeRunner:
     def release(self, request_id: str) -> None:
         """Forget a request."""
         self.kept.discard(request_id)
+        self._sums.pop(request_id, None)
+
+    def _pool(
+        self, pool: PoolInput, seen: dict[int, list[int]], rows: Iterator[int]
+    ) -> bytes | None:
+        """How many tokens a row has seen, their last and their sum; or the mean of several rows."""
+        vectors = [
+            (len(seen[row]), seen[row][-1], sum(seen[row]))
+            for row in itertools.islice(rows, pool.num_rows)
+        ]
+        before = self._sums.pop(pool.request_id, (0, 0, 0))
+        total = [sum(column) for column in zip(before, *vectors, strict=True)]
+        if not pool.is_last:
+            self._sums[pool.request_id] = total
+            return None
+        if pool.pooling.method == "mean":
+            total = [one / pool.num_tokens for one in total]
+        total = total[: pool.pooling.dimensions or self.vector_size]
+        length = math.hypot(*total) if pool.pooling.normalize else 1.0
+        return array("f", [one / length for one in total]).tobytes()
 
     def _check_shape(self, batch: Batch) -> None:
         num_seqs = batch.num_seqs
@@ -256,7 +299,8 @@ class FakeRunner:
         assert sum(batch.num_known) == len(batch.token_ids)
         assert batch.sampled == sorted(set(batch.sampled))
         assert all(0 <= index < num_seqs for index in batch.sampled)
-        assert len(batch.score_rows) <= MAX_SCORED_ROWS, "more logits than there is memory for"
+        if not self.pools:
+            assert len(batch.score_rows) <= MAX_SCORED_ROWS, "more logits than there is memory for"
         assert all(0 <= row < sum(batch.query_lens) for row in batch.score_rows)
 
     def _grow_tables(self, batch: Batch) -> None:

@@ -43,6 +43,7 @@ BASE = (
     "logs",
     "progress",
     "model_folder",
+    "pooling",
 )
 ROOMS = {
     "base": Room("words that all share: " + ", ".join(f"`{name}`" for name in BASE), ()),
@@ -79,7 +80,7 @@ ROOMS = {
     ),
     "api": Room(
         "HTTP: app, middleware, metrics, native routes, chat page; `openai/`, `responses/`, "
-        "`anthropic/`",
+        "`anthropic/`, `pooling/`",
         ("engine", "base"),
     ),
     "llm": Room(

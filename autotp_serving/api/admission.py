@@ -40,29 +40,34 @@ class Admission:
         self,
         prompt: str | list[int],
         *,
+        pair: str | None = None,
         add_special_tokens: bool = True,
         is_listed: bool = False,
+        field_name: str = "prompt",
     ) -> list[int]:
         """Tokenize a prompt without holding up the event loop; check one that is tokens already.
 
         Args:
+            pair: a second text, joined to the first as the tokenizer joins two.
             is_listed: it is not run but listed, so it may have more tokens than the model takes.
+            field_name: the client's word for it.
 
         Raises:
-            RequestError: naming `prompt`, when a token is not in the vocabulary.
+            RequestError: naming the field, when a token is not in the vocabulary.
             ApiError: 400 when it is too long for the model by far.
         """
         if not isinstance(prompt, str):
-            self._prompts.check_num_tokens(len(prompt), "prompt")
-            self.check_tokens(prompt, "prompt")
+            self._prompts.check_num_tokens(len(prompt), field_name)
+            self.check_tokens(prompt, field_name)
             return prompt
         token_ids = await self._prompts.encode(
             prompt,
-            "prompt",
+            field_name,
+            pair=pair,
             add_special_tokens=add_special_tokens,
             max_tokens=self.max_listed_tokens if is_listed else self.max_model_len,
         )
-        self.check_tokens(token_ids, "prompt")
+        self.check_tokens(token_ids, field_name)
         return token_ids
 
     async def encode_chat(

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
+from fastapi.params import Depends as Dependency
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
@@ -17,7 +18,7 @@ from autotp_serving.api.anthropic.routes import anthropic_routes
 from autotp_serving.api.api_keys import ApiKeys
 from autotp_serving.api.chat_page import page_routes
 from autotp_serving.api.engine_client import EngineClient
-from autotp_serving.api.errors import install_error_handlers
+from autotp_serving.api.errors import ApiError, install_error_handlers
 from autotp_serving.api.health import health_routes
 from autotp_serving.api.hosts import find_allowed_hosts
 from autotp_serving.api.middleware import RequestGuard
@@ -26,6 +27,9 @@ from autotp_serving.api.openai.chat_admission import ChatAdmission
 from autotp_serving.api.openai.completion_parser import CompletionParsers
 from autotp_serving.api.openai.model_names import ModelNames
 from autotp_serving.api.openai.routes import openai_routes
+from autotp_serving.api.pooling.embeddings import embedding_routes
+from autotp_serving.api.pooling.prompts import PromptPooler
+from autotp_serving.api.pooling.rerank import rerank_routes
 from autotp_serving.api.responses.routes import responses_routes
 from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
@@ -34,6 +38,13 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.engine.sampling_defaults import read_sampling_defaults
 from autotp_serving.engine.sandbox import Sandbox
 from autotp_serving.engine.tokenizer import Tokenizer
+from autotp_serving.pooling import PoolingSettings, read_pooling
+
+ROUTES_OF_TASK = {
+    "generate": "/v1/chat/completions or /v1/completions",
+    "embed": "/v1/embeddings",
+    "rerank": "/v1/rerank or /v1/score",
+}
 
 
 def build_app(
@@ -73,18 +84,23 @@ def build_app(
     parsers = CompletionParsers(tokenizer, config)
     chats = ChatAdmission(admission, parsers, defaults)
     reasoning = parsers.reasoning_options
+    pooling = PromptPooler(engine, admission, config), admission, names
+    settings = read_pooling(config) or PoolingSettings()
+    task = config.shown_task
     routers = [
-        native_routes(engine, admission),
-        openai_routes(engine, chats, names),
-        responses_routes(engine, chats, names, reasoning),
-        anthropic_routes(engine, chats, names, reasoning),
-        token_routes(admission, names, parsers),
-        page_routes(),
-        health_routes(engine, config.model_names[0]),
+        (native_routes(engine, admission), "generate"),
+        (openai_routes(engine, chats, names), "generate"),
+        (responses_routes(engine, chats, names, reasoning), "generate"),
+        (anthropic_routes(engine, chats, names, reasoning), "generate"),
+        (embedding_routes(*pooling, settings), "embed"),
+        (rerank_routes(*pooling, settings), "rerank"),
+        (token_routes(admission, names, parsers), task),
+        (page_routes(), task),
+        (health_routes(engine, config.model_names[0], task), task),
     ]
-    for router in routers:
-        app.include_router(router)
-    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    for router, of_task in routers:
+        app.include_router(router, dependencies=[] if of_task == task else [refuse_for(task)])
+    routes = [*app.routes, *(route for router, _ in routers for route in router.routes)]
     app.add_middleware(
         RequestGuard,
         paths=RoutePaths(route.path for route in routes if isinstance(route, Route)),
@@ -102,3 +118,19 @@ def build_app(
             expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After"],
         )
     return app
+
+
+def refuse_for(task: str) -> Dependency:
+    """What refuses the calls of routes that a model of this task does not answer."""
+
+    async def refuse(request: Request) -> None:
+        if request.method == "POST":  # others ask for the model's names
+            raise ApiError(
+                400,
+                f"{request.url.path} is not for this model, which is served with --task {task}: "
+                f"call {ROUTES_OF_TASK[task]}",
+                code="wrong_task",
+            )
+
+    dependency: Dependency = Depends(refuse)
+    return dependency

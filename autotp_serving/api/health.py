@@ -14,9 +14,9 @@ from autotp_serving.api.metrics import CONTENT_TYPE, render
 from autotp_serving.api.readiness import Readiness
 
 
-def health_routes(engine: EngineClient, model_name: str) -> APIRouter:
+def health_routes(engine: EngineClient, model_name: str, task: str) -> APIRouter:
     """Routes about the server itself."""
-    routes = HealthRoutes(engine, model_name)
+    routes = HealthRoutes(engine, model_name, task)
     router = APIRouter(tags=["server"], redirect_slashes=False)
     router.add_api_route("/health", routes.health, methods=["GET"])
     router.add_api_route("/ready", routes.ready, methods=["GET"])
@@ -33,12 +33,14 @@ class HealthRoutes:
     Args:
         engine: whose health it is.
         model_name: a label of the metrics.
+        task: what the model is served for.
     """
 
-    def __init__(self, engine: EngineClient, model_name: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, task: str) -> None:
         self._client = engine
         self._model_name = model_name
-        self._readiness = Readiness(engine)
+        self._task = task
+        self._readiness = Readiness(engine, pools=task != "generate")
 
     async def health(self) -> Response:
         """200 while the engine is alive; 503 with the cause once it has failed."""
@@ -46,7 +48,7 @@ class HealthRoutes:
         if engine.failure is not None:
             raise ApiError(503, engine.failure, code="engine_failed")
         status = "draining" if self._client.is_draining else "ok"
-        return JSONResponse({"status": status, **asdict(engine.stats())})
+        return JSONResponse({"status": status, "task": self._task, **asdict(engine.stats())})
 
     async def ready(self) -> dict[str, str | float]:
         """200 if a step went through all ranks lately, or goes through now; else 503."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.prompts import MIN_LISTED_TOKENS, PromptEncoder, busy
-from autotp_serving.engine.large_body import MAX_ENTRIES
+from autotp_serving.engine.large_body import MAX_ENTRIES, PROMPT_FIELDS
 from autotp_serving.engine.sandbox import Sandbox, Spool
 from autotp_serving.engine.sandbox_helper import SandboxBusyError, SandboxError
 
@@ -18,6 +18,10 @@ CPU_SECONDS = 5.0
 
 LISTING_PATHS = ("/tokenize", "/detokenize", "/count_tokens")
 """Where more tokens are taken than the model runs."""
+
+EMBEDDING_PATH = "/embeddings"
+INPUT_FIELDS = ("input",)
+"""Elsewhere a field of this name holds no token ids."""
 
 
 class LargeBodies:
@@ -43,7 +47,8 @@ class LargeBodies:
         max_tokens = self._max_model_len
         if path.endswith(LISTING_PATHS):
             max_tokens = max(max_tokens, MIN_LISTED_TOKENS)
-        data = (file.size, self._prompts.max_chars(max_tokens), max_tokens)
+        fields = INPUT_FIELDS if path.endswith(EMBEDDING_PATH) else PROMPT_FIELDS
+        data = (file.size, self._prompts.max_chars(max_tokens), max_tokens, fields)
         job = self._sandbox.submit("body", data, file.size, CPU_SECONDS, file)
         try:
             problem = await asyncio.wrap_future(job)

@@ -77,9 +77,14 @@ class Latencies:
                 self.inter_token_latency.observe(interval, num_tokens)
             progress.latest_time = now
         if output.finish_reason in ("stop", "length"):
-            self.e2e_request_latency.observe(now - progress.arrival_time)
-            self.request_decode_time.observe(now - (progress.first_time or now))
+            seconds = now - progress.arrival_time
+            self.e2e_request_latency.observe(seconds)
             self.request_prompt_tokens.observe(output.num_prompt_tokens)
+            if output.pooled:  # there are no tokens
+                self.request_queue_time.observe(output.queue_seconds)
+                self.request_prefill_time.observe(max(0.0, seconds - output.queue_seconds))
+                return
+            self.request_decode_time.observe(now - (progress.first_time or now))
             self.request_generation_tokens.observe(output.num_output_tokens)
 
     def families(self) -> dict[str, tuple[str, Histogram]]:

@@ -93,6 +93,7 @@ class PromptEncoder:
         text: str,
         field_name: str,
         *,
+        pair: str | None = None,
         add_special_tokens: bool = True,
         max_tokens: int,
     ) -> list[int]:
@@ -100,6 +101,7 @@ class PromptEncoder:
 
         Args:
             field_name: the client's word for it.
+            pair: a second text, joined to the first as the tokenizer joins two.
             add_special_tokens: begin with the model's own.
             max_tokens: refuse a text that certainly has more.
 
@@ -107,16 +109,17 @@ class PromptEncoder:
             ApiError: 400, the text is too long for the model.
             RequestError: the tokenizer fails.
         """
-        if len(text) > LONG_CHARS and self._trim_timer is None:
+        num_chars = len(text) + len(pair or "")
+        if num_chars > LONG_CHARS and self._trim_timer is None:
             loop = asyncio.get_running_loop()
             self._trim_timer = loop.call_later(TRIM_SECONDS, self._trim)
-        if len(text) > self.max_chars(max_tokens):
-            raise self.too_long(field_name, f"{len(text)} characters", max_tokens)
-        work = partial(self._encode, text, field_name, add_special_tokens, max_tokens)
-        if len(text) <= MAX_INLINE_CHARS:
+        if num_chars > self.max_chars(max_tokens):
+            raise self.too_long(field_name, f"{num_chars} characters", max_tokens)
+        work = partial(self._encode, text, pair, field_name, add_special_tokens, max_tokens)
+        if num_chars <= MAX_INLINE_CHARS:
             return work()
-        threads = self._short if len(text) <= MAX_SHORT_CHARS else self._long
-        return await asyncio.wrap_future(threads.submit(len(text), work))
+        threads = self._short if num_chars <= MAX_SHORT_CHARS else self._long
+        return await asyncio.wrap_future(threads.submit(num_chars, work))
 
     def max_chars(self, max_tokens: int) -> int:
         """Characters that so many tokens have at most."""
@@ -190,12 +193,20 @@ class PromptEncoder:
             self._long.submit(0, partial(trim, 0))
 
     def _encode(
-        self, text: str, field_name: str, add_special_tokens: bool, max_tokens: int
+        self,
+        text: str,
+        pair: str | None,
+        field_name: str,
+        add_special_tokens: bool,
+        max_tokens: int,
     ) -> list[int]:
         try:
             limit = min(MAX_UNCOUNTED_BYTES, max(USUAL_TOKEN_LEN * max_tokens, PIECE_LEN))
-            if MAX_UTF8_LEN * len(text) > limit and len(text.encode()) > limit:
-                self._count(text, field_name, max_tokens)
+            whole = text + (pair or "")
+            if MAX_UTF8_LEN * len(whole) > limit and len(whole.encode()) > limit:
+                self._count(whole, field_name, max_tokens)
+            if pair is not None:
+                return self._tokenizer.encode_pair(text, pair)
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if not is_panic(error):

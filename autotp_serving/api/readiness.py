@@ -13,7 +13,7 @@ from itertools import count
 
 from autotp_serving.api.engine_client import EngineClient, Usage
 from autotp_serving.api.errors import ApiError, check_reason
-from autotp_serving.request import Request, SamplingParams
+from autotp_serving.request import Pooling, Request, SamplingParams
 
 FRESH_SECONDS = 10.0
 """A step proves readiness for so long, or for this many times its own duration if that is more."""
@@ -29,10 +29,17 @@ ANY_TOKEN = 0
 
 
 class Readiness:
-    """Answers probes; at most one request of its own is ever under way."""
+    """Answers probes; at most one request of its own is ever under way.
 
-    def __init__(self, engine: EngineClient) -> None:
+    Args:
+        pools: the model embeds or reranks, and gives no tokens.
+    """
+
+    def __init__(self, engine: EngineClient, *, pools: bool) -> None:
         self._engine = engine
+        self._params = SamplingParams(max_tokens=1, ignore_eos=True)
+        if pools:
+            self._params = SamplingParams(max_tokens=0, pooling=Pooling())
         self._numbers = count()
         self._task: asyncio.Task[None] | None = None
         self._refusal: ApiError | None = None
@@ -67,7 +74,7 @@ class Readiness:
         request = Request(
             f"ready-{next(self._numbers)}",
             (ANY_TOKEN,),
-            SamplingParams(max_tokens=1, ignore_eos=True),
+            self._params,
             time.monotonic(),
         )
         self._refusal = None

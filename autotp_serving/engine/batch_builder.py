@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from autotp_serving.batch import Batch, SampleInput, ScoreInput
+from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.request import TokenLogprobs
 
@@ -21,6 +21,8 @@ class Step:
         sequences: [num_seqs], in the batch's order.
         sampled: [num_samples], the sequences that get a token.
         scored: [num_scores], the sequences that get prompt logprobs.
+        pools: [num_pools], what is known of the batch's `score_rows` where they are pooled.
+        pooled: [num_pools], the sequences that they are of.
         read: sequences that end with this step, as they want nothing but their prompt's logprobs.
     """
 
@@ -31,6 +33,8 @@ class Step:
     sequences: list[Sequence] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     scored: list[Sequence] = field(default_factory=list)
+    pools: list[PoolInput] = field(default_factory=list)
+    pooled: list[Sequence] = field(default_factory=list)
     read: list[Sequence] = field(default_factory=list)
 
     @property
@@ -73,7 +77,9 @@ def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
         if len(sequence.block_table) > sequence.num_sent_blocks:
             _send_blocks(batch, index, sequence)
         step.sequences.append(sequence)
-        if end == sequence.num_tokens + sequence.num_pending_tokens:
+        if sequence.params.pooling is not None:
+            batch.score_rows.extend(_add_pool(step, sequence, start, end, num_tokens))
+        elif end == sequence.num_tokens + sequence.num_pending_tokens:
             if sequence.params.max_tokens:
                 batch.sampled.append(index)
                 step.samples.append(sequence.make_sample())
@@ -100,6 +106,26 @@ def _send_blocks(batch: Batch, index: int, sequence: Sequence) -> None:
     batch.num_new_blocks.append(len(sequence.block_table) - first)
     batch.new_blocks.extend(sequence.block_table[first:])
     sequence.num_sent_blocks = len(sequence.block_table)
+
+
+def _add_pool(step: Step, sequence: Sequence, start: int, end: int, first_row: int) -> range:
+    """Have a chunk pooled, as far as the method takes its tokens; returns the rows."""
+    pooling = sequence.params.pooling
+    assert pooling is not None, "only what is pooled is added"
+    is_first, is_last = start == 0, end == sequence.num_tokens
+    rows = range(first_row, first_row + end - start)
+    if pooling.method == "last":
+        rows = rows[-1:] if is_last else rows[:0]
+    elif pooling.method == "cls":
+        rows = rows[:1] if is_first else rows[:0]
+    if rows or is_last:
+        step.pools.append(
+            PoolInput(
+                sequence.request_id, pooling, len(rows), sequence.num_tokens, is_first, is_last
+            )
+        )
+        step.pooled.append(sequence)
+    return rows
 
 
 def _add_scores(step: Step, sequence: Sequence, start: int, end: int, first_row: int) -> range:

@@ -92,6 +92,7 @@ class Engine:
         self._output_processor = OutputProcessor(tokenizer, on_outputs)
         self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
+        self._pools = config.pools
         # Those that may run do not wait, even in the moment before the thread has seen them.
         self._active = ActiveRequests(config.max_num_seqs + config.max_queue_len)
         self._on_failure = on_failure
@@ -135,9 +136,12 @@ class Engine:
 
         Raises:
             RequestError: prompt and completion are longer than the model or the KV cache allows, or
-                one of its tokens is not in the vocabulary.
+                one of its tokens is not in the vocabulary; or it asks for tokens of a model that
+                embeds or reranks, or the other way round.
         """
         params = request.params
+        if (params.pooling is not None) != self._pools:
+            raise RequestError("pooling", "completions, embeddings and scores are not of one model")
         num_prompt_tokens, max_tokens = len(request.prompt_token_ids), params.max_tokens
         if num_prompt_tokens + max_tokens > self._max_model_len:
             raise RequestError(
@@ -256,7 +260,7 @@ class Engine:
     def _launch(self, step: Step) -> None:
         self._in_flight.append(step)
         self._runner.forward(step.batch)
-        self._runner.sample(step.samples, step.scores)
+        self._runner.sample(step.samples, step.scores, step.pools)
 
     def _run(self) -> None:
         """Step until shut down or failed: the thread's whole life."""
@@ -315,7 +319,7 @@ class Engine:
         invalid = [one.request_id for one in sequences if one.error == INVALID_NUMBERS]
         if invalid:
             logger.error("invalid numbers (NaN or infinity) for request %s", ", ".join(invalid))
-        if step.sampled or step.scored:
+        if step.sampled or step.scored or step.pooled:
             self.is_sound = not invalid
         if self.is_sound:
             self.last_step_time = time.monotonic()

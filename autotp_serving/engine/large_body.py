@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MAX_JSON_VALUES = 1_000_000
@@ -19,7 +20,7 @@ MAX_OTHER_VALUES = 2**17
 MAX_ENTRIES = 2**14
 """In one list or object, prompts and tokens aside: no field takes more."""
 
-PROMPT_FIELDS = frozenset({"prompt", "tokens"})
+PROMPT_FIELDS = ("prompt", "tokens")
 """Fields that hold token ids by the thousand."""
 
 FOREIGN_KEYS = frozenset({"url", "data", "file_data"})
@@ -41,7 +42,13 @@ Problem = dict[str, Any]
 `field` too, and "num_values" where one field is at fault."""
 
 
-def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) -> Problem | None:
+def find_problem(
+    descriptor: int,
+    size: int,
+    max_chars: int,
+    max_tokens: int,
+    prompt_fields: Sequence[str] = PROMPT_FIELDS,
+) -> Problem | None:
     """Look through a body in a file.
 
     Args:
@@ -49,6 +56,7 @@ def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) ->
         size: of the body in bytes.
         max_chars: that a text may have to fit the model.
         max_tokens: that a list of token ids may have.
+        prompt_fields: where such lists are.
 
     Returns:
         None for a body that rank 0 may parse and check itself.
@@ -73,9 +81,9 @@ def find_problem(descriptor: int, size: int, max_chars: int, max_tokens: int) ->
         return None
     num_values = 0
     for field, content in value.items():
-        limits = Limits(max_chars, max_tokens if field in PROMPT_FIELDS else None)
+        limits = Limits(max_chars, max_tokens if field in prompt_fields else None)
         found, count = _look_through({field: content}, limits)
-        if found is None and field not in PROMPT_FIELDS:
+        if found is None and field not in prompt_fields:
             num_values += count
             if num_values > MAX_OTHER_VALUES:
                 found = {"problem": "num_values", "limit": MAX_OTHER_VALUES}

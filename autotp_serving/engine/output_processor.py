@@ -69,7 +69,7 @@ class OutputProcessor:
         self.num_generated_tokens += num_tokens
         prompt_logprobs = None
         is_first = num_tokens and num_output_tokens == num_tokens
-        if is_first or (not num_tokens and reason == "length"):
+        if is_first or (not num_tokens and reason in ("length", "stop")):
             self.num_prompt_tokens += sequence.num_prompt_tokens
             if sequence.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(sequence.prompt_logprobs)
@@ -88,6 +88,7 @@ class OutputProcessor:
                 logprobs=tuple(progress.logprobs[:num_tokens]) if progress.logprobs else (),
                 prompt_logprobs=prompt_logprobs,
                 stop_string=detokenizer.stop_string,
+                pooled=sequence.pooled,
             )
         )
         return reason

@@ -84,7 +84,8 @@ class Scheduler:
         """Refuse what could never run, even alone. Reads constants only: safe in any thread.
 
         Raises:
-            RequestError: prompt and completion need more blocks than there are.
+            RequestError: prompt and completion need more blocks than there are, or a prompt that
+                cannot run in chunks more tokens than a step has.
         """
         num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
         # The last token of a completion is only given out, it never enters the cache.
@@ -95,6 +96,13 @@ class Scheduler:
                 f"{len(request.prompt_token_ids)} tokens of prompt and up to "
                 f"{request.params.max_tokens} of completion do not fit in the KV cache of "
                 f"{self.blocks.num_blocks * self.blocks.block_size} tokens",
+            )
+        pooling, limit = request.params.pooling, self._config.max_num_batched_tokens
+        if pooling is not None and pooling.whole and num_tokens > limit:
+            raise RequestError(
+                "prompt",
+                f"{num_tokens} tokens do not fit in one step, in which this model has to see them "
+                f"all: {limit} (--max-num-batched-tokens)",
             )
 
     def add(self, request: Request) -> Sequence:
@@ -168,6 +176,14 @@ class Scheduler:
             is_nan = any(math.isnan(one.logprob) for one in scores)
             if is_nan and sequence.finish_reason is None:
                 self._fail(sequence, INVALID_NUMBERS)
+        for sequence, pooled in zip(step.pooled, result.pooled, strict=True):
+            if sequence.finish_reason is not None or pooled is None:
+                continue
+            sequence.pooled = pooled
+            if pooled:
+                self.finish(sequence, "stop")
+            else:
+                self._fail(sequence, INVALID_NUMBERS)
         for sequence in step.read:
             if sequence.finish_reason is None:
                 self.finish(sequence, "length")
@@ -181,7 +197,7 @@ class Scheduler:
                 num_taken = self._take_tokens(sequence, token_ids)
                 taken = logprobs and logprobs[:num_taken]
                 progress.append(Progress(sequence, token_ids[:num_taken], taken))
-        for sequence in dict.fromkeys((*step.read, *step.scored)):
+        for sequence in dict.fromkeys((*step.read, *step.scored, *step.pooled)):
             is_over = sequence.finish_reason is not None and sequence not in late
             if is_over and sequence not in step.sampled:
                 progress.append(Progress(sequence, []))
@@ -275,7 +291,10 @@ class Scheduler:
             return None
         sequence = self.waiting.head
         matched = self.blocks.match(sequence.token_ids)
-        if sequence.num_unscored_tokens:  # tokens taken from the cache would give no logits
+        pooling = sequence.params.pooling
+        if pooling is not None and not pooling.can_reuse:
+            matched = []  # tokens taken from the cache would give no hidden states
+        if sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
         # One block stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
@@ -305,6 +324,9 @@ class Scheduler:
             the running list may be in the middle of one.
         """
         query_len = min(budget, sequence.num_unscheduled_tokens)
+        pooling = sequence.params.pooling
+        if pooling is not None and pooling.whole and query_len < sequence.num_unscheduled_tokens:
+            return 0  # it has the next step
         if sequence.num_unscored_tokens:
             query_len = min(query_len, self._num_score_rows_left)
             self._num_score_rows_left -= query_len

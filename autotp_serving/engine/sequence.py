@@ -98,6 +98,7 @@ class Sequence:
         num_preemptions: how often it lost its blocks and started over.
         guide: follows the completion through its structured output; None without one.
         prompt_logprobs: of the prompt's tokens after the first, as far as they are computed.
+        pooled: what was made of the prompt's hidden states; see RequestOutput.
         finish_reason: None while it waits or runs.
         ends_in_text: False when the last token only marked the end.
         error: one sentence, with `finish_reason` "error".
@@ -121,6 +122,7 @@ class Sequence:
     num_preemptions: int = 0
     guide: GuardedGuide | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: bytes = b""
     finish_reason: FinishReason | None = None
     ends_in_text: bool = True
     error: str | None = None

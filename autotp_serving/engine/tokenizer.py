@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """Tokenize, the model's own special tokens added (a leading BOS, where it has one)."""
         ...
 
+    def encode_pair(self, text: str, other: str) -> list[int]:
+        """Tokenize two texts, joined with the special tokens that the model has for that."""
+        ...
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """Write out a conversation as the model was taught to read one, in this thread.
 
@@ -151,6 +155,12 @@ class HuggingFaceTokenizer:
         """See Tokenizer."""
         # The batch call lets other threads run meanwhile, encode() holds the interpreter's lock.
         (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
+        return token_ids
+
+    def encode_pair(self, text: str, other: str) -> list[int]:
+        """See Tokenizer."""
+        (encoding,) = self._inner.encode_batch_fast([(text, other)])
         token_ids: list[int] = encoding.ids
         return token_ids
 

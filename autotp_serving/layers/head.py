@@ -1,4 +1,4 @@
-"""The output head, split over the vocabulary. Every rank."""
+"""The output head, split over the vocabulary, or what stands in its place. Every rank."""
 
 from __future__ import annotations
 
@@ -92,3 +92,49 @@ class VocabParallelHead(nn.Module):
         full = logits.new_zeros((*logits.shape[:-1], self.vocab_size))
         full[..., self.start : self.stop] = logits
         return self.all_reduce(full)
+
+
+class PoolingHead(nn.Module):
+    """Stands for the output head in models that are pooled: hands hidden states on as they are, or
+    gives their logits by a classifier, of which every rank has the whole.
+
+    Attributes:
+        weight: [num_labels, hidden_size], or None without a classifier, and before
+            `label_tokens` are taken from the output head.
+        label_tokens: tokens whose rows of the output head are the classifier.
+        vocab_size: tokens that the model has an embedding for.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        num_labels: int,
+        label_tokens: tuple[int, ...],
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.label_tokens = label_tokens
+        self.gathers = True
+        self.bias = None
+        self.weight = None
+        if num_labels:
+            self.weight = nn.Parameter(
+                torch.empty((num_labels, hidden_size), dtype=dtype, device="meta"),
+                requires_grad=False,
+            )
+
+    @property
+    def num_labels(self) -> int:
+        """Logits of one row; 0 where hidden states are handed on."""
+        return len(self.label_tokens) if self.weight is None else len(self.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map [..., hidden_size] to itself, or to [..., num_labels]."""
+        return hidden if self.weight is None else functional.linear(hidden, self.weight)

@@ -90,7 +90,7 @@ def find_low_bit_selection(
     try:
         selection = LowBitSelection.from_names(
             config.low_bit or stored or DEFAULT_LOW_BIT,
-            config.lm_head_low_bit,
+            "bf16" if config.pools else config.lm_head_low_bit,
             config.modules_to_not_convert,
         )
     except LowBitError as error:

@@ -232,5 +232,6 @@ def _estimate_activations(shapes: ModelShapes, setup: MemorySetup) -> int:
     mask = min(num_tokens, max_model_len) * max_model_len
     attention = num_tokens * (2 * hidden + 2 * queries + 2 * keys) * size + context + mask
     mlp = num_tokens * (2 * hidden + 3 * wide) * size
-    logits = num_rows * text.vocab_size * (copies * size + 4)
+    num_logits = min(text.vocab_size, setup.num_ranks * shapes.head.shape[0])
+    logits = num_rows * num_logits * (copies * size + 4)
     return max(norm, rotation, attention, mlp, logits)

@@ -21,6 +21,7 @@ from autotp_serving.model.shards import describe_shapes, report_unused
 from autotp_serving.model.stored_tensors import has_weights
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model.vision_language import hide_vision_tensors
+from autotp_serving.pooling import read_pooling
 
 
 def list_shapes(
@@ -61,6 +62,7 @@ def shard_model(config: ServingConfig, model_config: Any, group: LocalRankGroup)
         group,
         lambda tensor: tensor,
         config.trust_remote_code,
+        read_pooling(config),
     )
 
 

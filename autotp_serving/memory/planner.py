@@ -48,7 +48,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if is_converted(config, folder) else read_known_config(folder)
+    known = None if config.pools or is_converted(config, folder) else read_known_config(folder)
     if known is not None and not check_known_names(config, folder, known):
         known = None
     if known is None:

@@ -12,13 +12,14 @@ from torch import nn
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.layers.unfuse import finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
 from autotp_serving.model.sharding_plan import AllReduce, find_layer_sharding, shard_layers
 from autotp_serving.model.state_layers import list_state_layers, replace_state_layers
+from autotp_serving.pooling import PoolingSettings
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -32,8 +33,12 @@ def build_sharded_model(
     group: RankGroup,
     all_reduce: Callable[[torch.Tensor], torch.Tensor],
     trust_remote_code: bool,
+    pooling: PoolingSettings | None = None,
 ) -> nn.Module:
     """Build this rank's model on the meta device: right shapes, no memory.
+
+    Args:
+        pooling: of a model that is to embed or rerank.
 
     Raises:
         ConfigError: ranks that cannot share the model, or code that must not run.
@@ -44,7 +49,7 @@ def build_sharded_model(
         if group.size > 1:
             _shard(model, group, dtype, all_reduce)
         finish_split(model, group.rank, group.size, all_reduce)
-        _install_head(model, group, all_reduce)
+        _install_head(model, group, all_reduce, pooling)
     return model
 
 
@@ -125,7 +130,10 @@ def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> 
 
 
 def _install_head(
-    model: nn.Module, group: RankGroup, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module,
+    group: RankGroup,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor],
+    pooling: PoolingSettings | None,
 ) -> None:
     """Split the output head over the vocabulary, whatever AutoTP made of it."""
     head = model.get_output_embeddings()
@@ -133,10 +141,18 @@ def _install_head(
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: it names no output head"
         )
+    hidden_size = model.config.get_text_config().hidden_size
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if pooling is not None:
+        labels = pooling.labels, pooling.label_tokens
+        model.set_output_embeddings(
+            PoolingHead(hidden_size, vocab_size, head.weight.dtype, *labels, group.rank, group.size)
+        )
+        return
     model.set_output_embeddings(
         VocabParallelHead(
-            hidden_size=model.config.get_text_config().hidden_size,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
             has_bias=getattr(head, "bias", None) is not None,
             dtype=head.weight.dtype,
             rank=group.rank,

@@ -42,6 +42,10 @@ class DummyCheckpoint:
         """Shape of the whole tensor."""
         return self._shapes[name]
 
+    def hide(self, names: set[str]) -> None:
+        """Let these tensors be named no more."""
+        self._shapes = {name: one for name, one in self._shapes.items() if name not in names}
+
     def itemsize(self, name: str) -> int:
         """Bytes of one number."""
         return torch.bfloat16.itemsize

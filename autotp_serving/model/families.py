@@ -80,8 +80,11 @@ def refuse_by_name(model_config: Any) -> Iterator[None]:
         ) from error
 
 
-def check_family(model_config: Any) -> None:
+def check_family(model_config: Any, *, pools: bool = False) -> None:
     """Refuse what is told to be no decoder of text by its config.json alone.
+
+    Args:
+        pools: it is to embed or rerank, for which its tokens may see those after them.
 
     Raises:
         ConfigError: naming the family.
@@ -89,10 +92,25 @@ def check_family(model_config: Any) -> None:
     reason = None
     if getattr(model_config, "is_encoder_decoder", False):
         reason = "an encoder reads its prompts"
+    elif pools and hasattr(model_config, "type_vocab_size"):  # BERT and what comes of it
+        reason = "it is an encoder, and embeddings are made here by decoders only"
+    elif is_bidirectional(model_config.get_text_config()):
+        if not pools:
+            reason = "its tokens see those after them, so that it cannot go on with a text"
+        elif model_config.model_type not in PROVED:
+            reason = "its tokens see those after them, which is done here for proved families only"
+        elif getattr(model_config, "sliding_window", None):
+            reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
+
+
+def is_bidirectional(text_config: Any) -> bool:
+    """True for attention without a causal mask, as some embedding models have it."""
+    is_causal = getattr(text_config, "is_causal", True)
+    return is_causal is False or getattr(text_config, "use_bidirectional_attention", None) is True
 
 
 def check_heads(model_config: Any, num_ranks: int) -> None:

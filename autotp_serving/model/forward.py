@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autotp_serving.batch import Batch
+from autotp_serving.layers.head import PoolingHead
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.step_inputs import StepInputs
@@ -18,7 +19,8 @@ class Forward(Protocol):
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type;
-        only this rank's slice where its head does not gather them.
+        only this rank's slice where its head does not gather them. Of a model that is pooled: what
+        its PoolingHead gives, [num_logit_rows, hidden_size or labels].
         """
         ...
 
@@ -40,10 +42,14 @@ class PlainForward:
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See Forward."""
-        return self._model(
-            input_ids=inputs.token_ids[None],
-            position_ids=inputs.positions[None],
-            use_cache=False,
-            logits_to_keep=inputs.logit_rows,
-            attention_context=AttentionContext.of(inputs, self._cache),
-        ).logits[0]
+        arguments = {
+            "input_ids": inputs.token_ids[None],
+            "position_ids": inputs.positions[None],
+            "use_cache": False,
+            "attention_context": AttentionContext.of(inputs, self._cache),
+        }
+        head = self._model.get_output_embeddings()
+        if isinstance(head, PoolingHead):  # the whole model would scale and cap what it gives
+            hidden = self._model.base_model(**arguments).last_hidden_state[0]
+            return head(hidden[inputs.logit_rows])
+        return self._model(logits_to_keep=inputs.logit_rows, **arguments).logits[0]

@@ -19,10 +19,10 @@ from torch.nn import functional
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.kernels.cuda.activations import add_rms_norm
+from autotp_serving.kernels.cuda.activations import Rounding, add_rms_norm
 from autotp_serving.kernels.cuda.products import can_multiply
 from autotp_serving.kernels.triton import attention as triton_attention
-from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.fused_layers import FAMILIES, Norm
 from autotp_serving.model.gpu_layers import (
@@ -88,7 +88,7 @@ def open_gpu_forward(
         if group.rank == 0:
             logger.warning("This model runs transformers' own layers, slowly: %s", reason)
         return None
-    if not config.enforce_eager:
+    if not config.enforce_eager and not config.pools:
         forward.capture(config.max_num_seqs, show_progress=group.rank == 0)
         if not all(group.all_gather(forward.prove(max_model_len))):
             forward.drop_graphs()
@@ -255,6 +255,9 @@ class GpuForward:
         if not inputs.is_padded:  # a padded step has logits of all tokens
             hidden = hidden.index_select(0, inputs.logit_rows)
             added = added.index_select(0, inputs.logit_rows)
+        if self._head_product is None:
+            x = add_rms_norm(hidden, added, self._norm.weight, self._norm.epsilon, Rounding.NONE)
+            return self._head(x.plain)
         rounding = self._head_product.rounding(len(hidden))
         x = add_rms_norm(hidden, added, self._norm.weight, self._norm.epsilon, rounding)
         logits = self._head_product(x)
@@ -289,8 +292,10 @@ class GpuForward:
         return cos[0].contiguous(), sin[0].contiguous()
 
 
-def _find_head_product(head: VocabParallelHead) -> Product:
-    """The head as a product, of this rank's rows."""
+def _find_head_product(head: VocabParallelHead | PoolingHead) -> Product | None:
+    """The head as a product, of this rank's rows; None for a model that is pooled."""
+    if isinstance(head, PoolingHead):
+        return None
     if head.low_bit is not None:
         return Product(join_linears(head.low_bit).weight, head.bias)
     if head.weight.dtype != torch.bfloat16:

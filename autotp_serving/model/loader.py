@@ -20,7 +20,7 @@ from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.ipex_llm import check_ipex_llm, convert_linear
 from autotp_serving.layers.convert import check_columns, replace_linear
 from autotp_serving.layers.dense_linear import take_over_linears
-from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear
 from autotp_serving.low_bit.formats import LowBitError
 from autotp_serving.low_bit.selection import LowBitSelection, find_low_bit_selection, is_linear
@@ -38,6 +38,7 @@ from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
 from autotp_serving.model.tensor_names import match_tensor_names
 from autotp_serving.model.vision_language import hide_vision_tensors, take_language_model
 from autotp_serving.model_folder import check_model_folder, read_object
+from autotp_serving.pooling import read_pooling
 from autotp_serving.progress import Progress, show_size
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def read_model_config(config: ServingConfig) -> Any:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     adapt_rope(found)
-    check_family(found)
+    check_family(found, pools=config.pools)
     with refuse_by_name(found):
         check_loaded_sizes(found)
     return found
@@ -105,7 +106,12 @@ def load_model(
     low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
-        model_config, find_dtype(config), group, all_reduce, config.trust_remote_code
+        model_config,
+        find_dtype(config),
+        group,
+        all_reduce,
+        config.trust_remote_code,
+        read_pooling(config),
     )
     with refuse_by_name(model_config):
         hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)
@@ -258,8 +264,12 @@ class WeightFiller:
             module._buffers[attribute] = tensor
         return self._count_bytes(name, shard)
 
-    def _fill_head(self, head: VocabParallelHead, weight_name: str) -> None:
+    def _fill_head(self, head: VocabParallelHead | PoolingHead, weight_name: str) -> None:
         """Tie the head where the checkpoint does, and make it low-bit where that is asked."""
+        if isinstance(head, PoolingHead):
+            if head.label_tokens:
+                self._take_labels(head, weight_name)
+            return
         if self._model.config.get_text_config().tie_word_embeddings:
             head.tie_to(self._model.get_input_embeddings().weight)
         if head.low_bit is not None:
@@ -271,3 +281,23 @@ class WeightFiller:
             head.set_low_bit(LowBitLinear(weight.to(self._device)))
         elif self._low_bit.head is not None:
             head.set_low_bit(LowBitLinear(quantize(head.weight, self._low_bit.head)))
+
+    def _take_labels(self, head: PoolingHead, weight_name: str) -> None:
+        """Make a classifier of some rows of the output head, which may be the embedding.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if max(head.label_tokens) >= head.vocab_size:
+            raise ConfigError(f"the model has no rows of the tokens {head.label_tokens}")
+        if self._model.config.get_text_config().tie_word_embeddings:
+            rows = self._model.get_input_embeddings().weight[list(head.label_tokens)].clone()
+        else:
+            cols = (0, head.hidden_size)
+            rows = torch.cat(
+                [
+                    self._checkpoint.read(weight_name, ((token, token + 1), cols), self._dtype)
+                    for token in head.label_tokens
+                ]
+            )
+        head.weight = nn.Parameter(rows.to(self._device), requires_grad=False)

@@ -20,7 +20,6 @@ from torch import nn
 from autotp_serving.config import ConfigError
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
-from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.step_inputs import StepInputs
@@ -146,7 +145,7 @@ def _check_heads(
         attention: a layer's; its ratio of queries to keys is that of all ranks.
         query, key: shapes [1, heads, tokens, head_dim].
     """
-    head = next(module for module in model.modules() if isinstance(module, VocabParallelHead))
+    head = model.get_output_embeddings()
     if head.num_ranks == 1:
         return
     config = model.config.get_text_config()

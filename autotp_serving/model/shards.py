@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.low_bit.selection import is_linear
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.leftovers import check_leftovers
@@ -52,6 +52,7 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, group: RankGroup) -> d
     """
     head_name = find_head_name(model)
     is_tied = model.config.get_text_config().tie_word_embeddings
+    is_tied &= isinstance(model.get_output_embeddings(), VocabParallelHead)
     local_shapes = {
         name: tuple(value.shape)
         for name, value in _list_tensors(model)
@@ -88,10 +89,9 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, group: RankGroup) -> d
 
 
 def find_head_name(model: nn.Module) -> str:
-    """Module name of the output head."""
-    return next(
-        name for name, module in model.named_modules() if isinstance(module, VocabParallelHead)
-    )
+    """Module name of the output head, or of what stands in its place."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _find_range(sizes: list[int], full_size: int, rank: int) -> Range | None:
@@ -120,6 +120,9 @@ def describe_shapes(model: nn.Module) -> ModelShapes:
     head_name = f"{find_head_name(model)}.weight"
     embedding = model.get_input_embeddings().weight
     tensors, embedding_name, head = [], "", None
+    own_head = model.get_output_embeddings()
+    if isinstance(own_head, PoolingHead):
+        head = TensorShape(head_name, (own_head.num_labels, own_head.hidden_size), False)
     for name, value in _list_tensors(model):
         module_name, _, attribute = name.rpartition(".")
         is_weight = attribute == "weight" and is_linear(model.get_submodule(module_name))

@@ -27,6 +27,7 @@ from autotp_serving.model.gguf.folder import (
 )
 from autotp_serving.model.hub import download
 from autotp_serving.model.hub.names import parse_hub_name
+from autotp_serving.pooling import find_task
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,15 @@ def resolve_model(config: ServingConfig, group: RankGroup) -> ServingConfig:
     """Have the model in a folder of this host; all ranks must call it.
 
     Returns:
-        The settings with `model_path` that folder, and the model's name as it was given.
+        The settings with `model_path` that folder, the model's name as it was given, and a task.
 
     Raises:
         ConfigError: it cannot be had; in one line, with the cure.
         LaunchError: its download has stalled.
     """
     folder = _do_once_per_host(config.model_path, group, lambda: find_folder(config))
+    if config.task == "auto":
+        config = replace(config, task=find_task(Path(folder)))
     if folder == config.model_path:
         return config
     # A GGUF file given by its path goes by its own name, as a folder does.

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from autotp_serving.layers.head import PoolingHead
 from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.model.checkpoint import Checkpoint
+from autotp_serving.model.shards import find_head_name
 
 # Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
 # transformers 4, where transformers 5 leaves a tied head's name open, and (the last three) inside a
@@ -29,7 +31,10 @@ RENAMED = (
     (r"^model\.", "language_model.model."),
     (r"^model\.", "model.language_model."),
     (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.", ""),
 )
+CLASSIFIER_NAME = "score.weight"
+"""As transformers' ...ForSequenceClassification have it."""
 
 STACKED_PARTS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -47,6 +52,9 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
         model: on the meta device.
     """
     wanted = set(model.state_dict(keep_vars=True))
+    head = model.get_output_embeddings()
+    if isinstance(head, PoolingHead):
+        _match_classifier(find_head_name(model), head, checkpoint)
     known = checkpoint.names()
     experts = {name: one for name, one in model.named_modules() if isinstance(one, Experts)}
     fused = {name: one for name, one in model.named_modules() if isinstance(one, FusedOutput)}
@@ -87,6 +95,15 @@ def _find_renamed(name: str, known: set[str]) -> str | None:
         if source != name and source in known:
             return source
     return None
+
+
+def _match_classifier(name: str, head: PoolingHead, checkpoint: Checkpoint) -> None:
+    """Let a stored classifier have the head's name, and hide an output head that is not needed."""
+    if head.weight is None:
+        checkpoint.hide({f"{name}.weight"})
+    elif CLASSIFIER_NAME in checkpoint.names():
+        num_labels = checkpoint.shape(CLASSIFIER_NAME)[0]
+        checkpoint.add_view(f"{name}.weight", CLASSIFIER_NAME, 0, num_labels)
 
 
 def _rename(

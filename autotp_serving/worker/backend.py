@@ -36,6 +36,7 @@ class PassSetup:
     Attributes:
         state: whose inputs it will be given.
         all_reduce: sums a tensor over the ranks, in place.
+        is_causal: tokens see those before them only.
     """
 
     config: ServingConfig
@@ -43,6 +44,7 @@ class PassSetup:
     state: BatchState
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
     group: RankGroup
+    is_causal: bool = True
 
     @property
     def by_operation(self) -> bool:
@@ -63,8 +65,12 @@ class Backend(Protocol):
         """What mixes tokens in layers that keep states."""
         ...
 
-    def cache(self, shape: KVCacheShape) -> CacheKernels:
-        """Who lays out, writes and reads a KV cache of this shape."""
+    def cache(self, shape: KVCacheShape, *, is_causal: bool = True) -> CacheKernels:
+        """Who lays out, writes and reads a KV cache of this shape.
+
+        Args:
+            is_causal: tokens see those before them only.
+        """
         ...
 
     def layer(self, model: nn.Module, cache: KVCache, setup: PassSetup) -> Forward:
@@ -86,9 +92,9 @@ class ReferenceBackend:
         """See Backend."""
         return ReferenceRecurrence()
 
-    def cache(self, shape: KVCacheShape) -> CacheKernels:
+    def cache(self, shape: KVCacheShape, *, is_causal: bool = True) -> CacheKernels:
         """See Backend."""
-        return ReferenceCache()
+        return ReferenceCache(is_causal=is_causal)
 
     def layer(self, model: nn.Module, cache: KVCache, setup: PassSetup) -> Forward:
         """See Backend."""
@@ -106,13 +112,15 @@ class CpuBackend(ReferenceBackend):
         """See Backend."""
         return load_recurrence()
 
-    def cache(self, shape: KVCacheShape) -> CacheKernels:
+    def cache(self, shape: KVCacheShape, *, is_causal: bool = True) -> CacheKernels:
         """See Backend."""
         fits = all(
             can_attend(shape.dtype, key, value, shape.block_size, shape.is_int8)
             for _, key, value in shape.head_shapes
         )
-        return CpuCache() if fits else ReferenceCache(huge_pages.zeros)
+        if fits:
+            return CpuCache(is_causal=is_causal)
+        return ReferenceCache(huge_pages.zeros, is_causal=is_causal)
 
     def layer(self, model: nn.Module, cache: KVCache, setup: PassSetup) -> Forward:
         """See Backend."""
@@ -128,7 +136,7 @@ class CudaBackend(ReferenceBackend):
         from autotp_serving.model.gpu_forward import open_gpu_forward
 
         quick = None
-        if not setup.by_operation:
+        if not setup.by_operation and setup.is_causal:
             quick = open_gpu_forward(
                 model,
                 cache,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from autotp_serving.batch import Batch, SampleInput, ScoreInput, StepResult
+from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput, StepResult
 from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward
@@ -122,12 +122,17 @@ class LeadRunner:
         except RuntimeError as error:
             raise self._name_loss(error) from error
 
-    def sample(self, samples: Sequence[SampleInput], scores: Sequence[ScoreInput] = ()) -> None:
+    def sample(
+        self,
+        samples: Sequence[SampleInput],
+        scores: Sequence[ScoreInput] = (),
+        pools: Sequence[PoolInput] = (),
+    ) -> None:
         """See Runner; the logits are those of rank 0."""
         assert self._forwarded is not None, "nothing was forwarded"
         batch, logits = self._forwarded
         self._forwarded = None
-        sampled = self._sampler.sample(logits, samples, scores)
+        sampled = self._sampler.sample(logits, samples, scores, pools)
         try:
             self._runner.share_tokens(batch, sampled.token_ids)
         except RuntimeError as error:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from autotp_serving.batch import INVALID_TOKEN, SampleInput, ScoreInput, StepResult
+from autotp_serving.batch import INVALID_TOKEN, PoolInput, SampleInput, ScoreInput, StepResult
 from autotp_serving.request import TokenLogprobs
 from autotp_serving.worker.logits_processors import LogitsProcessors
 from autotp_serving.worker.logprobs import Fetch, find_logprobs, score_prompts
+from autotp_serving.worker.pooling import Pooler
 from autotp_serving.worker.sampling import sample_candidates, sample_tokens
 from autotp_serving.worker.step_logits import StepLogits
 
@@ -30,6 +31,7 @@ class Sampled:
         asked: rows that asked for logprobs.
         logprobs: waits for theirs; None when nobody asked.
         scores: for each prompt part that is scored, waits for its logprobs.
+        pooled: for each that is pooled, waits for its vector.
     """
 
     token_ids: torch.Tensor
@@ -37,13 +39,15 @@ class Sampled:
     asked: list[int]
     logprobs: Callable[[], list[TokenLogprobs]] | None
     scores: list[Callable[[], list[TokenLogprobs]]]
+    pooled: list[Callable[[], bytes | None]]
 
     def wait(self) -> StepResult:
         """Wait until all is here."""
         token_ids = [[token] for token in self.host_token_ids().tolist()]
         scores = [score() for score in self.scores]
+        pooled = [one() for one in self.pooled]
         if self.logprobs is None:
-            return StepResult(token_ids, (), scores)
+            return StepResult(token_ids, (), scores, pooled)
         found = dict(zip(self.asked, self.logprobs(), strict=True))
         logprobs = [[found[row]] if row in found else None for row in range(len(token_ids))]
         return StepResult(token_ids, logprobs, scores)
@@ -59,6 +63,7 @@ class Sampler:
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
         self._logits_processors = LogitsProcessors()
+        self._pooler = Pooler(fetch)
 
     @torch.inference_mode()
     def sample(
@@ -66,6 +71,7 @@ class Sampler:
         logits: StepLogits,
         samples: Sequence[SampleInput],
         scores: Sequence[ScoreInput] = (),
+        pools: Sequence[PoolInput] = (),
     ) -> Sampled:
         """Begin to choose one token per row, and to score the prompts in the rows after those.
 
@@ -73,8 +79,10 @@ class Sampler:
             logits: of all these rows, whole ones of any floating type.
             samples: sampling inputs of the first rows, in the same order.
             scores: what is known of the other rows.
+            pools: what is known of all rows, where they are pooled; then there are no others.
         """
         num_samples = len(samples)
+        pooled = self._pooler.pool(logits.whole, pools) if pools else []
         scored = score_prompts(logits.skip(num_samples), scores, self._fetch) if scores else []
         best, token_ids = logits.find_best(num_samples)
         device = token_ids.device
@@ -97,11 +105,12 @@ class Sampler:
             num_top = [samples[row].params.logprobs for row in asked]
             whole = logits.select(asked)
             logprobs = find_logprobs(whole, token_ids[index], num_top, self._fetch)
-        return Sampled(token_ids, self._fetch(token_ids), asked, logprobs, scored)
+        return Sampled(token_ids, self._fetch(token_ids), asked, logprobs, scored, pooled)
 
     def release(self, request_id: str) -> None:
         """Forget what is kept for a request."""
         self._logits_processors.release(request_id)
+        self._pooler.release(request_id)
 
     def _choose(self, logits: torch.Tensor, samples: Sequence[SampleInput]) -> torch.Tensor:
         """Choose a token for each row that is not plain; `logits` are a copy in float32."""

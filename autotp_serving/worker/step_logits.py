@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autotp_serving.batch import Batch
-from autotp_serving.layers.head import VocabParallelHead
+from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.request import MAX_CANDIDATES
 
 NUM_SENT = MAX_CANDIDATES + 1
@@ -103,7 +103,7 @@ class LogitsGatherer:
             whatever its place, and to wait for the device must cost nothing.
     """
 
-    def __init__(self, head: VocabParallelHead, *, by_candidates: bool) -> None:
+    def __init__(self, head: VocabParallelHead | PoolingHead, *, by_candidates: bool) -> None:
         has_enough = head.vocab_size // head.num_ranks >= NUM_SENT
         head.gathers = head.num_ranks == 1 or not (by_candidates and has_enough)
         self._head = head

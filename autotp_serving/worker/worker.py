@@ -36,6 +36,7 @@ from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.state_layers import allocate_states, list_state_layers
+from autotp_serving.pooling import read_pooling
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
@@ -122,7 +123,10 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     shape, step_bytes = probe_model(model, config, device, max_model_len)
     num_blocks = checker.size_cache(shape, step_bytes)
     backend = choose_backend(device.torch_device)
-    cache = KVCache(shape, num_blocks, device.torch_device, backend.cache(shape))
+    pooling = read_pooling(config)
+    is_causal = pooling is None or pooling.is_causal
+    kernels = backend.cache(shape, is_causal=is_causal)
+    cache = KVCache(shape, num_blocks, device.torch_device, kernels)
     states = list_state_layers(model)
     if states:
         rows = count_rows(config)
@@ -141,13 +145,13 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
         config.block_size,
         device.torch_device,
     )
-    setup = PassSetup(config, max_model_len, state, all_reduce, group)
+    setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
     head = model.get_output_embeddings()
-    by_candidates = device.is_host and model.config.model_type in PROVED
+    by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
     runner = ModelRunner(forward, gatherer, state, times, broadcast)
     channel = StepChannel(group)

@@ -63,6 +63,7 @@ def build_service(
     runner = FakeRunner(
         num_blocks, next_token=answers(BOOK | (book or {})), delay=delay, fail_at_step=fail_at_step
     )
+    runner.pools = serving_config.pools
     tokenizer = ByteTokenizer()
     engine = EngineClient(
         lambda sink: Engine(runner, tokenizer, serving_config, max_model_len, sink),

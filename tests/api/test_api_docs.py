@@ -20,6 +20,7 @@ from autotp_serving.api.anthropic import schemas as anthropic_schemas
 from autotp_serving.api.native_schemas import GenerateReply, Logprob, Message, TokenLogprob
 from autotp_serving.api.openai import chat_schemas, peer_fields, tool_schemas
 from autotp_serving.api.openai import schemas as openai_schemas
+from autotp_serving.api.pooling import schemas as pooling_schemas
 from autotp_serving.api.responses import schemas as responses_schemas
 from autotp_serving.api.schemas import ErrorReply, GenerousModel, StrictModel
 from autotp_serving.structured_output import ReasoningFormat, ToolFormat
@@ -31,6 +32,7 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 MODULES = (
     schemas, native_schemas, openai_schemas, chat_schemas, sampling_fields, structured_output,
     tool_schemas, tokenize_routes, responses_schemas, anthropic_schemas, peer_fields,
+    pooling_schemas,
 )  # fmt: skip
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 

@@ -449,7 +449,7 @@ def test_a_step_costs_little_besides_the_model():
         def forward(self, batch):
             pass
 
-        def sample(self, samples, scores=()):
+        def sample(self, samples, scores=(), pools=()):
             self.results = [*getattr(self, "results", []), StepResult([[65]] * len(samples))]
 
         def collect(self):

@@ -62,6 +62,22 @@ def test_what_is_no_decoder_is_told_by_its_config(family: str, reason: str) -> N
         check_family(AutoConfig.for_model(family))
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("bert", {}, "it is an encoder"),
+        ("olmo2", {"is_causal": False}, "proved families only"),
+        ("mistral", {"is_causal": False, "sliding_window": 8}, "within a window"),
+    ],
+)
+def test_what_cannot_embed_is_refused(family: str, settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_family(AutoConfig.for_model(family, **settings), pools=True)
+    if settings:
+        with pytest.raises(ConfigError, match="cannot go on with a text"):
+            check_family(AutoConfig.for_model(family, **settings))
+
+
 def test_what_breaks_in_a_family_s_own_code_names_it() -> None:
     with (
         pytest.raises(ConfigError, match=r"'olmo2' cannot be served \(RuntimeError: no kernel\)"),

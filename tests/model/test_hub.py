@@ -49,9 +49,10 @@ def test_what_is_a_name(text: str, expected: Any) -> None:
 
 def test_small_files_are_those_that_are_read() -> None:
     wanted = ["LICENSE", "config.json", "merges.txt", "tokenizer.model", "vocab.json"]
-    wanted.append("additional_chat_templates/tool_use.jinja")
+    wanted += ["additional_chat_templates/tool_use.jinja", "1_Pooling/config.json"]
     others = ["README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors"]
     others += ["original/params.json", "onnx/model.onnx", "modeling.py", "m.gguf", "a/b/c.jinja"]
+    others += ["2_Dense/config.json", "1_Pooling/model.safetensors"]
     sizes = dict.fromkeys(wanted + others, 10)
     assert choose_small_files(sizes, with_code=False) == sorted(wanted)
     assert choose_small_files(sizes, with_code=True) == sorted([*wanted, "modeling.py"])

@@ -3,7 +3,8 @@
     mpirun -np N python tests/ranks/jobs_program.py IN.json OUT.json
 
 IN.json: [{"model": folder, "prompts": [[token ids]], "max_tokens": int, "settings": {}}]; OUT.json:
-for each, the token ids of its answers, or the one line with which it was refused.
+for each, the token ids of its answers, or the one line with which it was refused. With "pooling" in
+place of "max_tokens", fields of `Pooling`, for each the vectors of its prompts.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
 from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import ConfigError
 from autotp_serving.layers import low_bit_linear
+from autotp_serving.request import Pooling
 
 
-def answer(job: dict[str, Any]) -> list[list[int]] | str | None:
+def answer(job: dict[str, Any]) -> list[list[int]] | list[list[float]] | str | None:
     """Answer one job's prompts; nothing on ranks other than 0."""
-    params = SamplingParams(max_tokens=job["max_tokens"], ignore_eos=True)
+    if "pooling" in job:
+        params = SamplingParams(max_tokens=0, pooling=Pooling(**job["pooling"]))
+    else:
+        params = SamplingParams(max_tokens=job["max_tokens"], ignore_eos=True)
     try:
         with LLM(job["model"], **job["settings"]) as llm:
             completions = llm.generate(job["prompts"], params, show_progress=False)
@@ -29,6 +35,8 @@ def answer(job: dict[str, Any]) -> list[list[int]] | str | None:
         return str(error)
     except SystemExit:  # how a rank other than 0 leaves LLM; here it has more to do
         return None
+    if "pooling" in job:
+        return [array("f", item.pooled).tolist() for item in completions]
     return [item.token_ids for item in completions]
 
 

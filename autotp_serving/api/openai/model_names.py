@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from autotp_serving import __version__
 from autotp_serving.api.errors import ApiError
-from autotp_serving.api.openai.schemas import OpenAIRequest
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.sampling_defaults import SamplingDefaults
+
+
+class NamesModel(Protocol):
+    """A body that may say which model it is for."""
+
+    @property
+    def model(self) -> str | None:
+        """A name, or None for the first."""
+        ...
 
 
 class ModelNames:
@@ -31,6 +39,7 @@ class ModelNames:
         self._path = None if config.served_model_name else config.model_path.rstrip("/")
         self._root = config.default_model_names[0]
         self._takes_any = config.any_model_name
+        self._task = config.shown_task
         self._max_model_len = max_model_len
         self.sampling_defaults = sampling_defaults
         self._created = int(time.time())
@@ -61,11 +70,12 @@ class ModelNames:
             "owned_by": "autotp-serving",
             "root": self._root,
             "parent": None,
+            "task": self._task,
             "max_model_len": self._max_model_len,
             "sampling_defaults": asdict(self.sampling_defaults),
         }
 
-    def head(self, body: OpenAIRequest, request_id: str, prefix: str) -> dict[str, Any]:
+    def head(self, body: NamesModel, request_id: str, prefix: str) -> dict[str, Any]:
         """Fields that start every reply."""
         return {
             "id": request_id.replace("req-", prefix),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,15 @@ class _Attention(ctypes.Structure):
 
 
 class CpuCache:
-    """See CacheKernels; for caches that `can_attend`."""
+    """See CacheKernels; for caches that `can_attend`.
+
+    Args:
+        is_causal: tokens see those before them only, else all of their step; then a sequence is in
+            one step as a whole.
+    """
+
+    def __init__(self, *, is_causal: bool = True) -> None:
+        self._is_causal = is_causal
 
     def allocate_kv(self, shape: KVCacheShape, num_slots: int, device: torch.device) -> list[Pools]:
         """See CacheKernels; untouched blocks cost no memory."""
@@ -99,7 +108,23 @@ class CpuCache:
 
     def attention(self, inputs: StepInputs, block_size: int, is_int8: bool) -> CpuAttention:
         """See CacheKernels."""
-        return CpuAttention(inputs, block_size)
+        return CpuAttention(inputs if self._is_causal else spread(inputs), block_size)
+
+
+def spread(inputs: StepInputs) -> StepInputs:
+    """Let each token be a sequence of its own over the whole of its context.
+
+    Each then sees all of it, as its step has stored the keys and values of all before it attends.
+    """
+    lens = torch.tensor(inputs.host_query_lens)
+    num_tokens = inputs.num_tokens
+    return replace(
+        inputs,
+        rows=inputs.rows.repeat_interleave(lens),
+        query_starts=torch.arange(num_tokens + 1, dtype=torch.int32),
+        context_lens=inputs.context_lens.repeat_interleave(lens),
+        num_seqs=num_tokens,
+    )
 
 
 def can_attend(

@@ -25,10 +25,15 @@ class ReferenceCache:
 
     Args:
         zeros: allocates as torch.zeros does.
+        is_causal: tokens see those before them only, else all of their step; then a sequence is in
+            one step as a whole.
     """
 
-    def __init__(self, zeros: Callable[..., Tensor] = torch.zeros) -> None:
+    def __init__(
+        self, zeros: Callable[..., Tensor] = torch.zeros, *, is_causal: bool = True
+    ) -> None:
         self._zeros = zeros
+        self._is_causal = is_causal
 
     def allocate_kv(self, shape: KVCacheShape, num_slots: int, device: torch.device) -> list[Pools]:
         """See CacheKernels."""
@@ -47,7 +52,7 @@ class ReferenceCache:
 
     def attention(self, inputs: StepInputs, block_size: int, is_int8: bool) -> PortableAttention:
         """See CacheKernels."""
-        return PortableAttention.of(inputs, block_size, is_int8)
+        return PortableAttention.of(inputs, block_size, is_int8, is_causal=self._is_causal)
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,12 @@ class PortableAttention:
 
     prefills: tuple[Prefill, ...]
     decodes: Decodes | None
+    is_causal: bool = True
 
     @staticmethod
-    def of(inputs: StepInputs, block_size: int, is_int8: bool) -> PortableAttention:
+    def of(
+        inputs: StepInputs, block_size: int, is_int8: bool, *, is_causal: bool = True
+    ) -> PortableAttention:
         """Find the cache slots of all contexts, on the inputs' device."""
         device = inputs.slots.device
         offsets = torch.arange(block_size, device=device)
@@ -128,7 +136,7 @@ class PortableAttention:
             is_own = torch.arange(slots.shape[1], device=device) < context_lens[:, None]
             slots = torch.where(is_own, slots, slots[:, :1])
             decodes = Decodes(torch.tensor(decode_rows, device=device), slots, context_lens)
-        return PortableAttention(tuple(prefills), decodes)
+        return PortableAttention(tuple(prefills), decodes, is_causal)
 
     def attend(
         self,
@@ -160,7 +168,7 @@ class PortableAttention:
             else:
                 key, value = pools.read(slots, query.dtype)
             output[rows] = _attend_prefill(
-                query[rows], key, value, scaling, sliding_window, softcap, sinks
+                query[rows], key, value, scaling, sliding_window, softcap, sinks, self.is_causal
             )
         if self.decodes is not None:
             output[self.decodes.rows] = _attend_decodes(
@@ -177,8 +185,9 @@ def _attend_prefill(
     sliding_window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    is_causal: bool,
 ) -> torch.Tensor:
-    """Causal attention of the last query_len positions of a context.
+    """Attention of the last query_len positions of a context, by default causal.
 
     Args:
         query: [query_len, num_heads, head_dim].
@@ -193,11 +202,11 @@ def _attend_prefill(
     key = key.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
     value = value.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
     if query_len == context_len and sliding_window is None and softcap is sinks is None:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        output = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling)
         return output[0].transpose(0, 1)
     key_position = torch.arange(context_len, device=query.device)
     query_position = key_position[context_len - query_len :, None]
-    visible = key_position <= query_position
+    visible = (key_position <= query_position) | (not is_causal)
     if sliding_window is not None:
         visible &= key_position > query_position - sliding_window
     sinks = None if sinks is None else sinks[:, None, None]

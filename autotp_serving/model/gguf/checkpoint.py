@@ -142,6 +142,10 @@ class GgufCheckpoint:
         self.files[name] = found.stored.path
         self._hidden.add(source)
 
+    def hide(self, names: set[str]) -> None:
+        """Let these tensors be named no more."""
+        self._hidden |= names
+
     def read(self, name: str, ranges: Ranges, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode one block of a tensor into host memory.
 

@@ -17,6 +17,7 @@ from autotp_serving.model.hub.names import (
 )
 from autotp_serving.model.hub.progress import one_line
 from autotp_serving.model_folder import INDEX_NAME, TEMPLATE_FOLDER
+from autotp_serving.pooling import POOLING_FOLDER, SCORE_FOLDER
 
 
 class ModelScopeModel:
@@ -40,6 +41,7 @@ class ModelScopeModel:
     def fetch(self, needs_weights: bool) -> Path:
         """See `download`."""
         patterns = [*SMALL_PATTERNS, f"{TEMPLATE_FOLDER}/*.jinja"]
+        patterns += [f"{one}/config.json" for one in (POOLING_FOLDER, SCORE_FOLDER)]
         folder = self._download([*patterns, "*.py"] if self._with_code else patterns)
         if not (folder / "config.json").is_file():
             raise ConfigError(

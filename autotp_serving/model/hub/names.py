@@ -14,6 +14,7 @@ from pathlib import Path
 
 from autotp_serving.config import ConfigError
 from autotp_serving.model_folder import INDEX_NAME, MAX_LARGE_BYTES, TEMPLATE_FOLDER, read_object
+from autotp_serving.pooling import POOLING_FOLDER, SCORE_FOLDER
 
 SINGLE_NAME = "model.safetensors"
 
@@ -86,6 +87,8 @@ def choose_small_files(sizes: dict[str, int], *, with_code: bool) -> list[str]:
         folder, _, last = name.rpartition("/")
         if folder == TEMPLATE_FOLDER:
             wanted = fnmatch(last, "*.jinja")
+        elif folder in (POOLING_FOLDER, SCORE_FOLDER):
+            wanted = last == "config.json"
         else:
             wanted = (not folder or (with_code and name.endswith(".py"))) and any(
                 fnmatch(last, pattern) for pattern in patterns

@@ -1,0 +1,1 @@
+"""Embeddings and scores in place of completions. Rank 0 only."""
