@@ -5,6 +5,7 @@ convolutions (LFM2). They take the place of transformers' layers, whose matrices
 what mixes tokens over the flattened batch, from and to pools with a row for each running sequence.
 A sequence that begins finds zeros, whatever its row held; so a preempted one is computed anew, and
 prefixes cannot be reused, for whose states nobody keeps. Heads are shared out evenly over ranks.
+Longer than other files, for the three kinds share what is around their mixing.
 """
 
 from __future__ import annotations
