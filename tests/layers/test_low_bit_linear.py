@@ -51,7 +51,9 @@ def test_any_tiling_gives_the_same(tile: int) -> None:
     tensor = quantize(torch.randn(50, 300), FORMATS["nf4"])
     x = torch.randn(7, 300)
     whole = x @ dequantize(tensor).T
-    torch.testing.assert_close(portable_matmul(x, tensor, tile=tile), whole)
+    # Torch sums in an order that its threads and the sizes decide.
+    tiled = portable_matmul(x, tensor, tile=tile)
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_row_parallel_halves_add_up() -> None:

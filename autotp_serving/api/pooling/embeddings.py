@@ -55,7 +55,9 @@ class EmbeddingRoutes:
         self._admission = admission
         self._names = names
         self._settings = settings
-        self._end = admission.tokenizer.encode(settings.end_text, add_special_tokens=False)
+        self._end: list[int] = []
+        if settings.end_text:
+            self._end = admission.tokenizer.encode(settings.end_text, add_special_tokens=False)
 
     async def embeddings(self, body: EmbeddingRequest, request: Request) -> Response:
         """Embed one or several inputs."""
