@@ -144,7 +144,7 @@ install_requirements() {
 compile_early() {
     if ! has_compiler || command -v nvidia-smi >/dev/null; then return; fi
     say "compiling native code meanwhile (its log: $VENV/.compile.log)"
-    (cd -- "$ROOT" && PATH=$VENV/bin:$PATH exec nice python -m scripts.compile_native sym_int8) \
+    (cd -- "$ROOT" && PATH=$VENV/bin:$PATH exec python -m scripts.compile_native sym_int8) \
         </dev/null >"$VENV/.compile.log" 2>&1 9>&- &
 }
 

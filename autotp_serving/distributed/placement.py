@@ -177,7 +177,7 @@ def count_idle_cpus(proc: Path = PROC) -> int | None:
     num_cpus = 0
     for _ in range(NUM_LOOKS):
         lines = _read(proc / "stat").splitlines()
-        num_cpus = sum(line[:3] == "cpu" and line[3:4].isdigit() for line in lines)
+        num_cpus = sum(line.startswith("cpu") and line[3:4].isdigit() for line in lines)
         looks += [int(line.split()[1]) for line in lines if line.startswith("procs_running ")]
         time.sleep(LOOK_SECONDS)
     if not num_cpus or not looks:
