@@ -78,12 +78,40 @@ SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
 
 # What the names above do not say of a family.
 LATENT = {"head_dim": 16, "rope_interleave": True, "num_key_value_heads": 4}  # keys of every head
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "attention_chunk_size": 32,
+    "intermediate_size_mlp": 256,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+    "num_experts_per_tok": 1,
+}
+GEMMA4_UNIFIED = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "per_layer_config": {number: {"head_dim": 64} for number in (1, 3, 5)},
+}
+GEMMA4 = GEMMA4_UNIFIED | {
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 128,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 32} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     **dict.fromkeys(("deepseek_v3", "youtu", "axk1"), LATENT),
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "gptj": {"n_inner": None},
+    **dict.fromkeys(("llama4", "llama4_text"), LLAMA4),
+    **dict.fromkeys(("gemma4", "gemma4_text"), GEMMA4),
+    **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), GEMMA4_UNIFIED),
     "phi3": {"resid_pdrop": 0.0},
     "gemma2": {"query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
@@ -162,10 +190,10 @@ def make_one(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = SMALL | (changes or {})
-    config = AutoConfig.for_model(family, **shrink(AutoConfig.for_model(family), sizes))
-    for name, value in EXTRA.get(family, {}).items():
-        setattr(config, name, value)
+    settings = shrink(AutoConfig.for_model(family), SMALL | (changes or {}))
+    text = settings.get("text_config", settings)
+    text |= EXTRA.get(family, {})
+    config = AutoConfig.for_model(family, **settings)
     with torch.device("meta"):
         size = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_PARAMETERS:
@@ -195,6 +223,8 @@ def make_one(
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            forced_bos_token_id=None,
+            forced_eos_token_id=None,
         )
         answers.append(output[0, len(prompt) :].tolist())
     if len({token for answer in answers for token in answer}) < 6:

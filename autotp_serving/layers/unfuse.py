@@ -84,6 +84,7 @@ class Experts(nn.ModuleList):
         adds_bias: on one rank only, for the sum over the ranks is to hold it once.
         is_transposed: where a checkpoint stacks them, it has [input, output] of each.
         is_interleaved: a checkpoint's stack has a row of gate and one of up in turn.
+        scales_input: the router's weight multiplies what an expert is given, not what it gives.
     """
 
     reduce: AllReduce | None = None
@@ -91,6 +92,7 @@ class Experts(nn.ModuleList):
     adds_bias = True
     is_transposed = False
     is_interleaved = False
+    scales_input = False
 
     def __init__(
         self, experts: Iterable[Expert], down_proj_bias: nn.Parameter | None = None
@@ -113,12 +115,51 @@ class Experts(nn.ModuleList):
             if number >= len(self):
                 continue
             token, position = torch.where(top_k_index == number)
-            part = self[number](hidden[token])
+            weight = top_k_weights[token, position, None]
+            part = self[number](hidden[token] * weight if self.scales_input else hidden[token])
             if self.down_proj_bias is not None and self.adds_bias:
                 part = part + self.down_proj_bias[number]
-            part = part * top_k_weights[token, position, None]
+            if not self.scales_input:
+                part = part * weight
             out.index_add_(0, token, part.to(out.dtype))
         return out if self.reduce is None else self.reduce(out)
+
+
+class Llama4Mixture(nn.Module):
+    """Llama 4's mixture of experts, which sends each token through the chosen experts only.
+
+    Transformers' sends every token through every expert, most of them multiplied by zero.
+    """
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.router, self.shared_expert = mixture.router, mixture.shared_expert
+        stacked = mixture.experts
+        with torch.device("meta"):
+            self.experts = Experts(
+                Expert(
+                    stacked.hidden_size,
+                    stacked.expert_dim,
+                    lambda gate_up: _multiply_by_gate(gate_up, stacked.act_fn),
+                )
+                for _ in range(stacked.num_experts)
+            ).to(stacked.down_proj.dtype)
+        self.experts.is_transposed = self.experts.scales_input = True
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map [..., hidden_size] to [num_tokens, hidden_size] and the router's logits."""
+        hidden = hidden.flatten(0, -2)
+        scores, logits = self.router(hidden)
+        weights, chosen = scores.topk(self.router.top_k, dim=-1)
+        out = self.experts(hidden, chosen, weights)
+        return out + self.shared_expert(hidden), logits
+
+
+def _multiply_by_gate(
+    gate_up: torch.Tensor, activate: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * activate(gate)
 
 
 def is_stack_of_experts(module: nn.Module) -> bool:
@@ -150,6 +191,8 @@ def split_layers(model: nn.Module) -> None:
         elif is_gated_mlp(module):
             size = module.gate_up_proj.out_features // 2
             _split_linear(module, "gate_up_proj", {"gate_proj": size, "up_proj": size})
+        elif kind == "Llama4TextMoe":
+            model.set_submodule(name, Llama4Mixture(module))
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
 

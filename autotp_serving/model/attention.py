@@ -7,19 +7,20 @@ sequence attend to its own, both by the cache's kernels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.model.chunks import split_by_chunks
 from autotp_serving.model.kv_cache import Attention, KVCache
 from autotp_serving.model.step_inputs import StepInputs
 
 ATTENTION_NAME = "autotp_paged"
 
-HARMLESS_TENSORS = ("cache_position", "position_ids")
+HARMLESS_TENSORS = ("cache_position", "position_ids", "logits_to_keep")
 """Arguments that tell attention nothing it does not know."""
 
 
@@ -28,19 +29,34 @@ class AttentionContext:
     """What attention must know of one step; made once, used by every layer.
 
     Attributes:
-        slots: [num_tokens] int64, where the tokens' keys and values go.
-        attention: attends for all of them.
+        inputs: the step's.
+        attention: attends for all tokens.
+        by_chunks: the same within chunks, by their length; made when first asked for.
     """
 
     cache: KVCache
-    slots: torch.Tensor
+    inputs: StepInputs
     attention: Attention
+    by_chunks: dict[int, Attention] = field(default_factory=dict)
 
     @staticmethod
     def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
         """What attention over this cache needs of a step's inputs."""
         attention = cache.kernels.attention(inputs, cache.block_size, cache.is_int8)
-        return AttentionContext(cache, inputs.slots, attention)
+        return AttentionContext(cache, inputs, attention)
+
+    def choose_attention(self, module: nn.Module) -> Attention:
+        """For a layer's attention: over whole contexts, or within chunks if its type says so."""
+        types = getattr(getattr(module, "config", None), "layer_types", None)
+        if not types or types[module.layer_idx] != "chunked_attention":
+            return self.attention
+        chunk_len = module.config.attention_chunk_size
+        if chunk_len not in self.by_chunks:
+            inputs = split_by_chunks(self.inputs, chunk_len, self.cache.block_size)
+            self.by_chunks[chunk_len] = self.cache.kernels.attention(
+                inputs, self.cache.block_size, self.cache.is_int8
+            )
+        return self.by_chunks[chunk_len]
 
 
 def register_paged_attention() -> None:
@@ -90,9 +106,9 @@ def paged_attention(
     _refuse_unknown(module, attention_mask, kwargs)
     context = attention_context
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    pools = context.cache.write(module.layer_idx, context.slots, key, value)
+    pools = context.cache.write(module.layer_idx, context.inputs.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = context.attention.attend(
+    output = context.choose_attention(module).attend(
         query, (key, value), pools, scaling, sliding_window, softcap, s_aux
     )
     return output[None], None

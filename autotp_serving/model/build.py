@@ -18,6 +18,7 @@ from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attent
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
 from autotp_serving.model.sharding_plan import AllReduce, find_layer_sharding, shard_layers
+from autotp_serving.model.step_hooks import StepHooks
 
 
 def find_dtype(config: ServingConfig) -> torch.dtype:
@@ -44,6 +45,8 @@ def build_sharded_model(
             _shard(model, group.size, dtype, all_reduce)
         finish_split(model, group.rank, group.size, all_reduce)
         _install_head(model, group, all_reduce)
+    if model_config.model_type not in PROVED:
+        StepHooks(model)
     return model
 
 
@@ -157,6 +160,8 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
             continue
         parameters = set(inspect.signature(type(module).__init__).parameters)
         if not hasattr(module, "config") or not parameters <= {"self", "config", "device"}:
+            if _initialize_buffers(model, module, device):
+                continue
             raise ConfigError(
                 f"{type(model).__name__} is not supported: the buffers of {name} "
                 f"({type(module).__name__}) cannot be computed from config.json"
@@ -164,3 +169,28 @@ def rebuild_buffers(model: nn.Module, device: torch.device) -> None:
         fresh = type(module)(config=module.config)
         for buffer_name in module._non_persistent_buffers_set:
             module._buffers[buffer_name] = fresh._buffers[buffer_name].to(device)
+
+
+def _initialize_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> bool:
+    """Have the model's own code for new weights fill a module's buffers, and nothing else.
+
+    Returns:
+        Whether it has filled them all, as it does from transformers 5 on.
+    """
+    kept = [*module._parameters.values(), *module._buffers.values()]
+    for tensor in filter(lambda tensor: tensor is not None, kept):
+        tensor._is_hf_initialized = True
+    fresh = {}
+    for name in module._non_persistent_buffers_set:
+        old = module._buffers[name]
+        unset = float("nan") if old.is_floating_point() else torch.iinfo(old.dtype).min
+        fresh[name] = torch.full(old.shape, unset, dtype=old.dtype, device=device)
+        module._buffers[name] = fresh[name]
+    with torch.no_grad():
+        model._init_weights(module)
+    return all(
+        not (value.isnan() if value.is_floating_point() else value == torch.iinfo(value.dtype).min)
+        .any()
+        .item()
+        for value in fresh.values()
+    )

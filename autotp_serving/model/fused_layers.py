@@ -136,7 +136,7 @@ class FusedForward:
         cos, sin = self._rotary(hidden, inputs.positions[None])
         rotary = (cos[0].contiguous(), sin[0].contiguous())
         if self._native_layers is not None:
-            added = self._native_layers.run(hidden, rotary, context.slots, context.attention)
+            added = self._native_layers.run(hidden, rotary, context.inputs.slots, context.attention)
         else:
             added = self._run_operations(hidden, rotary, context)
         rows = inputs.logit_rows
@@ -153,7 +153,7 @@ class FusedForward:
             x = ops.rms_norm(hidden, added, layer.input_norm.weight, layer.input_norm.epsilon)
             qkv = layer.qkv(x)
             pools = self._cache.layer(layer.index)
-            ops.rotate_and_store(qkv, rotary, context.slots, pools, layer.head_norms)
+            ops.rotate_and_store(qkv, rotary, context.inputs.slots, pools, layer.head_norms)
             heads = qkv.view(len(qkv), -1, layer.head_dim)
             query = heads[:, : heads.shape[1] - 2 * pools.keys.shape[1]]
             attended = context.attention.attend(

@@ -23,6 +23,7 @@ from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.forward import PlainForward
+from autotp_serving.model.shapes import find_heads, list_layer_configs
 from autotp_serving.model.step_inputs import StepInputs
 
 CHECK_NAME = "autotp_check"
@@ -148,10 +149,8 @@ def _check_heads(
     head = next(module for module in model.modules() if isinstance(module, VocabParallelHead))
     if head.num_ranks == 1:
         return
-    config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    config = list_layer_configs(model.config.get_text_config())[attention.layer_idx]
+    num_heads, num_kv_heads, head_dim = find_heads(config)
     is_latent = getattr(config, "kv_lora_rank", None) is not None
     if is_latent:  # its keys become those of every head
         num_kv_heads = num_heads

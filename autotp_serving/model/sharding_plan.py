@@ -16,6 +16,7 @@ from torch import nn
 
 from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.low_bit.formats import BLOCK
+from autotp_serving.model.shapes import find_heads, list_layer_configs
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,8 +28,12 @@ SHARDING_BY_NAME = {
     **dict.fromkeys(("o_proj", "down_proj"), "row"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
     **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
+    **dict.fromkeys(("query", "key", "value", "intermediate.dense", "fc1"), "column"),
+    **dict.fromkeys(("out_proj", "output.dense", "fc2"), "row"),
+    **dict.fromkeys(("transform.dense", "lm_head.dense", "project_in", "project_out"), "whole"),
 }
-"""Llama's names, those of latent attention (DeepSeek-V2), and those of routers."""
+"""The last one or two parts of Llama's names, of those of latent attention (DeepSeek-V2), of
+routers, and of BERT's and BART's."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -57,7 +62,9 @@ def find_layer_sharding(model: nn.Module) -> dict[str, str] | None:
         if axis is None and style is not None:
             axis = "column" if style in COLUMN_STYLES else "row"
         if axis is None:  # what a whole plan leaves out stays whole
-            axis = "whole" if is_whole_plan else SHARDING_BY_NAME.get(name.rpartition(".")[2])
+            parts = name.split(".")
+            known = (SHARDING_BY_NAME.get(".".join(parts[-count:])) for count in (2, 1))
+            axis = "whole" if is_whole_plan else next(filter(None, known), None)
         if axis is None:
             return None
         sharding[name] = axis
@@ -94,25 +101,31 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             size = linear.out_features if axis == "column" else linear.in_features
             # Low-bit weights are sharded between blocks only, and no rank goes without any.
             grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
-            options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(model.config, grain)}
+            config = _find_layer_config(model.config.get_text_config(), name)
+            options: dict[str, Any] = {"tp_meta": AutoTPMeta.from_model_config(config, grain)}
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
-        query = getattr(module, "q_proj", None)
+        query = getattr(module, "q_proj", None) or getattr(module, "query", None)
         if type(query).__name__ == "LinearLayer":
-            _take_share_of_heads(model, module)
-            _shard_sinks(module)
+            _take_share_of_heads(model, module, query)
+            _shard_sinks(module, query)
             for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
                 _gather_for_norm(module, projection, norm, all_reduce)
 
 
-def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
+def _find_layer_config(text_config: Any, name: str) -> Any:
+    """Of the layer that a module lies in, by its name."""
+    layers = list_layer_configs(text_config)
+    number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    return layers[min(number, len(layers) - 1)]
+
+
+def _take_share_of_heads(model: nn.Module, attention: nn.Module, query: nn.Module) -> None:
     """Some families shape queries and keys by the config's counts, which are of all ranks."""
-    config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    num_heads, num_kv_heads, _ = find_heads(model.config.get_text_config())
     for projection, total, names in (
-        (attention.q_proj, num_heads, HEAD_COUNTS),
+        (query, num_heads, HEAD_COUNTS),
         (getattr(attention, "k_proj", None), num_kv_heads, KV_HEAD_COUNTS),
     ):
         if projection is None:  # latent keys
@@ -123,11 +136,10 @@ def _take_share_of_heads(model: nn.Module, attention: nn.Module) -> None:
                 setattr(attention, name, projection.weight.shape[0] * total // num_rows)
 
 
-def _shard_sinks(attention: nn.Module) -> None:
+def _shard_sinks(attention: nn.Module, query: nn.Module) -> None:
     """Keep this rank's part of what attention has one number a head of."""
     sinks = getattr(attention, "sinks", None)
     if isinstance(sinks, nn.Parameter):
-        query = attention.q_proj
         num_heads = query.weight.shape[0] * sinks.numel() // sum(query._partition_sizes)
         attention.sinks = nn.Parameter(sinks.new_empty(num_heads), requires_grad=False)
 
