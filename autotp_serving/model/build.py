@@ -130,17 +130,23 @@ def _install_head(
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: it names no output head"
         )
-    model.set_output_embeddings(
-        VocabParallelHead(
-            hidden_size=model.config.get_text_config().hidden_size,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
-            has_bias=getattr(head, "bias", None) is not None,
-            dtype=head.weight.dtype,
-            rank=group.rank,
-            num_ranks=group.size,
-            all_reduce=all_reduce,
-        )
+    fresh = VocabParallelHead(
+        hidden_size=model.config.get_text_config().hidden_size,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        has_bias=getattr(head, "bias", None) is not None,
+        dtype=head.weight.dtype,
+        rank=group.rank,
+        num_ranks=group.size,
+        all_reduce=all_reduce,
     )
+    model.set_output_embeddings(fresh)
+    for module in model.modules():  # BERT has the bias once more beside its head, for checkpoints
+        if module is not fresh and fresh.bias is not None and _get_bias(module) is fresh.bias:
+            module.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
+
+
+def _get_bias(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("bias")
 
 
 def rebuild_buffers(model: nn.Module, device: torch.device) -> None:

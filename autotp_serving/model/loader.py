@@ -209,7 +209,6 @@ class WeightFiller:
             ConfigError: a weight that the low-bit format cannot take, named.
         """
         head_name = find_head_name(self._model)
-        aliases = self._find_aliases()
         total = sum(self._count_bytes(name, shard) for name, shard in shards.items())
         with tqdm(
             total=total,
@@ -223,21 +222,7 @@ class WeightFiller:
                     bar.update(self._place(name, shard))
                 except LowBitError as error:
                     raise ConfigError(f"{name} cannot be converted: {error}") from error
-        for alias, name in aliases.items():
-            module_name, _, attribute = alias.rpartition(".")
-            setattr(
-                self._model.get_submodule(module_name), attribute, self._model.get_parameter(name)
-            )
         self._fill_head(self._model.get_submodule(head_name), f"{head_name}.weight")
-
-    def _find_aliases(self) -> dict[str, str]:
-        """Second names of parameters that the model has in two places, as BERT its head's bias."""
-        names: dict[int, str] = {}
-        return {
-            name: first
-            for name, value in self._model.named_parameters(remove_duplicate=False)
-            if (first := names.setdefault(id(value), name)) != name
-        }
 
     def _count_bytes(self, name: str, shard: Shard) -> int:
         """Bytes that the shard takes in the checkpoint."""

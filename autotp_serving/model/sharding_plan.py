@@ -36,6 +36,12 @@ SHARDING_BY_NAME = {
 routers, and of BERT's and BART's."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
+NORMS_OF_SHARDS = (
+    *(("q_proj", "q_norm"), ("k_proj", "k_norm")),
+    *(("o_proj", "attn_sub_norm"), ("down_proj", "ffn_sub_norm")),
+)
+"""Linear layers, and norms over all of their outputs (of BitNet: their inputs)."""
+
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
@@ -110,8 +116,8 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
         if type(query).__name__ == "LinearLayer":
             _take_share_of_heads(model, module, query)
             _shard_sinks(module, query)
-            for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
-                _gather_for_norm(module, projection, norm, all_reduce)
+        for projection, norm in NORMS_OF_SHARDS:
+            _gather_for_norm(module, projection, norm, all_reduce)
 
 
 def _find_layer_config(text_config: Any, name: str) -> Any:

@@ -17,11 +17,12 @@ from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.model.checkpoint import Checkpoint
 
 # Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
-# transformers 4, where transformers 5 leaves a tied head's name open, and (the last three) inside a
-# vision-language model.
+# transformers 4, where transformers 5 leaves a tied head's name open, for BERT's head's bias, and (the
+# last three) inside a vision-language model.
 RENAMED = (
     (r"^lm_head\.", "embed_out."),
     (r"^embed_out\.", "lm_head."),
+    (r"\.decoder\.bias$", ".bias"),
     (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
     (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
     (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
