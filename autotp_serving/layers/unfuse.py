@@ -85,6 +85,8 @@ class Experts(nn.ModuleList):
         is_transposed: where a checkpoint stacks them, it has [input, output] of each.
         is_interleaved: a checkpoint's stack has a row of gate and one of up in turn.
         scales_input: the router's weight multiplies what an expert is given, not what it gives.
+        original: transformers' module, emptied, whose code they are checked with. In a tuple, or it
+            would become one of the experts.
     """
 
     reduce: AllReduce | None = None
@@ -93,6 +95,7 @@ class Experts(nn.ModuleList):
     is_transposed = False
     is_interleaved = False
     scales_input = False
+    original: tuple[nn.Module] | None = None
 
     def __init__(
         self, experts: Iterable[Expert], down_proj_bias: nn.Parameter | None = None
@@ -246,6 +249,7 @@ def _split_experts(stacked: nn.Module) -> Experts:
         )
     experts.is_transposed = is_transposed
     experts.is_interleaved = is_interleaved
+    experts.original = (stacked,)
     return experts.to(dtype)
 
 

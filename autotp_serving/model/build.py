@@ -41,10 +41,12 @@ def build_sharded_model(
     check_heads(model_config, group.size)
     model = build_on_meta(model_config, dtype, trust_remote_code)
     with refuse_by_name(model_config):
+        head = model.get_output_embeddings()
+        shape = None if head is None else head.weight.shape
         if group.size > 1:
             _shard(model, group.size, dtype, all_reduce)
         finish_split(model, group.rank, group.size, all_reduce)
-        _install_head(model, group, all_reduce)
+        _install_head(model, shape, group, all_reduce)
     if model_config.model_type not in PROVED:
         StepHooks(model)
     return model
@@ -122,17 +124,21 @@ def _shard_with_autotp(model: nn.Module, num_ranks: int, dtype: torch.dtype) -> 
 
 
 def _install_head(
-    model: nn.Module, group: RankGroup, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    model: nn.Module, shape: torch.Size | None, group: RankGroup, all_reduce: AllReduce
 ) -> None:
-    """Split the output head over the vocabulary, whatever AutoTP made of it."""
+    """Split the output head over the vocabulary, whatever AutoTP made of it.
+
+    Args:
+        shape: of its weight before, [vocab_size, hidden_size]; None where it names none.
+    """
     head = model.get_output_embeddings()
-    if head is None:
+    if shape is None:
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: it names no output head"
         )
     fresh = VocabParallelHead(
-        hidden_size=model.config.get_text_config().hidden_size,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        hidden_size=shape[1],
+        vocab_size=shape[0],
         has_bias=getattr(head, "bias", None) is not None,
         dtype=head.weight.dtype,
         rank=group.rank,

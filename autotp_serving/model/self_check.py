@@ -1,9 +1,10 @@
 """Proof, at start, that a family nobody has tried is served as transformers means it. Every rank.
 
-Two short passes over the loaded model. In the first, each call of its attention is answered by
-transformers' own eager code, with the mask that transformers makes, and by ours, which must agree:
-nothing that the family hands its attention may be passed over. In the second, two sequences share
-a batch, and each must come out as it does alone: no state may be kept elsewhere than in our blocks.
+Two short passes over the loaded model, and one over its experts (expert_check.py). In the first,
+each call of its attention is answered by transformers' own eager code, with the mask that
+transformers makes, and by ours, which must agree: nothing that the family hands its attention may
+be passed over. In the second, two sequences share a batch, and each must come out as it does alone:
+no state may be kept elsewhere than in our blocks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.expert_check import check_experts
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.shapes import find_heads, list_layer_configs
 from autotp_serving.model.step_inputs import StepInputs
@@ -91,6 +93,7 @@ def check_unproved(model: nn.Module, device: torch.device) -> None:
                 f"the family '{family}' cannot be served: its sequences do not come out of a "
                 "batch as they do alone, so it keeps state that this server does not know of"
             )
+    check_experts(model, device)
 
 
 def _run(model: nn.Module, sequences: list[list[int]], recorder: _Recorder) -> torch.Tensor:

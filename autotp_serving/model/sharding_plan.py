@@ -7,6 +7,7 @@ others stay whole on every rank; some are told by names that most families share
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +28,23 @@ SHARDING_BY_NAME = {
     **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
     **dict.fromkeys(("o_proj", "down_proj"), "row"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
-    **dict.fromkeys(("gate", "router", "shared_expert_gate"), "whole"),
+    **dict.fromkeys(("gate", "router", "shared_expert_gate", "gate.wg"), "whole"),
     **dict.fromkeys(("query", "key", "value", "intermediate.dense", "fc1"), "column"),
     **dict.fromkeys(("out_proj", "output.dense", "fc2"), "row"),
+    "self_attn.dense": "row",
+    "dense_h_to_4h": "column",
+    "dense_4h_to_h": "row",
     **dict.fromkeys(("transform.dense", "lm_head.dense", "project_in", "project_out"), "whole"),
+    **dict.fromkeys(("generator_predictions.dense", "embeddings_project"), "whole"),
+    **dict.fromkeys(("map_inputs_layer", "embedding_hidden_mapping_in"), "whole"),
 }
 """The last one or two parts of Llama's names, of those of latent attention (DeepSeek-V2), of
-routers, and of BERT's and BART's."""
+routers, and of BERT's, BART's and Persimmon's."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_query_heads")
+QUERY_KEY_VALUE_BY_HEADS = ".view(batch_size, seq_length, self.num_heads, 3, self.head_dim)"
+"""In code whose one matrix has queries, keys and values of a head beside each other (Persimmon)."""
+
 NORMS_OF_SHARDS = (
     *(("q_proj", "q_norm"), ("k_proj", "k_norm")),
     *(("o_proj", "attn_sub_norm"), ("down_proj", "ffn_sub_norm")),
@@ -83,8 +92,15 @@ def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     parent = model.get_submodule(parent_name)
     if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
         return SHARDING_BY_NAME[last]
-    is_part = any(isinstance(one, FusedOutput) and last in one.sizes for one in parent.children())
-    return "column" if is_part else None
+    fused = [one for one in parent.children() if isinstance(one, FusedOutput)]
+    if fused and last in ("o_proj", "down_proj"):
+        return "row"
+    is_by_heads = last == "query_key_value" and QUERY_KEY_VALUE_BY_HEADS in inspect.getsource(
+        type(parent)
+    )
+    if is_by_heads or any(last in one.sizes for one in fused):
+        return "column"
+    return None
 
 
 def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllReduce) -> None:
@@ -112,12 +128,14 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
-        query = getattr(module, "q_proj", None) or getattr(module, "query", None)
+        queries = (getattr(module, name, None) for name in ("q_proj", "query", "query_key_value"))
+        query = next(filter(None, queries), None)
         if type(query).__name__ == "LinearLayer":
             _take_share_of_heads(model, module, query)
             _shard_sinks(module, query)
         for projection, norm in NORMS_OF_SHARDS:
             _gather_for_norm(module, projection, norm, all_reduce)
+        _gather_for_sparsity(module, all_reduce)
 
 
 def _find_layer_config(text_config: Any, name: str) -> Any:
@@ -164,8 +182,17 @@ def _gather_for_norm(
     norm.forward = GatheredNorm(norm.forward, start, sum(sizes), all_reduce)
 
 
+def _gather_for_sparsity(mlp: nn.Module, all_reduce: AllReduce) -> None:
+    """Gemma 3n keeps the largest of all gates of a token, told by their mean and deviation."""
+    gate = getattr(mlp, "gate_proj", None)
+    sizes = getattr(gate, "_partition_sizes", ())
+    if hasattr(mlp, "_gaussian_topk") and len(sizes) > 1:
+        start = sum(sizes[: gate.tp_index])
+        mlp._gaussian_topk = GatheredNorm(mlp._gaussian_topk, start, sum(sizes), all_reduce)
+
+
 class GatheredNorm:
-    """The forward pass of a norm whose input lies on all ranks.
+    """The forward pass of a norm, or of its like, whose input lies on all ranks.
 
     Args:
         normalize: [..., num_columns] to the same, on one rank.

@@ -17,8 +17,8 @@ from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.model.checkpoint import Checkpoint
 
 # Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
-# transformers 4, where transformers 5 leaves a tied head's name open, for BERT's head's bias, and (the
-# last three) inside a vision-language model.
+# transformers 4, where transformers 5 leaves a tied head's name open, for the bias of BERT's head,
+# and (the last three) inside a vision-language model.
 RENAMED = (
     (r"^lm_head\.", "embed_out."),
     (r"^embed_out\.", "lm_head."),
