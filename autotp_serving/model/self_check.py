@@ -130,6 +130,13 @@ def _attend_twice(
             f"{type(module).__name__} does not attend through transformers' AttentionInterface: "
             "this architecture cannot be served"
         )
+    config = getattr(module, "config", None)
+    is_cut = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    if is_cut and kwargs.get("sliding_window") is None:
+        raise ConfigError(
+            f"{type(module).__name__} attends to all tokens of a prompt, and transformers' cache "
+            "keeps a window of them (sliding_window): this architecture cannot be served"
+        )
     theirs = eager(module, query, key, value, attention_mask, **kwargs)
     ours, _ = paged_attention(
         module, query, key, value, None, attention_context=attention_context, **kwargs
