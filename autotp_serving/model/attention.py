@@ -47,8 +47,8 @@ class AttentionContext:
 
     def choose_attention(self, module: nn.Module) -> Attention:
         """For a layer's attention: over whole contexts, or within chunks if its type says so."""
-        types = getattr(getattr(module, "config", None), "layer_types", None)
-        if not types or types[module.layer_idx] != "chunked_attention":
+        types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+        if "chunked_attention" not in types or types[module.layer_idx] != "chunked_attention":
             return self.attention
         chunk_len = module.config.attention_chunk_size
         if chunk_len not in self.by_chunks:

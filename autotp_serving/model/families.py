@@ -89,6 +89,11 @@ def check_family(model_config: Any) -> None:
         reason = "an encoder reads its prompts"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
+    elif getattr(model_config.get_text_config(), "index_topk", None):
+        reason = (
+            "its sparse attention chooses tokens by keys of its own (an indexer's, index_topk), "
+            "which this server does not keep"
+        )
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
 
@@ -204,7 +209,7 @@ def check_attention(model: nn.Module, layers: set[int], block_size: int) -> None
     if missing:
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: its layers {missing[:8]} do "
-            "not attend through transformers' AttentionInterface"
+            "not attend through transformers' AttentionInterface, but by code or state of their own"
         )
     chunk_len = getattr(config, "attention_chunk_size", None)
     if chunk_len and chunk_len % block_size and uses_chunks(config):

@@ -26,7 +26,15 @@ FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "granitemoe": (None, None),  # no plan of transformers'; experts stacked in the checkpoint too
     "aria_text": (None, None),  # those transposed
     "glm4": (None, None),  # gate and up in one matrix
-    "bitnet": (None, "attn_sub_norm.weight stays whole"),
+    "bitnet": (None, None),  # norms over the inputs of matrices that are split
+    "gemma4_text": (None, None),  # heads per layer, shared keys, mixture beside an MLP
+    "llama4_text": (None, None),  # chunks, positions in the attention, experts that scale inputs
+    "gemma3n_text": (None, None),  # gates kept by the mean and deviation of all of them
+    "bert": (None, None),  # buffers of its own, a bias of the head's under another name
+    "mbart": (None, None),  # positions counted by place
+    "stablelm": (None, None),  # layers that hand nothing on to their attention
+    "moshi": ("keeps a window of them", "not known to be split rightly"),
+    "deepseek_v32": ("an indexer's", "an indexer's"),
     "granite_swa": (None, None),  # attention sinks
     "gpt_oss": (None, None),  # experts with biases, their gates and ups in turn
     "mimo_v2_flash": (None, None),  # layers with twice as many key/value heads as others
