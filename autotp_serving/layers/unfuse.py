@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from autotp_serving.config import ConfigError
 from autotp_serving.low_bit.selection import ROW_PARALLEL
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
@@ -76,6 +77,18 @@ class Expert(nn.Module):
         return self.down_proj(self._activate(gate_up))
 
 
+class AbsentExpert(nn.Module):
+    """Stands for an expert that another rank has.
+
+    Attributes:
+        tensors: names of what it would hold.
+    """
+
+    def __init__(self, expert: nn.Module) -> None:
+        super().__init__()
+        self.tensors = tuple(expert.state_dict(keep_vars=True))
+
+
 class Experts(nn.ModuleList):
     """All experts of a layer; one all-reduce over the ranks for all of them together.
 
@@ -87,6 +100,7 @@ class Experts(nn.ModuleList):
         scales_input: the router's weight multiplies what an expert is given, not what it gives.
         original: transformers' module, emptied, whose code they are checked with. In a tuple, or it
             would become one of the experts.
+        are_whole: each is on one rank, and not a part of it on every rank.
     """
 
     reduce: AllReduce | None = None
@@ -96,6 +110,7 @@ class Experts(nn.ModuleList):
     is_interleaved = False
     scales_input = False
     original: tuple[nn.Module] | None = None
+    are_whole = False
 
     def __init__(
         self, experts: Iterable[Expert], down_proj_bias: nn.Parameter | None = None
@@ -115,7 +130,7 @@ class Experts(nn.ModuleList):
         """
         out = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
-            if number >= len(self):
+            if number >= len(self) or isinstance(self[number], AbsentExpert):
                 continue
             token, position = torch.where(top_k_index == number)
             weight = top_k_weights[token, position, None]
@@ -200,6 +215,41 @@ def split_layers(model: nn.Module) -> None:
             model.set_submodule(name, _split_experts(module))
 
 
+def deal_out_experts(model: nn.Module, rank: int, num_ranks: int) -> None:
+    """Leave this rank every so many of the experts of each layer, whole; before AutoTP.
+
+    Raises:
+        ConfigError: there are none to deal out, or too few.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    if not layers:
+        raise ConfigError(
+            f"--expert-parallel: the family '{model.config.model_type}' has no experts that could "
+            "be dealt out: leave the flag out"
+        )
+    fewest = min(map(len, layers))
+    if fewest < num_ranks:
+        raise ConfigError(
+            f"--expert-parallel: {num_ranks} ranks cannot share {fewest} experts: start at most "
+            f"{fewest} ranks, or leave the flag out"
+        )
+    for experts in layers:
+        experts.are_whole = True
+        for number in range(len(experts)):
+            if number % num_ranks != rank:
+                experts[number] = AbsentExpert(experts[number])
+
+
+def list_absent_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors that other ranks' experts hold."""
+    return {
+        f"{name}.{tensor}"
+        for name, module in model.named_modules()
+        if isinstance(module, AbsentExpert)
+        for tensor in module.tensors
+    }
+
+
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether one matrix computes gate and up, one after the other, in an MLP like Phi-3's."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
@@ -262,10 +312,11 @@ def finish_split(model: nn.Module, rank: int, num_ranks: int, all_reduce: AllRed
             module.config.num_attention_heads = _num_heads(module.q_proj, module.head_dim)
             module.num_key_value_heads = _num_heads(module.k_proj, module.head_dim)
         elif isinstance(module, Experts) and num_ranks > 1:
-            for expert in module:
-                expert.down_proj.mp_group = None
             module.reduce = all_reduce
-            module.adds_bias = rank == 0
+            if not module.are_whole:
+                for expert in module:
+                    expert.down_proj.mp_group = None
+                module.adds_bias = rank == 0
 
 
 class RowParallelLinear(nn.Module):

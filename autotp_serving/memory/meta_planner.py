@@ -61,6 +61,7 @@ def shard_model(config: ServingConfig, model_config: Any, group: LocalRankGroup)
         group,
         lambda tensor: tensor,
         config.trust_remote_code,
+        expert_parallel=config.expert_parallel,
     )
 
 

@@ -13,7 +13,7 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import VocabParallelHead
-from autotp_serving.layers.unfuse import finish_split, split_layers
+from autotp_serving.layers.unfuse import deal_out_experts, finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
 from autotp_serving.model.shapes import find_dtype_name
@@ -32,8 +32,13 @@ def build_sharded_model(
     group: RankGroup,
     all_reduce: Callable[[torch.Tensor], torch.Tensor],
     trust_remote_code: bool,
+    *,
+    expert_parallel: bool = False,
 ) -> nn.Module:
     """Build this rank's model on the meta device: right shapes, no memory.
+
+    Args:
+        expert_parallel: each rank has whole experts, not a part of every one.
 
     Raises:
         ConfigError: ranks that cannot share the model, or code that must not run.
@@ -43,8 +48,10 @@ def build_sharded_model(
     with refuse_by_name(model_config):
         head = model.get_output_embeddings()
         shape = None if head is None else head.weight.shape
+        if expert_parallel:
+            deal_out_experts(model, group.rank, group.size)
         if group.size > 1:
-            _shard(model, group.size, dtype, all_reduce)
+            _shard(model, group.size, dtype, all_reduce, by_plan=expert_parallel)
         finish_split(model, group.rank, group.size, all_reduce)
         _install_head(model, shape, group, all_reduce)
     if model_config.model_type not in PROVED:
@@ -85,9 +92,21 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
     return model
 
 
-def _shard(model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
-    """Shard the model by transformers' plan, or else as AutoTP finds right."""
-    sharding = None if model.config.model_type in PROVED else find_layer_sharding(model)
+def _shard(
+    model: nn.Module, num_ranks: int, dtype: torch.dtype, all_reduce: AllReduce, *, by_plan: bool
+) -> None:
+    """Shard the model by transformers' plan, or else as AutoTP finds right.
+
+    Args:
+        by_plan: of proved families too, as AutoTP would shard experts that are whole.
+    """
+    is_asked = by_plan or model.config.model_type not in PROVED
+    sharding = find_layer_sharding(model) if is_asked else None
+    if by_plan and sharding is None:
+        raise ConfigError(
+            f"--expert-parallel: nothing tells how the family '{model.config.model_type}' is split "
+            "beside its experts: leave the flag out"
+        )
     if sharding is None:
         _shard_with_autotp(model, num_ranks, dtype)
     else:

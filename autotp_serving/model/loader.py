@@ -107,7 +107,12 @@ def load_model(
     low_bit = find_low_bit_selection(config, checkpoint.low_bit, checkpoint.is_quantized)
     convert = choose_convert(config, model_config, low_bit, device, all_reduce)
     model = build_sharded_model(
-        model_config, find_dtype(config), group, all_reduce, config.trust_remote_code
+        model_config,
+        find_dtype(config),
+        group,
+        all_reduce,
+        config.trust_remote_code,
+        expert_parallel=config.expert_parallel,
     )
     with refuse_by_name(model_config):
         hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)

@@ -90,8 +90,9 @@ def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     """Of the parts that our own code has made of others."""
     parent_name, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), Experts):
-        return SHARDING_BY_NAME[last]
+    experts = model.get_submodule(parent_name.rpartition(".")[0])
+    if isinstance(experts, Experts):
+        return "whole" if experts.are_whole else SHARDING_BY_NAME[last]
     fused = [one for one in parent.children() if isinstance(one, FusedOutput)]
     if fused and last in ("o_proj", "down_proj"):
         return "row"

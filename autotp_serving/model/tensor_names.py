@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from autotp_serving.layers.unfuse import Experts, FusedOutput
+from autotp_serving.layers.unfuse import Experts, FusedOutput, list_absent_tensors
 from autotp_serving.model.checkpoint import Checkpoint
 
 # Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
@@ -43,7 +43,7 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     Args:
         model: on the meta device.
     """
-    wanted = set(model.state_dict(keep_vars=True))
+    wanted = set(model.state_dict(keep_vars=True)) | list_absent_tensors(model)
     known = checkpoint.names()
     experts = {name: one for name, one in model.named_modules() if isinstance(one, Experts)}
     for source, target, part in _rename(model, sorted(known - wanted)):
