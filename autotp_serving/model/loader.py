@@ -73,6 +73,8 @@ def read_model_config(config: ServingConfig) -> Any:
     for part in (found, found.get_text_config()):
         if getattr(part, "is_heterogeneous", False):  # or DeepSpeed could read no head count
             part.allow_global_per_layer_attribute_access = True
+        if not hasattr(part, "tie_word_embeddings"):  # of families that never tie them
+            part.tie_word_embeddings = False
         # The checkpoint reads it from the file; transformers and DeepSpeed would act on it.
         if hasattr(part, "quantization_config"):
             del part.quantization_config
