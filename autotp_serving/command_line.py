@@ -26,7 +26,14 @@ SECTIONS = {
         *("save_low_bit", "dtype"),
     ),
     "devices and memory": (
-        *("device", "tensor_parallel_size", "plan", "device_memory", "max_host_ram"),
+        *(
+            "device",
+            "tensor_parallel_size",
+            "expert_parallel",
+            "plan",
+            "device_memory",
+            "max_host_ram",
+        ),
         *("gpu_memory_utilization", "kv_cache_memory", "kv_cache_dtype", "block_size"),
         "enforce_eager",
     ),

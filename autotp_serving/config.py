@@ -321,6 +321,9 @@ class ServingConfig:
     seed: int = setting(
         0, "seeds the sampling of requests that name no seed of their own", unit="NUMBER"
     )
+    expert_parallel: bool = setting(
+        False, "in a mixture of experts, whole experts on each rank instead of a part of every one"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:

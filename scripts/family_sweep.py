@@ -35,7 +35,7 @@ START, END = "<!-- table: scripts/family_sweep.py -->", "<!-- end of table -->"
 
 MAX_TOKENS = 8
 PATIENCE = 300.0
-MAX_PARAMETERS = 20_000_000
+MAX_PARAMETERS = 30_000_000
 SETTINGS = {
     "low_bit": "bf16",
     "dtype": "float32",
@@ -53,10 +53,14 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff"), 256),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 256),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 512),
+    "max_target_positions": 512,
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), 24),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 32),
@@ -78,6 +82,40 @@ SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
 
 # What the names above do not say of a family.
 LATENT = {"head_dim": 16, "rope_interleave": True, "num_key_value_heads": 4}  # keys of every head
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "attention_chunk_size": 32,
+    "intermediate_size_mlp": 256,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+    "num_experts_per_tok": 1,
+}
+GEMMA4_UNIFIED = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "per_layer_config": {number: {"head_dim": 64} for number in (1, 3, 5)},
+}
+GEMMA4 = GEMMA4_UNIFIED | {
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 128,
+}
+GEMMA3N = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [256] * 6,
+    "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+    "hidden_size_per_layer_input": 32,
+    "laurel_rank": 32,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 32} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -92,6 +130,26 @@ EXTRA: dict[str, dict[str, Any]] = {
         "mamba_d_head": 32,
         "shared_intermediate_size": 128,
     },
+    **dict.fromkeys(("llama4", "llama4_text"), LLAMA4),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), GEMMA3N),
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 128, "ffn_hidden_size": 128, "moe_top_k": 2},
+    },
+    "longcat_flash": {
+        "num_layers": 2,
+        "head_dim": 16,
+        "qk_head_dim": 32,
+        "num_key_value_heads": 4,
+        "expert_ffn_hidden_size": 128,
+        "zero_expert_num": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys(("gemma4", "gemma4_text"), GEMMA4),
+    **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), GEMMA4_UNIFIED),
     "phi3": {"resid_pdrop": 0.0},
     "gemma2": {"query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
@@ -147,15 +205,7 @@ def make_all(only: list[str] | None, root: Path) -> dict[str, Any]:
     for family in only or list_families():
         answers = root / family / "answers.json"
         if not answers.exists():
-            try:
-                try:
-                    found = make_one(family, root / family)
-                except (
-                    Exception
-                ):  # compressed keys have a head a query; some attend in layer 4 only
-                    found = make_one(family, root / family, SECOND_TRY)
-            except Exception as error:
-                found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+            found = make_somehow(family, root / family)
             answers.parent.mkdir(parents=True, exist_ok=True)
             answers.write_text(json.dumps(found))
         made[family] = json.loads(answers.read_text())
@@ -163,17 +213,34 @@ def make_all(only: list[str] | None, root: Path) -> dict[str, Any]:
     return made
 
 
+def make_somehow(family: str, folder: Path) -> list[list[int]] | str:
+    """Transformers' answers from the first way to make a tiny model that works."""
+    found = ""
+    for changes, strength in (({}, 1.0), (SECOND_TRY, 1.0), ({}, 4.0), ({}, 16.0), ({}, 64.0)):
+        try:
+            found = make_one(family, folder, changes, strength)
+        except Exception as error:  # whatever a family says of sizes that it does not like
+            found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+        if isinstance(found, list):
+            break
+    return found
+
+
 def make_one(
-    family: str, folder: Path, changes: dict[str, Any] | None = None
+    family: str, folder: Path, changes: dict[str, Any] | None = None, strength: float = 1.0
 ) -> list[list[int]] | str:
-    """Save one family's checkpoint, and return transformers' answers."""
+    """Save one family's checkpoint, and return transformers' answers.
+
+    Args:
+        strength: of the embeddings, without which some models say the same of every prompt.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = SMALL | (changes or {})
-    config = AutoConfig.for_model(family, **shrink(AutoConfig.for_model(family), sizes))
-    for name, value in EXTRA.get(family, {}).items():
-        setattr(config, name, value)
+    settings = shrink(AutoConfig.for_model(family), SMALL | (changes or {}))
+    text = settings.get("text_config", settings)
+    text |= EXTRA.get(family, {})
+    config = AutoConfig.for_model(family, **settings)
     with torch.device("meta"):
         size = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_PARAMETERS:
@@ -186,6 +253,9 @@ def make_one(
                 parameter.normal_(std=0.3).add_(0.0 if name.endswith("bias") else 1.0)
             elif parameter.std() < 0.1:  # a family that sets its own small numbers
                 parameter.normal_(std=0.15)
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.div_(strength**0.5)
+        model.get_input_embeddings().weight.mul_(strength)
     model.save_pretrained(folder)
     for path in (ROOT / "demo_model").glob("tokenizer*.json"):
         shutil.copy(path, folder)
@@ -203,6 +273,8 @@ def make_one(
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            forced_bos_token_id=None,
+            forced_eos_token_id=None,
         )
         answers.append(output[0, len(prompt) :].tolist())
     if len({token for answer in answers for token in answer}) < 6:

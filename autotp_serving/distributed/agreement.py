@@ -18,7 +18,7 @@ from autotp_serving.distributed.launch import RankGroup
 SHARED_SETTINGS = (
     "low_bit", "low_bit_provider", "lm_head_low_bit", "modules_to_not_convert", "load_format",
     "dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size",
-    "kv_cache_dtype", "step_timeout", "task",
+    "kv_cache_dtype", "step_timeout", "task", "expert_parallel",
 )  # fmt: skip
 
 SAMPLE_BYTES = 4096

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from autotp_serving.config import ConfigError
+
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -80,6 +82,18 @@ class Expert(nn.Module):
         return self.down_proj(self._activate(gate_up))
 
 
+class AbsentExpert(nn.Module):
+    """Stands for an expert that another rank has.
+
+    Attributes:
+        tensors: names of what it would hold.
+    """
+
+    def __init__(self, expert: nn.Module) -> None:
+        super().__init__()
+        self.tensors = tuple(expert.state_dict(keep_vars=True))
+
+
 class Experts(nn.ModuleList):
     """All experts of a layer; one all-reduce over the ranks for all of them together.
 
@@ -88,6 +102,10 @@ class Experts(nn.ModuleList):
         adds_bias: on one rank only, for the sum over the ranks is to hold it once.
         is_transposed: where a checkpoint stacks them, it has [input, output] of each.
         is_interleaved: a checkpoint's stack has a row of gate and one of up in turn.
+        scales_input: the router's weight multiplies what an expert is given, not what it gives.
+        original: transformers' module, emptied, whose code they are checked with. In a tuple, or it
+            would become one of the experts.
+        are_whole: each is on one rank, and not a part of it on every rank.
     """
 
     reduce: AllReduce | None = None
@@ -95,6 +113,9 @@ class Experts(nn.ModuleList):
     adds_bias = True
     is_transposed = False
     is_interleaved = False
+    scales_input = False
+    original: tuple[nn.Module] | None = None
+    are_whole = False
 
     def __init__(
         self, experts: Iterable[Expert], down_proj_bias: nn.Parameter | None = None
@@ -114,15 +135,54 @@ class Experts(nn.ModuleList):
         """
         out = torch.zeros_like(hidden)
         for number in top_k_index.unique().tolist():
-            if number >= len(self):
+            if number >= len(self) or isinstance(self[number], AbsentExpert):
                 continue
             token, position = torch.where(top_k_index == number)
-            part = self[number](hidden[token])
+            weight = top_k_weights[token, position, None]
+            part = self[number](hidden[token] * weight if self.scales_input else hidden[token])
             if self.down_proj_bias is not None and self.adds_bias:
                 part = part + self.down_proj_bias[number]
-            part = part * top_k_weights[token, position, None]
+            if not self.scales_input:
+                part = part * weight
             out.index_add_(0, token, part.to(out.dtype))
         return out if self.reduce is None else self.reduce(out)
+
+
+class Llama4Mixture(nn.Module):
+    """Llama 4's mixture of experts, which sends each token through the chosen experts only.
+
+    Transformers' sends every token through every expert, most of them multiplied by zero.
+    """
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.router, self.shared_expert = mixture.router, mixture.shared_expert
+        stacked = mixture.experts
+        with torch.device("meta"):
+            self.experts = Experts(
+                Expert(
+                    stacked.hidden_size,
+                    stacked.expert_dim,
+                    lambda gate_up: _multiply_by_gate(gate_up, stacked.act_fn),
+                )
+                for _ in range(stacked.num_experts)
+            ).to(stacked.down_proj.dtype)
+        self.experts.is_transposed = self.experts.scales_input = True
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map [..., hidden_size] to [num_tokens, hidden_size] and the router's logits."""
+        hidden = hidden.flatten(0, -2)
+        scores, logits = self.router(hidden)
+        weights, chosen = scores.topk(self.router.top_k, dim=-1)
+        out = self.experts(hidden, chosen, weights)
+        return out + self.shared_expert(hidden), logits
+
+
+def _multiply_by_gate(
+    gate_up: torch.Tensor, activate: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * activate(gate)
 
 
 def is_stack_of_experts(module: nn.Module) -> bool:
@@ -156,8 +216,45 @@ def split_layers(model: nn.Module) -> None:
         elif (fused_name := find_gate_up(module)) is not None:
             size = getattr(module, fused_name).out_features // 2
             split_linear(module, fused_name, {"gate_proj": size, "up_proj": size})
+        elif kind == "Llama4TextMoe":
+            model.set_submodule(name, Llama4Mixture(module))
         elif is_stack_of_experts(module):
             model.set_submodule(name, _split_experts(module))
+
+
+def deal_out_experts(model: nn.Module, rank: int, num_ranks: int) -> None:
+    """Leave this rank every so many of the experts of each layer, whole; before AutoTP.
+
+    Raises:
+        ConfigError: there are none to deal out, or too few.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    if not layers:
+        raise ConfigError(
+            f"--expert-parallel: the family '{model.config.model_type}' has no experts that could "
+            "be dealt out: leave the flag out"
+        )
+    fewest = min(map(len, layers))
+    if fewest < num_ranks:
+        raise ConfigError(
+            f"--expert-parallel: {num_ranks} ranks cannot share {fewest} experts: start at most "
+            f"{fewest} ranks, or leave the flag out"
+        )
+    for experts in layers:
+        experts.are_whole = True
+        for number in range(len(experts)):
+            if number % num_ranks != rank:
+                experts[number] = AbsentExpert(experts[number])
+
+
+def list_absent_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors that other ranks' experts hold."""
+    return {
+        f"{name}.{tensor}"
+        for name, module in model.named_modules()
+        if isinstance(module, AbsentExpert)
+        for tensor in module.tensors
+    }
 
 
 def find_gate_up(module: nn.Module) -> str | None:
@@ -214,6 +311,7 @@ def _split_experts(stacked: nn.Module) -> Experts:
         )
     experts.is_transposed = is_transposed
     experts.is_interleaved = is_interleaved
+    experts.original = (stacked,)
     return experts.to(dtype)
 
 
@@ -226,10 +324,11 @@ def finish_split(model: nn.Module, rank: int, num_ranks: int, all_reduce: AllRed
             module.config.num_attention_heads = _num_heads(module.q_proj, module.head_dim)
             module.num_key_value_heads = _num_heads(module.k_proj, module.head_dim)
         elif isinstance(module, Experts) and num_ranks > 1:
-            for expert in module:
-                expert.down_proj.mp_group = None
             module.reduce = all_reduce
-            module.adds_bias = rank == 0
+            if not module.are_whole:
+                for expert in module:
+                    expert.down_proj.mp_group = None
+                module.adds_bias = rank == 0
 
 
 def _num_heads(linear: nn.Module, head_dim: int) -> int:

@@ -21,7 +21,10 @@ ROW_PARALLEL = ("LinearAllreduce",)
 
 # A router's few weights decide alone which experts a token sees; transformers 5 has them in no
 # linear layer at all.
-ROUTERS = (".mlp.gate", ".block_sparse_moe.gate")
+ROUTERS = (
+    *(".mlp.gate", ".block_sparse_moe.gate", ".gate.wg"),
+    *(".router", ".router.proj", ".router.layer", ".router.gate"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from autotp_serving.batch import MAX_SCORED_ROWS
 from autotp_serving.config import ServingConfig
 from autotp_serving.low_bit.formats import Format
 from autotp_serving.low_bit.selection import LowBitSelection
-from autotp_serving.model.shapes import DTYPES, ModelShapes, TensorShape, count_head_bytes
+from autotp_serving.model.shapes import (
+    DTYPES,
+    ModelShapes,
+    TensorShape,
+    count_head_bytes,
+    find_heads,
+    find_kv_sources,
+    list_layer_configs,
+)
 
 KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
 
@@ -166,18 +174,17 @@ def _find_kind(name: str) -> str:
 
 def _count_kv_bytes(shapes: ModelShapes, setup: MemorySetup, rank: int) -> int:
     """Bytes of one token's keys and values over all layers: AutoTP deals heads out in turn."""
-    text, head_dim = shapes.text_config, _head_dim(shapes.text_config)
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
     is_int8 = setup.config.kv_cache_dtype == "int8"
-    head_bytes = count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
-    layers = shapes.attention_layers
-    num_layers = text.num_hidden_layers if layers is None else len(layers)
-    return own_heads * head_bytes * num_layers
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = list_layer_configs(shapes.text_config)
+    attention_layers = shapes.attention_layers
+    num_bytes = 0
+    for layer in set(find_kv_sources(shapes.text_config)):
+        if attention_layers is not None and layer not in attention_layers:
+            continue
+        _, num_heads, head_dim = find_heads(layers[layer])
+        own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
+        num_bytes += own_heads * count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
+    return num_bytes
 
 
 def count_loaded(model: Any) -> int:
@@ -210,11 +217,11 @@ def _estimate_activations(shapes: ModelShapes, setup: MemorySetup) -> int:
     text, size = shapes.text_config, shapes.itemsize
     config, max_model_len = setup.config, setup.max_model_len
     num_tokens, hidden = config.max_num_batched_tokens, text.hidden_size
-    head_dim, num_heads = _head_dim(text), text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    own_kv_heads = -(-num_kv_heads // setup.num_ranks)
-    queries = own_kv_heads * (num_heads // num_kv_heads) * head_dim
-    keys = own_kv_heads * head_dim
+    queries = keys = 0
+    for num_heads, num_kv_heads, head_dim in set(map(find_heads, list_layer_configs(text))):
+        own_kv_heads = -(-num_kv_heads // setup.num_ranks)
+        queries = max(queries, own_kv_heads * (num_heads // num_kv_heads) * head_dim)
+        keys = max(keys, own_kv_heads * head_dim)
     wide = max(
         (
             tensor.shape[0]

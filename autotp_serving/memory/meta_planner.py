@@ -63,6 +63,7 @@ def shard_model(config: ServingConfig, model_config: Any, group: LocalRankGroup)
         lambda tensor: tensor,
         config.trust_remote_code,
         read_pooling(config),
+        expert_parallel=config.expert_parallel,
     )
 
 

@@ -48,7 +48,8 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     """
     folder = Path(config.model_path)
     check_model_folder(folder)
-    known = None if config.pools or is_converted(config, folder) else read_known_config(folder)
+    is_other = config.pools or config.expert_parallel or is_converted(config, folder)
+    known = None if is_other else read_known_config(folder)
     if known is not None and not check_known_names(config, folder, known):
         known = None
     if known is None:

@@ -17,6 +17,7 @@ from autotp_serving.model.families import PROVED, check_attention, refuse_by_nam
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.kv_cache import CacheKernels, KVCacheShape
 from autotp_serving.model.self_check import NUM_SEQUENCES, check_unproved
+from autotp_serving.model.shapes import find_kv_sources
 from autotp_serving.model.state_layers import allocate_states
 from autotp_serving.model.step_inputs import StepInputs
 
@@ -66,12 +67,17 @@ def probe_model(
     device.synchronize()
     peak = None if device.is_host else max(0, device.peak_memory() - before)
     device.reset_peak_memory()
-    check_attention(model, set(probe.head_shapes))
+    check_attention(model, set(probe.head_shapes), config.block_size)
     if model.config.model_type not in PROVED:
         with refuse_by_name(model.config):
             check_unproved(model, device.torch_device)
-    dims = next(iter(probe.head_shapes.values()))[1:]
+    sources = tuple(find_kv_sources(model.config.get_text_config()))
+    none = (0, *next(iter(probe.head_shapes.values()))[1:])
     layers = range(max(probe.head_shapes) + 1)
-    head_shapes = tuple(probe.head_shapes.get(layer, (0, *dims)) for layer in layers)
+    found = [probe.head_shapes.get(layer, none) for layer in layers]
+    head_shapes = tuple(
+        (heads if sources[layer] == layer else 0, *dims)
+        for layer, (heads, *dims) in enumerate(found)
+    )
     is_int8 = config.kv_cache_dtype == "int8"
-    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8), peak
+    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8, sources), peak

@@ -7,7 +7,7 @@ sequence attend to its own, both by the cache's kernels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import nn
 
 from autotp_serving.config import ConfigError
 from autotp_serving.kernels.reference.recurrence import Spans
+from autotp_serving.model.chunks import split_by_chunks
 from autotp_serving.model.kv_cache import Attention, KVCache
 from autotp_serving.model.step_inputs import StepInputs
 
 ATTENTION_NAME = "autotp_paged"
 
-HARMLESS_TENSORS = ("cache_position", "position_ids")
+HARMLESS_TENSORS = ("cache_position", "position_ids", "logits_to_keep")
 """Arguments that tell attention nothing it does not know."""
 
 
@@ -32,11 +33,13 @@ class AttentionContext:
     Attributes:
         inputs: the step's.
         attention: attends for all tokens.
+        by_chunks: the same within chunks, by their length; made when first asked for.
     """
 
     cache: KVCache
     inputs: StepInputs
     attention: Attention
+    by_chunks: dict[int, Attention] = field(default_factory=dict)
 
     @staticmethod
     def of(inputs: StepInputs, cache: KVCache) -> AttentionContext:
@@ -48,6 +51,19 @@ class AttentionContext:
     def spans(self) -> Spans:
         """The step's sequences, for layers that keep a state (`state_layers.py`)."""
         return Spans.of(self.inputs)
+
+    def choose_attention(self, module: nn.Module) -> Attention:
+        """For a layer's attention: over whole contexts, or within chunks if its type says so."""
+        types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+        if "chunked_attention" not in types or types[module.layer_idx] != "chunked_attention":
+            return self.attention
+        chunk_len = module.config.attention_chunk_size
+        if chunk_len not in self.by_chunks:
+            inputs = split_by_chunks(self.inputs, chunk_len, self.cache.block_size)
+            self.by_chunks[chunk_len] = self.cache.kernels.attention(
+                inputs, self.cache.block_size, self.cache.is_int8
+            )
+        return self.by_chunks[chunk_len]
 
 
 def register_paged_attention() -> None:
@@ -99,7 +115,7 @@ def paged_attention(
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     pools = context.cache.write(module.layer_idx, context.inputs.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = context.attention.attend(
+    output = context.choose_attention(module).attend(
         query, (key, value), pools, scaling, sliding_window, softcap, s_aux
     )
     return output[None], None

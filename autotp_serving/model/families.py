@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from autotp_serving.config import ConfigError
 from autotp_serving.distributed.launch import GroupFailure, LaunchError
 from autotp_serving.low_bit.formats import LowBitError
+from autotp_serving.model.shapes import find_heads, list_layer_configs
 
 if TYPE_CHECKING:  # --plan asks here before torch could be imported
     from torch import nn
@@ -103,6 +104,11 @@ def check_family(model_config: Any, *, pools: bool = False) -> None:
             reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
+    elif getattr(model_config.get_text_config(), "index_topk", None):
+        reason = (
+            "its sparse attention chooses tokens by keys of its own (an indexer's, index_topk), "
+            "which this server does not keep"
+        )
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
 
@@ -119,15 +125,13 @@ def check_heads(model_config: Any, num_ranks: int) -> None:
     Raises:
         ConfigError: with both numbers.
     """
-    text_config = model_config.get_text_config()
-    num_kv_heads = (
-        getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    )
-    if not isinstance(num_kv_heads, int):
+    layers = list_layer_configs(model_config.get_text_config())
+    if not all(isinstance(find_heads(layer)[1], int) for layer in layers[:1]):
         raise ConfigError(
             f"the family '{model_config.model_type}' cannot be served: its layers differ in their "
             "numbers of key/value heads"
         )
+    num_kv_heads = min(find_heads(layer)[1] for layer in layers)
     if num_ranks > num_kv_heads:
         raise ConfigError(
             f"{num_ranks} ranks cannot share the {num_kv_heads} key/value heads of this model: "
@@ -176,7 +180,9 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
 def check_unsharded_parameters(model: nn.Module) -> None:
     """Refuse norms, scales or sinks of heads, or of columns, that AutoTP has sharded.
 
-    Beside sharded layers only the norm of a single head may stay whole.
+    Beside sharded layers the norm of a single head may stay whole, and a vector that is longer than
+    there are heads: what it is multiplied with or added to must be as long, so that on a shard it
+    would not run at all.
 
     Raises:
         ConfigError: naming the family and the parameter.
@@ -185,7 +191,7 @@ def check_unsharded_parameters(model: nn.Module) -> None:
     from autotp_serving.model.state_layers import StateLayer
 
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dims = {find_heads(layer)[2] for layer in list_layer_configs(config)}
     for name, module in model.named_modules():
         if isinstance(module, StateLayer):  # shares out its own
             continue
@@ -196,8 +202,12 @@ def check_unsharded_parameters(model: nn.Module) -> None:
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
                 is_known = own_name == "sinks" and not inner_name  # sharded by `shard_layers`
+                is_known |= parameter.numel() == 1
                 is_known |= inner_name in WHOLE_PARTS or isinstance(inner.forward, GatheredNorm)
-                if is_known or tuple(parameter.shape) == (head_dim,):
+                if is_known or (
+                    parameter.dim() == 1
+                    and (len(parameter) in head_dims or len(parameter) > config.num_attention_heads)
+                ):
                     continue
                 parts = ".".join(filter(None, (name, inner_name, own_name)))
                 raise ConfigError(
@@ -212,11 +222,12 @@ def has_stacked_weights(module: nn.Module) -> bool:
     return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
 
 
-def check_attention(model: nn.Module, layers: set[int]) -> None:
+def check_attention(model: nn.Module, layers: set[int], block_size: int) -> None:
     """Refuse a model with layers that keep their state elsewhere than in our blocks.
 
     Args:
         layers: those that wrote keys and values in a first forward pass.
+        block_size: tokens of a block; one may not lie in two chunks of chunked attention.
 
     Raises:
         ConfigError: naming the family.
@@ -231,8 +242,19 @@ def check_attention(model: nn.Module, layers: set[int]) -> None:
     if missing:
         raise ConfigError(
             f"the family '{model.config.model_type}' cannot be served: its layers {missing[:8]} do "
-            "not attend through transformers' AttentionInterface"
+            "not attend through transformers' AttentionInterface, but by code or state of their own"
         )
+    chunk_len = getattr(config, "attention_chunk_size", None)
+    if chunk_len and chunk_len % block_size and uses_chunks(config):
+        raise ConfigError(
+            f"--block-size {block_size} does not divide the chunks of {chunk_len} tokens within "
+            "which this model attends: choose a divisor"
+        )
+
+
+def uses_chunks(text_config: Any) -> bool:
+    """Whether some layers attend within chunks of the sequence only."""
+    return "chunked_attention" in (getattr(text_config, "layer_types", None) or ())
 
 
 def adapt_rope(model_config: Any) -> None:

@@ -21,12 +21,15 @@ class KVCacheShape:
         head_shapes: per layer, (num_kv_heads, key_head_dim, value_head_dim) on this rank.
         dtype: of the keys and values that come in, and that attention computes with.
         is_int8: whether they are rounded to int8, with a scale for each token and head.
+        sources: whose keys and values each layer reads; () for its own. One that reads another's
+            has no heads.
     """
 
     head_shapes: tuple[tuple[int, int, int], ...]
     block_size: int
     dtype: torch.dtype
     is_int8: bool = False
+    sources: tuple[int, ...] = ()
 
     @property
     def bytes_per_block(self) -> int:
@@ -107,6 +110,7 @@ class KVCache:
         self.is_int8 = shape.is_int8
         self.kernels = kernels
         self._layers = kernels.allocate_kv(shape, num_blocks * shape.block_size, device)
+        self._sources = shape.sources or range(len(self._layers))
 
     @property
     def num_bytes(self) -> int:
@@ -118,12 +122,16 @@ class KVCache:
     ) -> Pools:
         """Store new rows and return the layer's whole pool.
 
+        A layer that reads another's keys and values is given those, which are stored already.
+
         Args:
             slots: [num_tokens] int64.
             key: [num_tokens, num_kv_heads, key_head_dim]; value alike.
         """
-        pools = self._layers[layer]
-        self.kernels.store(slots, key, value, pools)
+        source = self._sources[layer]
+        pools = self._layers[source]
+        if source == layer:
+            self.kernels.store(slots, key, value, pools)
         return pools
 
     def layer(self, layer: int) -> Pools:

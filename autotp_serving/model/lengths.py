@@ -17,7 +17,7 @@ from autotp_serving.config import ConfigError, ServingConfig
 if TYPE_CHECKING:  # --plan asks here before torch could be imported
     from torch import nn
 
-LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
 ORIGINAL_NAME = "original_max_position_embeddings"
 
 MAX_LEN = 2**31 - 1

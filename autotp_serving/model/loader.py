@@ -71,8 +71,12 @@ def read_model_config(config: ServingConfig) -> Any:
             f"{folder / 'config.json'} cannot be used ({type(error).__name__}): {reason[:300]}"
         ) from error
     found = take_language_model(found, folder)
-    # The checkpoint reads it from the file; transformers and DeepSpeed would act on it.
     for part in (found, found.get_text_config()):
+        if getattr(part, "is_heterogeneous", False):  # or DeepSpeed could read no head count
+            part.allow_global_per_layer_attribute_access = True
+        if not hasattr(part, "tie_word_embeddings"):  # of families that never tie them
+            part.tie_word_embeddings = False
+        # The checkpoint reads it from the file; transformers and DeepSpeed would act on it.
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     adapt_rope(found)
@@ -112,6 +116,7 @@ def load_model(
         all_reduce,
         config.trust_remote_code,
         read_pooling(config),
+        expert_parallel=config.expert_parallel,
     )
     with refuse_by_name(model_config):
         hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)

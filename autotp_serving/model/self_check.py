@@ -1,9 +1,10 @@
 """Proof, at start, that a family nobody has tried is served as transformers means it. Every rank.
 
-Two short passes over the loaded model. In the first, each call of its attention is answered by
-transformers' own eager code, with the mask that transformers makes, and by ours, which must agree:
-nothing that the family hands its attention may be passed over. In the second, two sequences share
-a batch, and each must come out as it does alone: no state may be kept elsewhere than in our blocks.
+Two short passes over the loaded model, and one over its experts (expert_check.py). In the first,
+each call of its attention is answered by transformers' own eager code, with the mask that
+transformers makes, and by ours, which must agree: nothing that the family hands its attention may
+be passed over. In the second, two sequences share a batch, and each must come out as it does alone:
+no state may be kept elsewhere than in our blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from autotp_serving.config import ConfigError
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.reference.attention import ReferenceCache
 from autotp_serving.model.attention import AttentionContext, paged_attention
+from autotp_serving.model.expert_check import check_experts
 from autotp_serving.model.forward import PlainForward
+from autotp_serving.model.shapes import find_heads, list_layer_configs
 from autotp_serving.model.step_inputs import StepInputs
 
 CHECK_NAME = "autotp_check"
@@ -90,6 +93,7 @@ def check_unproved(model: nn.Module, device: torch.device) -> None:
                 f"the family '{family}' cannot be served: its sequences do not come out of a "
                 "batch as they do alone, so it keeps state that this server does not know of"
             )
+    check_experts(model, device)
 
 
 def _run(model: nn.Module, sequences: list[list[int]], recorder: _Recorder) -> torch.Tensor:
@@ -126,6 +130,13 @@ def _attend_twice(
             f"{type(module).__name__} does not attend through transformers' AttentionInterface: "
             "this architecture cannot be served"
         )
+    config = getattr(module, "config", None)
+    is_cut = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    if is_cut and kwargs.get("sliding_window") is None:
+        raise ConfigError(
+            f"{type(module).__name__} attends to all tokens of a prompt, and transformers' cache "
+            "keeps a window of them (sliding_window): this architecture cannot be served"
+        )
     theirs = eager(module, query, key, value, attention_mask, **kwargs)
     ours, _ = paged_attention(
         module, query, key, value, None, attention_context=attention_context, **kwargs
@@ -148,10 +159,8 @@ def _check_heads(
     head = model.get_output_embeddings()
     if head.num_ranks == 1:
         return
-    config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    config = list_layer_configs(model.config.get_text_config())[attention.layer_idx]
+    num_heads, num_kv_heads, head_dim = find_heads(config)
     is_latent = getattr(config, "kv_lora_rank", None) is not None
     if is_latent:  # its keys become those of every head
         num_kv_heads = num_heads

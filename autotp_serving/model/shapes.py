@@ -58,6 +58,38 @@ class ModelShapes:
         return DTYPES[self.dtype][1]
 
 
+def list_layer_configs(text_config: Any) -> list[Any]:
+    """A config for each layer, where layers differ in their heads; else the model's own."""
+    if getattr(text_config, "is_heterogeneous", False):
+        return list(text_config.per_layer_config)
+    return [text_config] * text_config.num_hidden_layers
+
+
+def find_heads(layer_config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads and numbers of a head, of all ranks together."""
+    num_heads = layer_config.num_attention_heads
+    num_kv_heads = getattr(layer_config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(layer_config, "head_dim", None) or layer_config.hidden_size // num_heads
+    return num_heads, num_kv_heads, head_dim
+
+
+def find_kv_sources(text_config: Any) -> list[int]:
+    """Whose keys and values each layer reads: mostly its own.
+
+    The last layers of some families have none, and read those of the last layer before them that
+    is of their type (`num_kv_shared_layers`).
+    """
+    num_layers = text_config.num_hidden_layers
+    num_own = num_layers - (getattr(text_config, "num_kv_shared_layers", None) or 0)
+    types = getattr(text_config, "layer_types", None) or [None] * num_layers
+    return [
+        layer
+        if layer < num_own
+        else max((one for one in range(num_own) if types[one] == types[layer]), default=layer)
+        for layer in range(num_layers)
+    ]
+
+
 def count_head_bytes(key_dim: int, value_dim: int, itemsize: int, is_int8: bool) -> int:
     """Bytes of one token's key and value of one head.
 

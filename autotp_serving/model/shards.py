@@ -13,6 +13,7 @@ from torch import nn
 
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.layers.head import PoolingHead, VocabParallelHead
+from autotp_serving.layers.unfuse import list_absent_tensors
 from autotp_serving.low_bit.selection import is_linear
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.leftovers import check_leftovers
@@ -73,7 +74,8 @@ def find_shards(model: nn.Module, checkpoint: Checkpoint, group: RankGroup) -> d
             raise CheckpointError(
                 f"tensor {name} has shape {full_shape}, but config.json asks for {local_shape}"
             )
-        rank_shapes = [shapes[name] for shapes in all_shapes]
+        # Of an expert that is whole on one rank, no other has a shape.
+        rank_shapes = [shapes[name] for shapes in all_shapes if name in shapes]
         ranges = []
         for dim, full_size in enumerate(full_shape):
             found = _find_range([shape[dim] for shape in rank_shapes], full_size, group.rank)
@@ -157,7 +159,7 @@ def report_unused(model: nn.Module, checkpoint: Any, is_reporter: bool) -> None:
     Raises:
         CheckpointError: naming a tensor that lies inside the model.
     """
-    own = set(model.state_dict(keep_vars=True))
+    own = set(model.state_dict(keep_vars=True)) | list_absent_tensors(model)
     leftovers = {name for name in checkpoint.names() - own if not _is_zero_bias(name, checkpoint)}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     shapes = {name: checkpoint.shape(name) for name in leftovers}

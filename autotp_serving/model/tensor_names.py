@@ -14,16 +14,17 @@ from typing import Any
 from torch import nn
 
 from autotp_serving.layers.head import PoolingHead
-from autotp_serving.layers.unfuse import Experts, FusedOutput
+from autotp_serving.layers.unfuse import Experts, FusedOutput, list_absent_tensors
 from autotp_serving.model.checkpoint import Checkpoint
 from autotp_serving.model.shards import find_head_name
 
 # Model's name, checkpoint's name; tried in this order for a tensor that the checkpoint lacks: for
-# transformers 4, where transformers 5 leaves a tied head's name open, and (the last three) inside a
-# vision-language model.
+# transformers 4, where transformers 5 leaves a tied head's name open, for the bias of BERT's head,
+# and (the last three) inside a vision-language model.
 RENAMED = (
     (r"^lm_head\.", "embed_out."),
     (r"^embed_out\.", "lm_head."),
+    (r"\.decoder\.bias$", ".bias"),
     (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),
     (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
     (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
@@ -51,7 +52,7 @@ def match_tensor_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     Args:
         model: on the meta device.
     """
-    wanted = set(model.state_dict(keep_vars=True))
+    wanted = set(model.state_dict(keep_vars=True)) | list_absent_tensors(model)
     head = model.get_output_embeddings()
     if isinstance(head, PoolingHead):
         _match_classifier(find_head_name(model), head, checkpoint)

@@ -78,3 +78,13 @@ def test_quantize_of_extremes() -> None:
     assert (read[:2].abs() <= 1e-30).all()
     torch.testing.assert_close(read[2], rows[2])
     assert not read[3:].isfinite().any(), "a row that cannot be rounded must not look sound"
+
+
+def test_a_layer_that_reads_anothers_keys_holds_none() -> None:
+    shape = KVCacheShape(((1, 8, 4), (0, 8, 4)), 4, torch.float32, sources=(0, 0))
+    assert shape.bytes_per_block == 4 * (8 + 4) * 4
+    cache = make_cache(shape, 3)
+    slots, key, value = torch.tensor([5]), torch.rand(1, 1, 8), torch.rand(1, 1, 4)
+    written = cache.write(0, slots, key, value)
+    read = cache.write(1, slots, torch.zeros_like(key), torch.zeros_like(value))
+    assert read is written and torch.equal(read.keys[5], key[0])
