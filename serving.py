@@ -50,6 +50,11 @@ if TYPE_CHECKING:
 
 EXIT_CANNOT_START = 2
 
+HEAD_DEFAULTS = (ServingConfig.max_restarts, ServingConfig.recovery_timeout)
+NEEDS_HEAD = (
+    "--max-restarts and --recovery-timeout are for a server that starts its ranks itself: give "
+    "--tensor-parallel-size and no launcher before it, or leave them out"
+)
 DOES_NOT_HEAL = (
     "This server ends when a rank dies; started with --tensor-parallel-size and without a launcher "
     "before it, it would start its ranks anew"
@@ -125,6 +130,8 @@ def run_rank(
         works_alone = config.plan or config.save_low_bit is not None
         if config.tensor_parallel_size and not (works_alone or is_launched(os.environ)):
             return run_head(config, config.tensor_parallel_size)
+        if (config.max_restarts, config.recovery_timeout) != HEAD_DEFAULTS and not works_alone:
+            raise ConfigError(NEEDS_HEAD)
         num_ranks = find_num_ranks(config, group)
         config = resolve_model(config, group)
         if config.plan:
@@ -172,18 +179,17 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     if sys.platform != "linux":
         raise ConfigError("ranks are started by the server itself on Linux only: leave "
                           "--tensor-parallel-size out, and start with mpirun")  # fmt: skip
+    from autotp_serving.api.server import reserve_port, serve
     from autotp_serving.head.ranks import RanksLost, RanksRefused, find_launcher
     from autotp_serving.head.runner import RemoteRunner
     from autotp_serving.head.supervisor import Supervisor
 
-    runner = RemoteRunner()
     config = resolve_model(config, LocalRankGroup())
-    supervisor = Supervisor(find_launcher(num_ranks), config, num_ranks, runner)
-    do_without_torch(config)
-    from autotp_serving.api.server import reserve_port, serve
-
     api_keys = check_http(config)
     sock = reserve_port(config.host, config.port)
+    do_without_torch(config)
+    runner = RemoteRunner()
+    supervisor = Supervisor(find_launcher(num_ranks), config, num_ranks, runner)
     try:
         ready = supervisor.start()
         app, engine = build_server(
@@ -214,9 +220,17 @@ def do_without_torch(config: ServingConfig) -> None:
     With torch it would start three seconds later and take four times the memory. Code that comes
     with a model may import it.
     """
-    if not config.trust_remote_code:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # of just that
+    if config.trust_remote_code:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # of just that
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    import transformers  # noqa: F401
+
+    del os.environ[name]  # the ranks' is as it was
+    if before is not None:
+        os.environ[name] = before
 
 
 def obey(head: HeadLine, group: RankGroup) -> int:

@@ -13,14 +13,13 @@ import sys
 from collections import deque
 from collections.abc import MutableMapping
 from functools import partial
-from typing import Any
 
 from autotp_serving.batch import Batch, Runner, ScoreInput
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.channel import LENGTH, SILENT_SHARE
 from autotp_serving.distributed.launch import LaunchError, leave_group
 from autotp_serving.distributed.peer_monitor import PeerMonitor
-from autotp_serving.head.wire import Line, Ready, SampleReader, pack_result
+from autotp_serving.head.wire import Line, LineClosed, Ready, SampleReader, pack_result
 
 HEAD_NAME = "AUTOTP_HEAD"
 """Of the variable in which the head tells ranks its socket, the secret and their number."""
@@ -60,7 +59,7 @@ class HeadLine:
 
     def refuse(self, message: str) -> None:
         """Tell why this rank cannot start."""
-        with contextlib.suppress(OSError):  # another rank has told, and the head is gone
+        with contextlib.suppress(LineClosed):  # another rank has told, and the head is gone
             self._line.send(("refused", message))
 
     def run_steps(self, runner: Runner, max_model_len: int, vocab_size: int) -> None:
@@ -71,43 +70,44 @@ class HeadLine:
             max_model_len: most tokens of a prompt and its completion together.
             vocab_size: tokens that the model has an embedding and logits for.
         """
-        in_flight = runner.max_in_flight
-        ready = Ready(runner.num_blocks, runner.block_size, in_flight, max_model_len, vocab_size)
-        self._send("ready", *ready)
-        reader = SampleReader()
-        begun: deque[tuple[int, int]] = deque()  # epoch and number of each step in flight
-        while True:
-            kind, *step = self._receive()
-            if kind == "stop":
-                return
-            if kind == "step":
-                epoch, number, batch, samples, scores, released = step
-                for request_id in released:
-                    runner.release(request_id)
-                    reader.release(request_id)
-                runner.forward(Batch.from_bytes(batch))
-                runner.sample(reader.unpack(samples), [ScoreInput(*score) for score in scores])
-                begun.append((epoch, number))
-            if kind == "collect" or len(begun) == in_flight:
-                result = pack_result(runner.collect())
-                times = [tuple(one) for one in runner.rank_times]
-                self._send(*begun.popleft(), times, result)
+        sizes = runner.num_blocks, runner.block_size, runner.max_in_flight
+        try:
+            self._line.send(("ready", *Ready(*sizes, max_model_len, vocab_size)))
+            run_steps(self._line, runner)
+        except LineClosed:
+            leave_group(self._rank, "the head has given this group up, or has died")
 
     def close(self) -> None:
         """The head may end from now on."""
         self._monitor.stop()
 
-    def _receive(self) -> Any:
-        try:
-            return self._line.receive()
-        except OSError:
-            leave_group(self._rank, "the head has died")
 
-    def _send(self, *message: Any) -> None:
-        try:
-            self._line.send(message)
-        except OSError:
-            leave_group(self._rank, "the head has died")
+def run_steps(line: Line, runner: Runner) -> None:
+    """Run what comes on the line until "stop".
+
+    A result goes back as soon as no further step may begin before, or "collect" asks for it.
+
+    Raises:
+        LineClosed: the head is gone.
+    """
+    reader = SampleReader()
+    begun: deque[tuple[int, int]] = deque()  # epoch and number of each step in flight
+    while True:
+        kind, *step = line.receive()
+        if kind == "stop":
+            return
+        if kind == "step":
+            epoch, number, batch, samples, scores, released = step
+            for request_id in released:
+                runner.release(request_id)
+                reader.release(request_id)
+            runner.forward(Batch.from_bytes(batch))
+            runner.sample(reader.unpack(samples), [ScoreInput(*score) for score in scores])
+            begun.append((epoch, number))
+        if kind == "collect" or len(begun) == runner.max_in_flight:
+            result = pack_result(runner.collect())
+            times = [tuple(one) for one in runner.rank_times]
+            line.send((*begun.popleft(), times, result))
 
 
 def find_head(environ: MutableMapping[str, str], rank: int) -> HeadLine | None:

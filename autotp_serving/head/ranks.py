@@ -28,7 +28,7 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.channel import GREETING_SECONDS, LENGTH, SECRET_LEN, SILENT_SHARE
 from autotp_serving.distributed.peer_monitor import PeerMonitor
 from autotp_serving.head.rank_side import HEAD_NAME
-from autotp_serving.head.wire import Line, Ready
+from autotp_serving.head.wire import Line, LineClosed, Ready
 
 PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
@@ -40,6 +40,8 @@ REFUSAL_SECONDS = 1.0
 
 STOP_SECONDS = 10.0
 KILL_SECONDS = 30.0
+
+TORCHRUN = "torch.distributed.run"
 
 CHECK_SECONDS = 60.0
 CHECK_PROGRAM = "from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.Get_size() != 2)"
@@ -57,8 +59,8 @@ def find_launcher(num_ranks: int) -> list[str]:
     """The command before a rank's own: none for one rank, `mpirun` if it works, or `torchrun`."""
     if num_ranks == 1:
         return []
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    mpirun = shutil.which("mpirun", path=folders)
     if mpirun is not None and find_spec("mpi4py") is not None:
         for flags in (["--prepend-rank"], []):  # Open MPI has another name for it
             command = [mpirun, *flags, "-np", "2", sys.executable, "-c", CHECK_PROGRAM]
@@ -68,8 +70,8 @@ def find_launcher(num_ranks: int) -> list[str]:
                 )
                 if done.returncode == 0:
                     return [mpirun, *flags, "-np", str(num_ranks)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    return [*torchrun, f"--nproc-per-node={num_ranks}"]
+    flags = ["--standalone", "--no-python", f"--nproc-per-node={num_ranks}"]
+    return [sys.executable, "-m", TORCHRUN, *flags]
 
 
 class RankProcesses:
@@ -90,13 +92,14 @@ class RankProcesses:
         self._processes: list[int] = []  # descriptors, which mean the same process for ever
         self._monitor: PeerMonitor | None = None
         self._lost = threading.Event()
+        self._kill_lock = threading.Lock()
         self._reason: str | None = None
         name = f"autotp-serving-{secrets.token_hex(8)}"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"\0{name}")
         self._listener.listen()
         environ = os.environ | {HEAD_NAME: f"{name} {self._secret.hex()} {num_ranks}"}
-        if num_ranks > 1:  # torchrun would give each a single thread
+        if TORCHRUN in launcher:  # which would give each a single thread
             num_cores = len(os.sched_getaffinity(0))
             environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
         self._launcher = subprocess.Popen(
@@ -147,7 +150,7 @@ class RankProcesses:
                         else:
                             try:
                                 kind, *rest = self._lines[key.data].receive()
-                            except OSError:
+                            except LineClosed:
                                 expect_end(f"rank {key.data} has died", key.fd)
                                 continue
                             if kind == "refused":
@@ -178,7 +181,7 @@ class RankProcesses:
         rank: int = number
         self._lines[rank] = Line(peer)
         self._note_process(pid)
-        with contextlib.suppress(OSError):  # it has died, which shows when it is read from
+        with contextlib.suppress(LineClosed):  # which shows again when it is read from
             self._lines[rank].send(asdict(self._config))
         return rank
 
@@ -206,7 +209,8 @@ class RankProcesses:
         if self._reason is None:
             self._reason = reason
         with contextlib.suppress(OSError, KeyError):
-            self.line.connection.shutdown(socket.SHUT_RDWR)
+            # Of this side alone: the rank, if it lives, is not to think that the head has died.
+            self.line.connection.shutdown(socket.SHUT_RD)
         self._lost.set()
 
     def wait_loss(self) -> str:
@@ -218,15 +222,22 @@ class RankProcesses:
     def stop(self) -> None:
         """Let ranks that wait for a step end by themselves, and end those that do not."""
         self._stop_watching()
-        with contextlib.suppress(OSError, KeyError):
-            self.line.send(("stop",))
-            self._launcher.wait(STOP_SECONDS)
+        if self._monitor is not None:  # they do not load any more
+            with contextlib.suppress(LineClosed, subprocess.TimeoutExpired):
+                self.line.send(("stop",))
+                self._launcher.wait(STOP_SECONDS)
         self.kill()
 
     def kill(self) -> None:
         """End every process of the group at once, and wait until they are gone."""
         self._stop_watching()
-        self._send_signal(signal.SIGKILL)
+        with self._kill_lock:
+            self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
         try:
             self._launcher.wait(LAUNCHER_SECONDS)
         except subprocess.TimeoutExpired:
@@ -243,11 +254,6 @@ class RankProcesses:
         for connection in (*(line.connection for line in self._lines.values()),
                            *self._pulses.values()):  # fmt: skip
             connection.close()
-
-    def _send_signal(self, number: int) -> None:
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(process, number)
 
     def _stop_watching(self) -> None:
         if self._monitor is not None:

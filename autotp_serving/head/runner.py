@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from autotp_serving.batch import Batch, RunnerLost, SampleInput, ScoreInput, StepResult
-from autotp_serving.head.wire import Line, Ready, SampleWriter, pack_scores, unpack_result
+from autotp_serving.head.wire import (
+    Line,
+    LineClosed,
+    Ready,
+    SampleWriter,
+    pack_scores,
+    unpack_result,
+)
 from autotp_serving.step_times import RankTimes
 
 
@@ -76,7 +83,7 @@ class RemoteRunner:
         while True:
             try:
                 epoch, number, times, result = self._line.receive()
-            except OSError as error:
+            except LineClosed as error:
                 raise RunnerLost("the ranks are gone") from error
             if (epoch, number) == expected:
                 break
@@ -92,5 +99,5 @@ class RemoteRunner:
         assert self._line is not None
         try:
             self._line.send(message)
-        except OSError as error:
+        except LineClosed as error:
             raise RunnerLost("the ranks are gone") from error

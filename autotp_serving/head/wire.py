@@ -45,10 +45,14 @@ class Ready(NamedTuple):
         return self[1:] == other[1:]
 
 
+class LineClosed(ConnectionError):
+    """The other side is gone."""
+
+
 class Line:
     """One end of the connection between the head and a rank; whole messages of plain values.
 
-    One thread may send and one receive. Both raise OSError when the other side is gone.
+    One thread may send and one receive. Both raise LineClosed.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -58,22 +62,29 @@ class Line:
     def send(self, message: Any) -> None:
         """Hand over a message, in one write."""
         data = marshal.dumps(message)
-        self.connection.sendall(LENGTH.pack(len(data)) + data)
+        try:
+            self.connection.sendall(LENGTH.pack(len(data)) + data)
+        except OSError as error:
+            raise LineClosed from error
 
     def receive(self) -> Any:
         """Wait for the next message."""
-        unread = self._unread
-        end = LENGTH.size
-        while len(unread) < end:
-            part = self.connection.recv(READ_BYTES)
-            if not part:
-                raise ConnectionError("closed")
-            unread += part
-            if len(unread) >= LENGTH.size:
-                end = LENGTH.size + LENGTH.unpack_from(unread)[0]
-        message = marshal.loads(memoryview(unread)[LENGTH.size : end].tobytes())
-        del unread[:end]
+        self._read_until(LENGTH.size)
+        end = LENGTH.size + LENGTH.unpack_from(self._unread)[0]
+        self._read_until(end)
+        message = marshal.loads(memoryview(self._unread)[LENGTH.size : end].tobytes())
+        del self._unread[:end]
         return message
+
+    def _read_until(self, num_bytes: int) -> None:
+        while len(self._unread) < num_bytes:
+            try:
+                part = self.connection.recv(READ_BYTES)
+            except OSError as error:
+                raise LineClosed from error
+            if not part:
+                raise LineClosed
+            self._unread += part
 
 
 class SampleWriter:
