@@ -38,7 +38,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1, "seed": 11, "top_p": 0.9, "logprobs": 3},
     {"temperature": 0.8, "top_k": 20},
     {"temperature": 0.9, "frequency_penalty": 0.7, "repetition_penalty": 1.1, "logprobs": 1},
-    {"temperature": 0.7, "guided_regex": "([a-z]+ )*"},
+    {"temperature": 0.7, "guided_regex": "([a-z]{2,9} ){40}"},
 )
 """What the streams ask for, in turns; the third has the seed of the server and its number."""
 
