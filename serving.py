@@ -196,7 +196,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
             config, runner, ready.max_model_len, ready.vocab_size, api_keys,
             on_stall=supervisor.end_group,
         )  # fmt: skip
-        supervisor.engine = engine.engine
+        supervisor.give_engine(engine.engine)
         spare_collector()
         engine.engine.start()
         exit_code = serve(app, engine, config, sock)

@@ -6,11 +6,12 @@ the engine, whose sequences wait meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Protocol
 
 from autotp_serving.config import ServingConfig
@@ -63,10 +64,10 @@ class Supervisor:
     def __init__(
         self, launcher: list[str], config: ServingConfig, num_ranks: int, runner: RemoteRunner
     ) -> None:
-        self.engine: Recoverable | None = None
         self._launcher, self._config, self._num_ranks = launcher, config, num_ranks
         self._runner = runner
         self._first: Future[Ready] = Future()
+        self._engine: Future[Recoverable] = Future()
         self._group: RankProcesses | None = None
         self._stopped = threading.Event()
         self._lock = threading.Lock()  # no group is started once stopped
@@ -82,6 +83,10 @@ class Supervisor:
         self._thread.start()
         return self._first.result()
 
+    def give_engine(self, engine: Recoverable) -> None:
+        """Whom to tell from now on; ranks may have died while it was made."""
+        self._engine.set_result(engine)
+
     def end_group(self, reason: str) -> None:
         """Give the ranks up, as those that hang are. For any thread."""
         group = self._group
@@ -93,15 +98,22 @@ class Supervisor:
         with self._lock:
             self._stopped.set()
             group = self._group
+        self._engine.cancel()
         if group is not None:
             group.stop()
             group.lose("the server stops")
         self._thread.join()
 
     def _run(self) -> None:
-        """One group after another: the thread's whole life."""
+        """The thread's whole life."""
+        with contextlib.suppress(CancelledError):  # stopped before there was an engine
+            self._run_groups()
+
+    def _run_groups(self) -> None:
+        """One group after another."""
         num_failures = epoch = 0
         limit = START_SECONDS
+        reason = ""
         while True:
             epoch += 1
             started = time.monotonic()
@@ -111,7 +123,7 @@ class Supervisor:
                 group = self._group = RankProcesses(self._launcher, self._config, self._num_ranks)
             try:
                 ready = group.wait_ready(limit)
-                self._hand_over(group, ready, epoch)
+                self._hand_over(group, ready, epoch, reason)
             except RanksRefused as error:
                 reason = str(error)
                 if not self._first.done():
@@ -138,8 +150,11 @@ class Supervisor:
             if not has_run:
                 self._stopped.wait(min(MAX_DELAY_SECONDS, 2.0 ** (num_failures - 1)))
 
-    def _hand_over(self, group: RankProcesses, ready: Ready, epoch: int) -> None:
+    def _hand_over(self, group: RankProcesses, ready: Ready, epoch: int, reason: str) -> None:
         """Give the engine a group that is ready.
+
+        Args:
+            reason: how the group before has ended.
 
         Raises:
             RanksRefused: it is not like the first.
@@ -157,8 +172,9 @@ class Supervisor:
             raise RanksRefused("the ranks that were started anew are not like the first: has the "
                                "model's folder changed?")  # fmt: skip
         group.watch()
-        assert self.engine is not None
-        self.engine.resume(attach)
+        engine = self._engine.result()
+        engine.lose(reason)  # it may have been made since
+        engine.resume(attach)
 
     def _tell(self, reason: str, num_failures: int) -> bool:
         """Tell the engine of a group's end; False if it was one too many."""
@@ -168,15 +184,15 @@ class Supervisor:
                 "%s: the ranks are started anew (%d of at most %d times)",
                 reason, num_failures, max_restarts,
             )  # fmt: skip
-            if self.engine is not None:
-                self.engine.lose(reason)
+            if self._engine.done():
+                self._engine.result().lose(reason)
             return True
         message = (
             f"{reason}; the ranks have ended {num_failures} times in a row, and are not started "
             f"anew more than {max_restarts} times (--max-restarts)"
         )
-        if self.engine is not None:
-            self.engine.fail(message)
+        if self._first.done():
+            self._engine.result().fail(message)
         else:
             self._first.set_exception(RanksLost(message))
         return False
