@@ -1,6 +1,8 @@
-"""Start the server: `mpirun -np N python serving.py --repo-id-or-model-path FOLDER`. Every rank.
+"""Start the server: `python serving.py --tensor-parallel-size N --repo-id-or-model-path FOLDER`.
 
-Rank 0 schedules, samples and serves HTTP; the others run the batches it sends.
+So this process is the head: it serves HTTP, schedules, and starts N ranks, each this program again,
+which run the batches it sends. Under `mpirun` or `torchrun` the process is one of the ranks, and
+rank 0 is what the head would be as well. Head and every rank.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +25,18 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from autotp_serving.api.api_keys import ApiKeys
     from autotp_serving.api.engine_client import EngineClient
+    from autotp_serving.batch import Runner
     from autotp_serving.worker.runner import LeadRunner
+
+if TYPE_CHECKING:
+    import socket
+
+    from fastapi import FastAPI
+
+    from autotp_serving.api.api_keys import ApiKeys
+    from autotp_serving.api.engine_client import EngineClient
 
 EXIT_CANNOT_START = 2
 
@@ -49,15 +62,18 @@ try:
         Failure,
         GroupFailure,
         LaunchError,
+        LocalRankGroup,
         RankGroup,
         check_open_files,
         find_launched_rank,
         find_num_ranks,
         is_first_rank,
+        is_launched,
         join_group,
         leave_group,
     )
     from autotp_serving.distributed.stand_in import StandIn, part_from_launcher
+    from autotp_serving.head.rank_side import HeadLine, find_head
     from autotp_serving.logs import configure_logging
     from autotp_serving.model.source import resolve_model
     from autotp_serving.progress import tell_silence
@@ -67,6 +83,17 @@ except ModuleNotFoundError as error:
     sys.exit(EXIT_CANNOT_START)
 
 
+HEAD_DEFAULTS = (ServingConfig.max_restarts, ServingConfig.recovery_timeout)
+NEEDS_HEAD = (
+    "--max-restarts and --recovery-timeout are for a server that starts its ranks itself: give "
+    "--tensor-parallel-size and no launcher before it, or leave them out"
+)
+DOES_NOT_HEAL = (
+    "This server ends when a rank dies; started with --tensor-parallel-size and without a launcher "
+    "before it, it would start its ranks anew"
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run this rank until the server stops. Returns the exit code: 2 when it could not start."""
     # Ctrl+C before the server runs ends this rank, and so the group: as a KeyboardInterrupt it
@@ -74,22 +101,30 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = find_launched_rank(os.environ)
     stand_in = StandIn(None) if rank is None else part_from_launcher(rank)
+    head = None
     try:
         check_open_files(os.environ)
+        head = find_head(os.environ, rank or 0)
         group = join_group(os.environ)
     except LaunchError as error:
-        return report(str(error)) if is_first_rank(os.environ) else EXIT_CANNOT_START
+        tell = head.refuse if head else report
+        if head or is_first_rank(os.environ):
+            tell(str(error))
+        return EXIT_CANNOT_START
     except ModuleNotFoundError as error:
         return report_missing(error) if is_first_rank(os.environ) else EXIT_CANNOT_START
+    tell = head.refuse if head else report
     try:
-        return run_rank(group, argv, stand_in)
+        return run_rank(group, argv, stand_in, head)
     except GroupFailure as error:
-        exit_code = report(str(error)) if group.rank == 0 else EXIT_CANNOT_START
+        if group.rank == 0:
+            tell(str(error))
+        exit_code = EXIT_CANNOT_START
         if has_stuck_threads():  # of a download, for which Python would wait
             group.abort(exit_code)
         return exit_code
     except LaunchError as error:  # the others cannot hear this rank, so it speaks for itself
-        report(str(error))
+        tell(str(error))
         group.abort(EXIT_CANNOT_START)
         return EXIT_CANNOT_START
     except ModuleNotFoundError as error:
@@ -109,18 +144,28 @@ def has_stuck_threads() -> bool:
     return any(not thread.daemon for thread in others)
 
 
-def run_rank(group: RankGroup, argv: list[str] | None, stand_in: StandIn) -> int:
-    """Parse, load and serve or follow.
+def run_rank(
+    group: RankGroup, argv: list[str] | None, stand_in: StandIn, head: HeadLine | None
+) -> int:
+    """Parse, load and serve or follow; or be the head.
 
     Raises:
         GroupFailure: on every rank, when some rank cannot start.
     """
     try:
+        if head is not None:
+            configure_logging(head.config.log_level, head.config.log_format, group.rank)
+            return obey(head, group) if group.rank == 0 else follow(head.config, group, head)
         # --help is for one reader, not for one reader per rank.
         silence = contextlib.redirect_stdout(io.StringIO()) if group.rank else None
         with silence or contextlib.nullcontext():
             config = parse_args(argv)
         configure_logging(config.log_level, config.log_format, group.rank)
+        works_alone = config.plan or config.save_low_bit is not None
+        if config.tensor_parallel_size and not (works_alone or is_launched(os.environ)):
+            return run_head(config, config.tensor_parallel_size)
+        if (config.max_restarts, config.recovery_timeout) != HEAD_DEFAULTS and not works_alone:
+            raise ConfigError(NEEDS_HEAD)
         num_ranks = find_num_ranks(config, group)
         config = resolve_model(config, group)
         if config.plan:
@@ -154,25 +199,129 @@ def load(
     config: ServingConfig, group: RankGroup, stand_in: StandIn
 ) -> tuple[FastAPI, EngineClient, LeadRunner, socket.socket]:
     """Rank 0: the application around a running engine, and the port that it will listen at."""
-    from autotp_serving.api.api_keys import load_api_keys
-    from autotp_serving.api.app import build_app
-    from autotp_serving.api.engine_client import EngineClient
-    from autotp_serving.api.server import check_tls, reserve_port
-    from autotp_serving.engine import Engine
-    from autotp_serving.engine.sandbox import Sandbox
-    from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+    from autotp_serving.api.server import reserve_port
     from autotp_serving.worker.worker import start_worker
 
-    api_keys = load_api_keys(config, os.environ)
-    check_tls(config)
+    api_keys = check_http(config)
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, group)
     runner = worker.lead
     assert runner is not None, "only rank 0 leads"
+    app, engine = build_server(
+        config, runner, worker.max_model_len, worker.vocab_size, api_keys,
+        find_late_ranks=runner.find_late_ranks,
+    )  # fmt: skip
+    spare_collector()
+    group.all_gather("ready")
+    logging.getLogger("autotp_serving").info(DOES_NOT_HEAL)
+    worker.channel.monitor(engine.engine.fail, config.step_timeout)
+    stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
+    engine.engine.start()
+    return app, engine, runner, sock
+
+
+def run_head(config: ServingConfig, num_ranks: int) -> int:
+    """The head: start the ranks, then answer requests until told to stop, whatever ranks do."""
+    if sys.platform != "linux":
+        raise ConfigError("ranks are started by the server itself on Linux only: leave "
+                          "--tensor-parallel-size out, and start with mpirun")  # fmt: skip
+    from autotp_serving.api.server import reserve_port, serve
+    from autotp_serving.head.ranks import RanksLost, RanksRefused, find_launcher
+    from autotp_serving.head.runner import RemoteRunner
+    from autotp_serving.head.supervisor import Supervisor
+
+    config = resolve_model(config, LocalRankGroup())
+    api_keys = check_http(config)
+    sock = reserve_port(config.host, config.port)
+    do_without_torch(config)
+    runner = RemoteRunner()
+    supervisor = Supervisor(find_launcher(num_ranks), config, num_ranks, runner)
+    try:
+        ready = supervisor.start()
+        app, engine = build_server(
+            config, runner, ready.max_model_len, ready.vocab_size, api_keys,
+            on_stall=supervisor.end_group,
+        )  # fmt: skip
+        supervisor.give_engine(engine.engine)
+        spare_collector()
+        engine.engine.start()
+        exit_code = serve(app, engine, config, sock)
+        ignore_signals()
+        if not exit_code and not engine.engine.shutdown():
+            exit_code = 1
+        return exit_code
+    except RanksRefused as error:
+        return report(str(error))
+    except RanksLost as error:
+        report(str(error))
+        return 1
+    finally:
+        supervisor.stop()
+
+
+def do_without_torch(config: ServingConfig) -> None:
+    """Have transformers believe that there is no torch: the head needs its tokenizers alone.
+
+    With torch it would start three seconds later and take four times the memory. Code that comes
+    with a model may import it.
+    """
+    if config.trust_remote_code:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # of just that
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    import transformers  # noqa: F401
+
+    del os.environ[name]  # the ranks' is as it was
+    if before is not None:
+        os.environ[name] = before
+
+
+def obey(head: HeadLine, group: RankGroup) -> int:
+    """Rank 0 of a head: load, then run the steps that it sends."""
+    from autotp_serving.worker.worker import start_worker
+
+    worker = start_worker(head.config, group)
+    assert worker.lead is not None, "only rank 0 leads"
+    ignore_signals()
+    spare_collector()
+    group.all_gather("ready")
+    head.run_steps(worker.lead, worker.max_model_len, worker.vocab_size)
+    head.close()
+    worker.lead.stop()
+    return 0
+
+
+def check_http(config: ServingConfig) -> ApiKeys:
+    """Read what HTTP needs before minutes go into loading a model."""
+    from autotp_serving.api.api_keys import load_api_keys
+    from autotp_serving.api.server import check_tls
+
+    api_keys = load_api_keys(config, os.environ)
+    check_tls(config)
+    return api_keys
+
+
+def build_server(
+    config: ServingConfig,
+    runner: Runner,
+    max_model_len: int,
+    vocab_size: int,
+    api_keys: ApiKeys,
+    *,
+    on_stall: Callable[[str], None] | None = None,
+    find_late_ranks: Callable[[], str] = lambda: "a rank hangs",
+) -> tuple[FastAPI, EngineClient]:
+    """Put engine and application together over ranks that are ready."""
+    from autotp_serving.api.app import build_app
+    from autotp_serving.api.engine_client import EngineClient
+    from autotp_serving.engine import Engine
+    from autotp_serving.engine.sandbox import Sandbox
+    from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+
     tokenizer = HuggingFaceTokenizer(
-        Path(config.model_path),
-        trust_remote_code=config.trust_remote_code,
-        num_rows=worker.vocab_size,
+        Path(config.model_path), trust_remote_code=config.trust_remote_code, num_rows=vocab_size
     )
     sandbox = Sandbox(tokenizer)
     sandbox.start()
@@ -181,19 +330,14 @@ def load(
             runner,
             tokenizer,
             config,
-            worker.max_model_len,
+            max_model_len,
             deliver,
-            find_late_ranks=runner.find_late_ranks,
+            on_stall=on_stall,
+            find_late_ranks=find_late_ranks,
         ),
         config.request_timeout,
     )
-    spare_collector()
-    group.all_gather("ready")
-    worker.channel.monitor(engine.engine.fail, config.step_timeout)
-    stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
-    engine.engine.start()
-    app = build_app(engine, tokenizer, config, worker.max_model_len, api_keys, sandbox)
-    return app, engine, runner, sock
+    return build_app(engine, tokenizer, config, max_model_len, api_keys, sandbox), engine
 
 
 def plan(config: ServingConfig, group: RankGroup, num_ranks: int) -> int:
@@ -219,16 +363,22 @@ def save(config: ServingConfig, group: RankGroup) -> int:
     return 0
 
 
-def follow(config: ServingConfig, group: RankGroup) -> int:
-    """Other ranks: load, then obey rank 0, which alone decides when to stop."""
+def follow(config: ServingConfig, group: RankGroup, head: HeadLine | None = None) -> int:
+    """Other ranks: load, then obey rank 0, which alone decides when to stop.
+
+    Where there is a head, that notices when one of them is lost.
+    """
     from autotp_serving.worker.worker import start_worker
 
     worker = start_worker(config, group)
     ignore_signals()
     spare_collector()
     group.all_gather("ready")
-    worker.channel.monitor(partial(leave_group, group.rank), config.step_timeout)
+    if head is None:
+        worker.channel.monitor(partial(leave_group, group.rank), config.step_timeout)
     worker.runner.follow(worker.channel)
+    if head is not None:
+        head.close()
     return 0
 
 

@@ -211,6 +211,10 @@ class StepResult:
     pooled: Sequence[bytes | None] = ()
 
 
+class RunnerLost(ConnectionError):
+    """The ranks are gone with all that they held; others may take their place."""
+
+
 class Runner(Protocol):
     """Runs batches on all ranks; the engine knows nothing else of the model.
 

@@ -40,7 +40,7 @@ SECTIONS = {
     "batches and limits": (
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),
         *("max_queue_len", "request_timeout", "compile_timeout", "template_timeout"),
-        *("step_timeout", "drain_seconds", "seed"),
+        *("step_timeout", "max_restarts", "recovery_timeout", "drain_seconds", "seed"),
     ),
     "HTTP": (
         *("host", "port", "max_body_size", "api_key", "api_key_file", "cors_origin"),

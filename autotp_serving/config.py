@@ -140,8 +140,8 @@ class ServingConfig:
     )
     tensor_parallel_size: int | None = setting(
         None,
-        "number of ranks; default: as many as mpirun started, which is all it may be, but any "
-        "number with --plan",
+        "number of ranks; without mpirun the server starts so many itself, and starts them anew "
+        "when they die; default: as many as mpirun started, or one in this process",
         parse=int,
         unit="RANKS",
     )
@@ -215,6 +215,18 @@ class ServingConfig:
         60.0,
         "seconds after which a rank that is silent, or a step that has not ended, is taken to hang "
         "and ends the server; the first steps may take longer, and so may any that is expected to",
+        unit="SECONDS",
+    )
+    max_restarts: int = setting(
+        5,
+        "how often ranks that have died or hang are started anew; they count as well again after "
+        "ten minutes. Only where the server starts them itself (--tensor-parallel-size without "
+        "mpirun)",
+        unit="TIMES",
+    )
+    recovery_timeout: float = setting(
+        120.0,
+        "seconds that requests wait for ranks that are started anew, before they end with an error",
         unit="SECONDS",
     )
     max_body_size: int = setting(
@@ -366,6 +378,10 @@ class ServingConfig:
             raise ConfigError(
                 f"--step-timeout must be at least {MIN_STEP_TIMEOUT:g}, not {self.step_timeout}"
             )
+        if self.max_restarts < 0:
+            raise ConfigError(f"--max-restarts must be 0 or more, not {self.max_restarts}")
+        if not 0.0 < self.recovery_timeout < float("inf"):
+            raise ConfigError(f"--recovery-timeout must be above 0, not {self.recovery_timeout}")
         for origin in self.cors_origin:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(

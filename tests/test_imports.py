@@ -83,12 +83,17 @@ ROOMS = {
         "`anthropic/`, `pooling/`",
         ("engine", "base"),
     ),
+    "head": Room(
+        "HTTP and engine in a process of their own: starts the ranks, talks to them, starts them "
+        "anew",
+        ("distributed", "base"),
+    ),
     "llm": Room(
         "the engine in a script, without HTTP", ("worker", "engine", "model", "distributed", "base")
     ),
 }
 FOLDERS = set(ROOMS) - {"base", "llm"}
-WITHOUT_TORCH = {"base", "engine", "api"}
+WITHOUT_TORCH = {"base", "engine", "api", "head"}
 HEAVY = {"torch", "transformers", "deepspeed", "triton"}
 LAZY_EXCEPTIONS = {
     "engine/tokenizer.py": {"transformers"},
@@ -307,7 +312,7 @@ def test_the_control_side_runs_without_torch() -> None:
     """What is said above of the source, seen at run time, third parties' imports included."""
     code = (
         f"import sys, {PACKAGE}.api.app, {PACKAGE}.api.server, {PACKAGE}.engine, "
-        f"{PACKAGE}.engine.tokenizer, {PACKAGE}.command_line\n"
+        f"{PACKAGE}.engine.tokenizer, {PACKAGE}.command_line, {PACKAGE}.head.supervisor\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     done = subprocess.run(

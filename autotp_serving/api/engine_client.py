@@ -221,12 +221,16 @@ class EngineClient:
         )
 
     def check_open(self) -> None:
-        """Raise ApiError 503 when the engine has failed or is stopping."""
+        """Raise ApiError 503 when the engine has failed, is stopping or has waited too long."""
         if self.engine.failure is not None:
             raise ApiError(503, self.engine.failure, code="engine_failed")
         if self.is_draining:
             raise ApiError(
                 503, "the server is shutting down", code="draining", headers={"Retry-After": "30"}
+            )
+        if self.engine.refusal is not None:
+            raise ApiError(
+                503, self.engine.refusal, code="recovering", headers={"Retry-After": "30"}
             )
 
     def _dispatch(self, outputs: list[RequestOutput]) -> None:

@@ -43,7 +43,12 @@ class ApiError(Exception):
         self.headers = headers
 
 
-STATUS_OF_CODE = {"timeout": 504, "shutting_down": 503, "structure_too_complex": 400}
+STATUS_OF_CODE = {
+    "timeout": 504,
+    "shutting_down": 503,
+    "recovering": 503,
+    "structure_too_complex": 400,
+}
 
 
 def check_reason(output: RequestOutput) -> None:

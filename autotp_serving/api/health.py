@@ -43,11 +43,13 @@ class HealthRoutes:
         self._readiness = Readiness(engine, pools=task != "generate")
 
     async def health(self) -> Response:
-        """200 while the engine is alive; 503 with the cause once it has failed."""
+        """200 while the engine is alive, or waits for ranks that are started anew; 503 with the
+        cause once it has failed."""
         engine = self._client.engine
         if engine.failure is not None:
             raise ApiError(503, engine.failure, code="engine_failed")
-        status = "draining" if self._client.is_draining else "ok"
+        status = "ok" if engine.outage is None else "recovering"
+        status = "draining" if self._client.is_draining else status
         return JSONResponse({"status": status, "task": self._task, **asdict(engine.stats())})
 
     async def ready(self) -> dict[str, str | float]:

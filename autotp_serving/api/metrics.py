@@ -143,6 +143,7 @@ def _render_engine(
         "prefix_cache_queries_total": ("Tokens looked up.", stats.num_prefix_query_tokens),
         "prefix_cache_hits_total": ("Tokens found.", stats.num_prefix_hit_tokens),
         "num_preemptions_total": ("Requests that lost their blocks.", stats.num_preemptions),
+        "rank_restarts_total": ("Times the ranks were started anew.", stats.num_restarts),
         "num_steps_total": ("Steps run.", stats.num_steps),
     }
     for kind, families in (("gauge", gauges), ("counter", counters)):

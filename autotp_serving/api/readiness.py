@@ -53,6 +53,9 @@ class Readiness:
             ApiError: 503, with the cause.
         """
         self._engine.check_open()
+        outage = self._engine.engine.outage
+        if outage is not None:
+            raise ApiError(503, f"{outage}: the ranks are started anew", code="recovering")
         if self._refusal is not None or not self._is_fresh():
             if self._task is None and not self._has_just_failed():
                 self._asked_time = time.monotonic()

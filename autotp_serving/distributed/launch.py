@@ -246,6 +246,11 @@ def find_num_ranks(config: ServingConfig, group: RankGroup) -> int:
     )
 
 
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process, be it as the only one."""
+    return any(name in environ for name in (*MPI_SIZE_NAMES, "WORLD_SIZE"))
+
+
 def check_open_files(environ: Mapping[str, str]) -> None:
     """Refuse a limit of open files under which the ranks could not even join.
 

@@ -62,6 +62,7 @@ class PeerMonitor:
         pulses: further connections by the same names, on which each side sends a byte now and
             then. A process that is stopped sends none, though its kernel answers for it.
         silence_seconds: how long a peer may send none; None listens to no pulse.
+        hears_silence: False only sends: the peers may be silent for as long as they like.
     """
 
     def __init__(
@@ -71,11 +72,14 @@ class PeerMonitor:
         patience: float = 0.0,
         pulses: Mapping[str, socket.socket] | None = None,
         silence_seconds: float | None = None,
+        *,
+        hears_silence: bool = True,
     ) -> None:
         self._connections = {item.fileno(): (name, item) for name, item in connections.items()}
         self._on_loss = on_loss
         self._patience = patience
         self._silence_seconds = silence_seconds
+        self._hears_silence = hears_silence
         self._pulses = {}
         if pulses and silence_seconds is not None:
             self._pulses = {item.fileno(): (name, item) for name, item in pulses.items()}
@@ -130,7 +134,7 @@ class PeerMonitor:
                 self._send_beats()
                 for number in self._pulses:
                     self._num_silent[number] += 1
-                    if self._num_silent[number] > BEATS_TO_LOSS:
+                    if self._hears_silence and self._num_silent[number] > BEATS_TO_LOSS:
                         return (
                             f"{self._pulses[number][0]} has not answered for "
                             f"{self._silence_seconds:g} s: its process is stopped or hangs"

@@ -1,8 +1,8 @@
 """The engine: one thread on rank 0 that turns requests into outputs, one step after another.
 
-Any thread may call `submit`, `abort`, `stats`, `shutdown` and `fail`; all but the last leave a note
-in the inbox. All else happens in the engine's own thread, or in the caller's where `step` is called
-by hand.
+Any thread may call `submit`, `abort`, `stats`, `shutdown`, `lose`, `resume` and `fail`; all but the
+last leave a note in the inbox. All else happens in the engine's own thread, or in the caller's
+where `step` is called by hand.
 
 Past 250 lines, since these doors and the thread behind them share one inbox, one lock and one
 failure. What they call has files of its own: which requests are active, which run, their text.
@@ -10,6 +10,7 @@ failure. What they call has files of its own: which requests are active, which r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,14 +18,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
-from autotp_serving.batch import Runner
+from autotp_serving.batch import Runner, RunnerLost
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.active_requests import ActiveRequests
 from autotp_serving.engine.batch_builder import Progress, Step
 from autotp_serving.engine.output_processor import OutputProcessor
-from autotp_serving.engine.scheduler import INVALID_NUMBERS, Scheduler
+from autotp_serving.engine.scheduler import INVALID_NUMBERS, MAX_LOSSES, Scheduler
 from autotp_serving.engine.stats import EngineStats
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.engine.watchdog import StepWatchdog
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
 
+
+TRIED_TOO_OFTEN = f"the ranks ended {MAX_LOSSES} times while they ran this request"
 
 INTERNAL_ERROR = "internal error; see the server's log"
 
@@ -81,6 +84,8 @@ class Engine:
         find_late_ranks: Callable[[], str] = lambda: "the runner",
     ) -> None:
         self.failure: str | None = None
+        self.outage: str | None = None  # how the ranks ended, while others are on their way
+        self.refusal: str | None = None  # for requests, once that takes too long
         self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
         self.is_sound = True  # the latest step to give numbers gave finite ones
         if not runner.can_reuse_prefixes:
@@ -98,7 +103,10 @@ class Engine:
         self._on_failure = on_failure
         self._on_stall = on_stall or self.fail
         self._find_late_ranks = find_late_ranks
+        self._config = config
         self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
+        self._patience: threading.Timer | None = None
+        self._num_restarts = 0
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._closed = False
@@ -128,6 +136,8 @@ class Engine:
                 raise EngineError(self.failure)
             if self._closed:
                 raise EngineError("the server is shutting down")
+            if self.refusal is not None:
+                raise EngineError(self.refusal)
             self._active.add(request)
             self._inbox.put(partial(self._add, request))
 
@@ -173,6 +183,7 @@ class Engine:
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_restarts=self._num_restarts,
             num_finished=dict(self._output_processor.num_finished),
             last_step_seconds=self._last_step_seconds,
         )
@@ -214,6 +225,18 @@ class Engine:
             self.failure = f"the engine failed: {message}"
         logger.error("%s", self.failure)
 
+    def lose(self, reason: str) -> None:
+        """The ranks are gone, others are on their way: requests wait. For any thread."""
+        self._inbox.put(partial(self._lose, reason))
+
+    def resume(self, attach: Callable[[], None]) -> None:
+        """Others are ready: run every request on from the tokens that it has. For any thread.
+
+        Args:
+            attach: gives them to the runner; called in the engine's thread.
+        """
+        self._inbox.put(partial(self._resume, attach))
+
     def step(self, *, wait: bool = False) -> None:
         """Take in what is in the inbox, begin steps, collect the oldest, hand out its outputs.
 
@@ -231,7 +254,7 @@ class Engine:
         try:
             self._read_inbox(wait)
             started = time.perf_counter()
-            step = self._schedule()
+            step = self._schedule() if self.outage is None else None
             oldest = self._in_flight[0] if self._in_flight else step
             if oldest is not None:
                 self.watchdog.begin(oldest.num_tokens)
@@ -246,6 +269,9 @@ class Engine:
             self._last_step_seconds = time.perf_counter() - started
         except ENDS_OF_PROCESS:
             raise
+        except RunnerLost as error:
+            self._lose(str(error))
+            self._output_processor.publish()
         except BaseException as error:  # a library's panic is no Exception
             if self.failure is None and not isinstance(error, ConnectionError):  # no rank is gone
                 logger.exception("the engine failed")
@@ -275,13 +301,17 @@ class Engine:
         try:
             while self._in_flight:
                 self._collect()
+        except RunnerLost:
+            self._in_flight.clear()
         except Exception as error:
             logger.exception("the last step failed")
             self._fail(error)
 
     def _read_inbox(self, wait: bool) -> None:
-        if wait and not self.scheduler.has_work:
-            self._inbox.get()()
+        if wait and (self.outage is not None or not self.scheduler.has_work):
+            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            with contextlib.suppress(Empty):  # the time to finish is over
+                self._inbox.get(timeout=left)()
         while not self._inbox.empty():  # no one else takes from it
             self._inbox.get()()
 
@@ -302,6 +332,50 @@ class Engine:
 
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
+
+    def _lose(self, reason: str) -> None:
+        """What was in flight is lost; everyone waits, and not for ever."""
+        if self.outage is not None:
+            self.outage = reason  # whoever starts them knows more than the step that they left
+            return
+        self.outage = reason
+        self.watchdog.stop()
+        self._in_flight.clear()
+        for sequence in self.scheduler.restart():
+            self._end(sequence.request, "error", TRIED_TOO_OFTEN)
+        timeout = self._config.recovery_timeout
+        note = partial(self._end_waiting, self._num_restarts)
+        self._patience = threading.Timer(timeout, self._inbox.put, [note])
+        self._patience.daemon = True
+        self._patience.start()
+
+    def _end_waiting(self, num_restarts: int) -> None:
+        """Tell all that wait for ranks that these have not come, and let nobody else wait."""
+        if self.outage is None or self._num_restarts > num_restarts:
+            return
+        self.refusal = (
+            f"{self.outage}, and the ranks that are started anew were not ready within "
+            f"{self._config.recovery_timeout:g} s (--recovery-timeout)"
+        )
+        for request in self._active:
+            self._end(request, "error", self.refusal, "recovering")
+
+    def _resume(self, attach: Callable[[], None]) -> None:
+        """Go on, with ranks that know of nothing."""
+        attach()
+        assert self._patience is not None, "nothing was lost"
+        self._patience.cancel()
+        self.scheduler.set_pool(self._runner.num_blocks)
+        for sequence in tuple(self.scheduler.waiting):
+            try:
+                self.scheduler.check_fits(sequence.request)
+            except RequestError as error:  # there is less memory than before
+                self._end(sequence.request, "error", str(error))
+        self.watchdog = StepWatchdog(self._config.step_timeout, self._tell_stall)
+        self.watchdog.start()
+        self._num_restarts += 1
+        self.outage = self.refusal = None
+        logger.info("The ranks are back: %d requests go on", len(self._active))
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and write what it did."""
@@ -333,10 +407,16 @@ class Engine:
                 self.scheduler.finish(sequence, reason)
             self._retire(sequence.request, reason)
 
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: str | None = None,
+        error_code: str | None = None,
+    ) -> None:
         """End a request between steps, wherever it is, and say so in its last output."""
         sequence = self.scheduler.abort(request.request_id, reason)
-        self._output_processor.add_end(request, sequence, reason, error)
+        self._output_processor.add_end(request, sequence, reason, error, error_code)
         self._retire(request, reason)
 
     def _retire(self, request: Request, reason: FinishReason) -> None:

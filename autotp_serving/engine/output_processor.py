@@ -99,6 +99,7 @@ class OutputProcessor:
         sequence: Sequence | None,
         reason: FinishReason,
         error: str | None = None,
+        error_code: str | None = None,
     ) -> None:
         """Write the last output of a request that ends between steps."""
         self._outputs.append(
@@ -107,6 +108,7 @@ class OutputProcessor:
                 text="",
                 finish_reason=reason,
                 error=error,
+                error_code=error_code,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_output_tokens=sequence.num_output_tokens if sequence else 0,
                 num_cached_tokens=sequence.num_cached_tokens if sequence else 0,

@@ -21,6 +21,10 @@ from autotp_serving.request import FinishReason, Request, RequestError
 MAX_GUIDE_WAIT_SECONDS = 0.005
 """In which the engine hears of nothing new."""
 
+MAX_LOSSES = 3
+"""A sequence that was in the step in flight each of so many times that the ranks were lost, without
+a token in between, is not tried again."""
+
 STRUCTURE_CODE = "structure_too_complex"
 
 INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this request"
@@ -228,6 +232,37 @@ class Scheduler:
         """Expect nothing more of the steps in flight: the runner has failed."""
         self._in_flight.clear()
         self._free_leftovers(self._num_begun)
+
+    def restart(self) -> list[Sequence]:
+        """Begin anew: the ranks are gone, with all blocks. What runs waits again, in its order.
+
+        Returns:
+            Sequences that were in a lost step so often that it may be their doing.
+        """
+        lost = {sequence for step in self._in_flight for sequence in step.sequences}
+        self.drop_steps()
+        while self.running:
+            self._preempt().num_pending_tokens = 0
+        suspects = []
+        for sequence in lost:
+            if sequence.finish_reason is not None:
+                continue
+            has_moved = sequence.num_tokens > sequence.len_at_loss
+            sequence.num_losses = 1 if has_moved else sequence.num_losses + 1
+            sequence.len_at_loss = sequence.num_tokens
+            if sequence.num_losses >= MAX_LOSSES:
+                suspects.append(sequence)
+        self.set_pool(self.blocks.num_blocks)
+        return suspects
+
+    def set_pool(self, num_blocks: int) -> None:
+        """Begin with an empty pool of so many blocks; nothing runs."""
+        assert not self.running
+        self.blocks = BlockManager(
+            num_blocks,
+            self.blocks.block_size,
+            enable_prefix_caching=self._config.enable_prefix_caching,
+        )
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a request by its id; None when there is no such request (any more)."""

@@ -96,6 +96,8 @@ class Sequence:
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
         queue_seconds: how long it waited before it first began to run.
         num_preemptions: how often it lost its blocks and started over.
+        num_losses: how often the ranks were lost in its step since it last got a token.
+        len_at_loss: how many tokens it had then.
         guide: follows the completion through its structured output; None without one.
         prompt_logprobs: of the prompt's tokens after the first, as far as they are computed.
         pooled: what was made of the prompt's hidden states; see RequestOutput.
@@ -120,6 +122,8 @@ class Sequence:
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     num_preemptions: int = 0
+    num_losses: int = 0
+    len_at_loss: int = 0
     guide: GuardedGuide | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     pooled: bytes = b""

@@ -22,6 +22,7 @@ class EngineStats:
         num_prefix_query_tokens: prompt tokens looked up in the prefix cache.
         num_prefix_hit_tokens: those of them that were found.
         num_preemptions: times a running sequence lost its blocks and went back to wait.
+        num_restarts: times the ranks were started anew.
         num_finished: requests ended, by reason.
         last_step_seconds: how long the last step took, all in all.
     """
@@ -36,5 +37,6 @@ class EngineStats:
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
     num_preemptions: int
+    num_restarts: int
     num_finished: dict[FinishReason, int]
     last_step_seconds: float

@@ -69,6 +69,43 @@ def test_steps_of_clients_are_proof_enough():
     run(test)
 
 
+def test_ranks_that_are_started_anew_are_not_ready_and_the_server_is_healthy():
+    async def test(http: httpx.AsyncClient, service: Service) -> None:
+        engine = service.engine.engine
+        engine.lose("rank 1 has died")
+        waits = asyncio.create_task(http.post("/generate", json={"prompt": "x", "n_predict": 3}))
+        while (await http.get("/health")).json()["num_waiting"] == 0:
+            await asyncio.sleep(0.01)
+        assert (await http.get("/health")).json()["status"] == "recovering"
+        reply = await http.get("/ready")
+        assert reply.status_code == 503
+        error = reply.json()["error"]
+        assert error["code"] == "recovering" and "rank 1 has died" in error["message"]
+        engine.resume(lambda: None)
+        assert (await waits).status_code == 200
+        assert (await http.get("/ready")).status_code == 200
+        assert "autotp:rank_restarts_total" in (await http.get("/metrics")).text
+
+    run(test)
+
+
+def test_who_comes_when_the_ranks_are_overdue_is_refused():
+    async def test(http: httpx.AsyncClient, service: Service) -> None:
+        engine = service.engine.engine
+        engine.lose("rank 1 has died")
+        while engine.refusal is None:
+            await asyncio.sleep(0.01)
+        reply = await http.post("/generate", json={"prompt": "x"})
+        assert reply.status_code == 503 and reply.headers["retry-after"]
+        assert "--recovery-timeout" in reply.text
+        engine.resume(lambda: None)
+        while engine.outage is not None:
+            await asyncio.sleep(0.01)
+        assert (await http.post("/generate", json={"prompt": "x"})).status_code == 200
+
+    run(test, config={"recovery_timeout": 0.05})
+
+
 def test_an_old_step_proves_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readiness, "FRESH_SECONDS", 0.05)
 

@@ -120,6 +120,7 @@ def test_a_plan_imports_no_torch_where_config_json_is_enough(tmp_path: Path) -> 
 
 
 def test_a_count_of_ranks_that_was_not_started_is_refused(tmp_path: Path) -> None:
-    done = run_alone(["serving.py", "--model", str(tmp_path), "--tensor-parallel-size", "2"])
+    words = ["serving.py", "--model", str(tmp_path), "--tensor-parallel-size", "2"]
+    done = run_alone([*words, "--save-low-bit", str(tmp_path / "saved")])
     assert done.returncode == 2
     assert "start with mpirun -np 2" in done.stderr

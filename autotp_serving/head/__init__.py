@@ -1,0 +1,3 @@
+"""The head: HTTP and engine in a process of their own, which starts the ranks, and starts them
+anew. Never torch.
+"""
