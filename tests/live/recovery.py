@@ -41,7 +41,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.9, "frequency_penalty": 0.7, "repetition_penalty": 1.1, "logprobs": 1},
     {"temperature": 0.7, "guided_regex": "([a-z]{2,9} ){40}"},
 )
-"""What the streams ask for, in turns; the third has the seed of the server and its number."""
+"""What the streams ask for, in turns; each has a seed."""
 
 
 @dataclass
