@@ -71,10 +71,13 @@ class RerankRoutes:
         self._admission = admission
         self._names = names
         self._settings = settings
-        self._head, self._tail = (
-            admission.tokenizer.encode(text, add_special_tokens=False)
-            for text in (QWEN3_HEAD, QWEN3_TAIL)
-        )
+        self._head: list[int] = []
+        self._tail: list[int] = []
+        if settings.label_tokens:  # the published recipe, with its prompt
+            self._head, self._tail = (
+                admission.tokenizer.encode(text, add_special_tokens=False)
+                for text in (QWEN3_HEAD, QWEN3_TAIL)
+            )
 
     async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Order documents by how relevant they are to a query."""
