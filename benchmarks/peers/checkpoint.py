@@ -14,7 +14,7 @@ SHAPE = "tinyllama-1.1b"
 def make_checkpoint(shape: str = SHAPE) -> Path:
     """Folder of the checkpoint in BF16, with a tokenizer that has a text for every token."""
     folder = HOME / "checkpoints" / shape
-    tool = ROOT / "tools" / "make_random_checkpoint.py"
+    tool = ROOT / "scripts" / "make_random_checkpoint.py"
 
     def make() -> None:
         say(f"writing a random {shape} checkpoint to {folder}")

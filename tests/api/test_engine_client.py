@@ -22,6 +22,7 @@ class NotingEngine:
 
     def __init__(self, room: int = 100) -> None:
         self.failure: str | None = None
+        self.refusal: str | None = None
         self.room = room
         self.submitted: list[str] = []
         self.aborted: list[str] = []
