@@ -78,7 +78,7 @@ class VocabParallelHead(nn.Module):
         else:
             multiply = self.low_bit or self.matmul
             logits = multiply(hidden.reshape(-1, hidden.shape[-1]))
-            logits = logits.view(*hidden.shape[:-1], -1)
+            logits = logits.view(*hidden.shape[:-1], logits.shape[-1])
             if self.bias is not None:
                 logits = logits + self.bias
         return self.gather(logits) if self.gathers else logits
