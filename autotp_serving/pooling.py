@@ -86,7 +86,10 @@ def find_task(folder: Path) -> str:
     is_reranker = any(kind == "LogitScore" for kind, _ in modules)
     if is_reranker or any(name.endswith(CLASSIFIER_SUFFIX) for name in architectures):
         return "rerank"
-    if architectures and all(name.endswith("Model") for name in architectures):
+    generators = ("LMHeadModel", "ChatGLMModel")
+    if architectures and all(
+        name.endswith("Model") and not name.endswith(generators) for name in architectures
+    ):
         return "embed"
     return "generate"
 

@@ -151,6 +151,7 @@ def test_what_is_not_done_is_refused(
         ({"config.json": EMBEDDER}, "generate"),
         (with_pooling(OLD), "embed"),
         ({"config.json": {"architectures": ["MistralModel"]}}, "embed"),
+        ({"config.json": {"architectures": ["GPT2LMHeadModel"]}}, "generate"),
         ({"config.json": CLASSIFIER}, "rerank"),
         ({"config.json": EMBEDDER, "modules.json": SCORE}, "rerank"),
         ({"config.json": EMBEDDER, "modules.json": [("x", "y")] * 40_000}, "generate"),

@@ -60,7 +60,7 @@ def _compare(
     generator = torch.Generator().manual_seed(0)
     here = [number for number, one in enumerate(experts) if isinstance(one, Expert)]
     first: Any = experts[here[0]]
-    width = first.gate_proj.weight.shape[1]
+    width = first.up_proj.weight.shape[1]
     hidden = torch.randn((NUM_TOKENS, width), generator=generator).to(device, dtype)
     chosen = torch.tensor([[here[0], here[-1]], [here[-1], here[0]]], device=device)
     chosen = chosen[:, : len(here)].repeat(NUM_TOKENS // 2, 1)
@@ -93,7 +93,10 @@ def _stacks(experts: Experts, dtype: torch.dtype, device: torch.device) -> dict[
 
     def join(number: int, read: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
         one: Any = experts[number]
-        gate, up = read(one.gate_proj), read(one.up_proj)
+        up = read(one.up_proj)
+        if one.gate_proj is None:
+            return up
+        gate = read(one.gate_proj)
         if experts.is_interleaved:
             return torch.stack((gate, up), dim=1).flatten(0, 1)
         return torch.cat((gate, up))
@@ -105,12 +108,14 @@ def _stacks(experts: Experts, dtype: torch.dtype, device: torch.device) -> dict[
         one: Any = experts[number]
         return turn(read_weight(one.down_proj))
 
+    has_gate = any(isinstance(one, Expert) and one.gate_proj is not None for one in experts)
+    first_name = "gate_up_proj" if has_gate else "up_proj"
     stacks = {
-        "gate_up_proj": _Stack(lambda number: turn(join(number, read_weight))),
+        first_name: _Stack(lambda number: turn(join(number, read_weight))),
         "down_proj": _Stack(down),
     }
     biases = experts.down_proj_bias
     if biases is not None:
-        stacks["gate_up_proj_bias"] = _Stack(lambda number: join(number, read_bias))
+        stacks[f"{first_name}_bias"] = _Stack(lambda number: join(number, read_bias))
         stacks["down_proj_bias"] = _Stack(lambda number: biases[number] * experts.adds_bias)
     return stacks
