@@ -169,10 +169,12 @@ class Admission:
         total = num_prompt_tokens + max_tokens
         if total > self.max_model_len:
             param = prompt_field if num_prompt_tokens >= self.max_model_len else length_field
+            parts = f"{num_prompt_tokens} tokens of prompt"
+            if max_tokens:  # prompts that are scored or pooled have none
+                parts += f" and {length_field} {max_tokens} make {total},"
             raise ApiError(
                 400,
-                f"{param}: {num_prompt_tokens} tokens of prompt and {length_field} {max_tokens} "
-                f"make {total}, over the limit of {self.max_model_len} (--max-model-len)",
+                f"{param}: {parts} over the limit of {self.max_model_len} (--max-model-len)",
                 param=param,
                 code="context_length_exceeded",
             )
