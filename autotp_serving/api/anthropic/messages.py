@@ -53,12 +53,12 @@ def _read_assistant(message: AnthropicMessage, field: str) -> dict[str, Any]:
     if isinstance(message.content, str):
         return {"role": "assistant", "content": message.content}
     texts: list[str] = []
-    thoughts: list[str] = []
+    reasoning_parts: list[str] = []
     calls: list[dict[str, Any]] = []
     for number, block in enumerate(message.content):
         place = f"{field}.{number}"
         if block.type == "thinking":
-            thoughts.append(block.thinking or "")
+            reasoning_parts.append(block.thinking or "")
         elif block.type == "tool_use":
             function = {
                 "name": _need(block.name, f"{place}.name"),
@@ -69,8 +69,8 @@ def _read_assistant(message: AnthropicMessage, field: str) -> dict[str, Any]:
         elif block.type not in SERVER_BLOCKS:
             texts.append(_read_text([block], field, number))
     read: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
-    if any(thoughts):
-        read["reasoning_content"] = "\n\n".join(filter(None, thoughts))
+    if any(reasoning_parts):
+        read["reasoning_content"] = "\n\n".join(filter(None, reasoning_parts))
     if calls:
         read["tool_calls"] = calls
     return read

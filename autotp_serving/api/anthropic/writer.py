@@ -14,7 +14,7 @@ from autotp_serving.api.openai.completion_parts import Part, PartChange, PartRea
 from autotp_serving.request import RequestOutput
 
 SIGNATURE = "unsigned"
-"""Clients send thoughts back only with one; nobody checks it here."""
+"""Clients send reasoning back only with one; nobody checks it here."""
 
 DELTAS = {
     "reasoning": ("thinking_delta", "thinking"),

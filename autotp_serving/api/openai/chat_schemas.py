@@ -123,8 +123,8 @@ class ChatMessage(GenerousModel):
         if not reasoning and isinstance(self.reasoning, str):
             reasoning = self.reasoning
         if isinstance(content, list):
-            thoughts = [str(part.said) for part in content if part.type == "thinking"]
-            reasoning = reasoning or "\n".join(thoughts)
+            said = [str(part.said) for part in content if part.type == "thinking"]
+            reasoning = reasoning or "\n".join(said)
             content = "\n".join(str(part.said) for part in content if part.type != "thinking")
         if content is None and not self.tool_calls:
             content = self.refusal if isinstance(self.refusal, str) else ""

@@ -109,7 +109,7 @@ class TextOptions(StrictModel):
 
 
 class ReasoningConfig(StrictModel):
-    """About the thoughts before it."""
+    """About the reasoning before it."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="for the chat template, if it reads it; none: no reasoning"
@@ -194,6 +194,6 @@ class ResponsesRequest(StrictModel):
 
     @property
     def shows_summary(self) -> bool:
-        """True where the thoughts come as the reasoning's summary."""
+        """True where reasoning comes as its summary."""
         options = self.reasoning
         return options is not None and (options.summary or options.generate_summary) is not None
