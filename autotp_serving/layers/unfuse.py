@@ -198,7 +198,7 @@ def is_stack_of_experts(module: nn.Module) -> bool:
     if module.has_bias:
         expected |= {f"{name}_bias" for name in expected}
     return (
-        not module.has_post_expert_norm
+        not getattr(module, "has_post_expert_norm", False)  # younger than the rest
         and {name for name, _ in module.named_parameters()} == expected
     )
 
