@@ -190,7 +190,7 @@ def time_steps(worker: Worker, batch: Batch, count: int) -> float:
     for _ in range(count + 2):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        worker.runner.run(batch).argmax(-1).tolist()
+        worker.runner.run(batch).find_best(batch.num_seqs)[1].tolist()
         batch = settled(batch)
         times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
@@ -278,7 +278,7 @@ def compare_logits(model: str, formats: list[str]) -> None:
             started = start_worker(config, join_group({}))
             vocab_size = started.model.config.vocab_size
             logits[device] = [
-                started.runner.run(write_logits_step(*step, vocab_size)).float().cpu()
+                started.runner.run(write_logits_step(*step, vocab_size)).whole.float().cpu()
                 for step in ((0, 300), (0, 60), (60, 1), (61, 1))
             ]
         errors = [
