@@ -6,7 +6,7 @@ registers (docs/gpu.md has both tables).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -31,6 +31,8 @@ class DecodeTiles:
             context at most, a power of two.
         use_dot: a program takes all heads of a kv head by matrix products, else one head by sums.
         merges: the last split to arrive merges them, else a second kernel with `merge_warps`.
+        overlapping_rows: rows up to which the kernel begins while the one before it ends, and asks
+            for its keys and values meanwhile; more would keep others from running.
         options: for Triton's compiler.
     """
 
@@ -42,6 +44,7 @@ class DecodeTiles:
     use_dot: bool
     merges: bool
     merge_warps: int = 4
+    overlapping_rows: int = 0
     options: Options = ()
 
 
@@ -87,14 +90,17 @@ def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> Decode
         # A lane holds 16 numbers of a tile of keys and of one of values; codes are unpacked.
         warps = 4 if head_dim <= 64 else 8 if head_dim <= 128 else 16
         tile = 8 if is_int8 and card == ARC else 16
-        return DecodeTiles(tile, warps, 1, 64, 16, False, False, 8, make_intel_options())
+        options = make_intel_options()
+        return DecodeTiles(tile, warps, 1, 64, 16, False, False, merge_warps=8, options=options)
     if group == 1 and not is_int8:
-        return DecodeTiles(16, 1, 3, min_split=64, max_splits=32, use_dot=True, merges=True)
-    if group == 1:
-        return DecodeTiles(16, 1, 2, min_split=64, max_splits=16, use_dot=False, merges=True)
-    if not is_int8:
-        return DecodeTiles(64, 4, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
-    return DecodeTiles(32, 1, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
+        tiles = DecodeTiles(16, 1, 3, min_split=64, max_splits=32, use_dot=True, merges=True)
+    elif group == 1:
+        tiles = DecodeTiles(16, 1, 2, min_split=64, max_splits=16, use_dot=False, merges=True)
+    elif not is_int8:
+        tiles = DecodeTiles(64, 4, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
+    else:
+        tiles = DecodeTiles(32, 1, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
+    return replace(tiles, overlapping_rows=1) if card == HOPPER else tiles
 
 
 def choose_prefill(card: str, head_dim: int, is_int8: bool) -> PrefillTiles:

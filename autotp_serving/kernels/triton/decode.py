@@ -71,6 +71,20 @@ def _find_split(
 
 
 @triton.jit
+def _prefetch(pool, slots, slot_stride, NUM_BYTES: tl.constexpr):
+    """Ask for rows of a pool to be in the second-level cache; NVIDIA, from Hopper on."""
+    addresses = (pool + slots * slot_stride).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [addresses, tl.full(addresses.shape, NUM_BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _attend_by_sum(
     query,
     keys,
@@ -275,6 +289,7 @@ def decode_kernel(
     MAX_SPLITS: tl.constexpr,
     USE_DOT: tl.constexpr,
     MERGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     IS_MIXED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -285,7 +300,11 @@ def decode_kernel(
     Args:
         IS_MIXED: rows of several tokens are left out, and a row's token is found in query_starts.
         MERGES: the last split of a head to arrive merges them all; else `merge_kernel` does.
+        OVERLAPS: the program may begin before the step's keys, values and queries are there: what
+            lies in the cache already is asked for meanwhile.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
@@ -312,6 +331,14 @@ def decode_kernel(
     out += token.to(tl.int64) * out_stride + head * out_head_stride
     keys += kv_head * HEAD_DIM
     values += kv_head * HEAD_DIM
+    if OVERLAPS:
+        row_bytes: tl.constexpr = HEAD_DIM * keys.dtype.element_ty.primitive_bitwidth // 8
+        if row_bytes % 16 == 0:
+            positions = begin + tl.arange(0, MIN_SPLIT)
+            slots = find_slots(table, positions, positions < end, BLOCK_SIZE)
+            _prefetch(keys, slots, slot_stride, row_bytes)
+            _prefetch(values, slots, slot_stride, row_bytes)
+        tl.extra.cuda.gdc_wait()
     dims = tl.arange(0, DIMS)
     # In splits: of the first head's first.
     base = (seq.to(tl.int64) * num_heads + head) * MAX_SPLITS
@@ -417,11 +444,15 @@ def merge_kernel(
     TILE: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     IS_MIXED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     """One program: the splits of one row's head."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1)
     token = seq
@@ -469,9 +500,13 @@ def decode(
     group = num_heads // num_kv_heads
     dims = triton.next_power_of_2(head_dim)
     is_int8 = pools.keys.dtype == torch.int8
+    # Where no row of a mixed step is a single token no program would wait, and the next kernel
+    # would begin too early.
+    overlaps = num_seqs <= tiles.overlapping_rows and not is_mixed
+    options = {**dict(tiles.options), **({"launch_pdl": True} if overlaps else {})}
     shape = {
         "HEAD_DIM": head_dim, "DIMS": dims, "TILE": tiles.tile, "MIN_SPLIT": tiles.min_split,
-        "MAX_SPLITS": tiles.max_splits, "IS_MIXED": is_mixed,
+        "MAX_SPLITS": tiles.max_splits, "OVERLAPS": overlaps, "IS_MIXED": is_mixed,
         "HAS_WINDOW": sliding_window is not None, "HAS_SINKS": sinks is not None,
     }  # fmt: skip
     sinks = workspace.stats if sinks is None else sinks
@@ -488,11 +523,11 @@ def decode(
         GROUP=group, HEADS=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
         STAGES=tiles.stages, USE_DOT=tiles.use_dot, MERGES=tiles.merges,
         HAS_SOFTCAP=softcap is not None, num_warps=tiles.warps, num_stages=tiles.stages, **shape,
-        **dict(tiles.options),
+        **options,
     )  # fmt: skip
     if not tiles.merges:
         merge_kernel[(num_heads, num_seqs)](
             sinks, inputs.query_starts, inputs.context_lens, out, workspace.sums, workspace.stats,
             out.stride(0), out.stride(1), window, num_warps=tiles.merge_warps, **shape,
-            **dict(tiles.options),
+            **options,
         )  # fmt: skip
