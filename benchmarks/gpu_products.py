@@ -35,6 +35,12 @@ from autotp_serving.kernels.cuda.activations import (
     rotate_and_store,
     silu_multiply,
 )
+from autotp_serving.kernels.cuda.batch_products import (
+    BatchTiling,
+    count_shared_bytes,
+    multiply_batch,
+)
+from autotp_serving.kernels.cuda.batch_products import make_defines as make_batch_defines
 from autotp_serving.kernels.cuda.nvrtc import compile_source
 from autotp_serving.kernels.cuda.ops import low_bit_linear, register_ops
 from autotp_serving.kernels.cuda.products import (
@@ -74,6 +80,7 @@ def main() -> None:
         "activations": check_activations,
         "operator": check_operator,
         "tune": lambda: tune(rate, options.tokens),
+        "batch": lambda: tune_batch(rate),
         "few": lambda: time_few(rate),
         "many": time_many,
         "layers": lambda: time_layers(rate),
@@ -384,6 +391,71 @@ def tune(rate: float, token_counts: list[int]) -> None:
             json.dump(table, file)
 
 
+def tune_batch(rate: float) -> None:
+    """Which tiling of csrc/batch_products.cu is the fastest, beside the other ways to multiply."""
+    space = [
+        BatchTiling(*t)
+        for t in itertools.product((4, 8, 16), (1, 2, 4, 8), (4, 6), (1, 2), (2, 3))
+        if t[0] < 16 or t[4] < 3
+    ]
+    names = ("sym_int4", "fp8_e4m3")
+    space = [
+        t
+        for t in space
+        if all(count_shared_bytes(FORMATS[n], t) * t.thread_blocks <= 226 * 2**10 for n in names)
+    ]
+    major, minor = torch.cuda.get_device_capability()
+    jobs = [make_batch_defines(name, tiling) for name in names for tiling in space]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(
+                lambda job: compile_source("batch_products.cu", dict(job), f"sm_{major}{minor}"),
+                jobs,
+            )
+        )
+    for name in names:
+        rounding = rounding_of(FORMATS[name], 1)
+        sums: Counter[tuple[int, str]] = Counter()
+        for shape, (rows, columns) in SHAPES.items():
+            weights = make_weights(name, rows, columns)
+            floor = weight_bytes(weights[0]) / rate
+            dense = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(2)]
+            for tokens in (32, 64, 128, 256, 512):
+                plain = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+                x = quantize_tokens(plain, rounding)
+                expected = multiply_few(x, weights[0]).double()
+                times = {}
+                for tiling in space:
+                    if tiling.token_tiles > 4 and tiling.token_tiles * 4 >= tokens:
+                        continue
+                    off = relative_error(multiply_batch(x, weights[0], tiling), expected)
+                    if not off < 3e-3:
+                        print(name, shape, tokens, tiling, "WRONG", off)
+                    calls = [(lambda w=w, t=tiling: multiply_batch(x, w, t)) for w in weights]
+                    times[tiling] = time_calls(calls, repeats=3)
+                best = sorted(times, key=times.get)[:3]
+                others = {
+                    "chosen": [(lambda w=w: multiply_batch(x, w)) for w in weights],
+                    "few": [(lambda w=w: multiply_few(x, w)) for w in weights],
+                    "many": [(lambda w=w: multiply_many(plain, w)) for w in weights],
+                    "cuBLAS bf16": [(lambda w=w: functional.linear(plain, w)) for w in dense],
+                }
+                seconds = {key: time_calls(calls, 3) for key, calls in others.items()}
+                seconds["best"] = times[best[0]]
+                for key, value in seconds.items():
+                    sums[tokens, key] += value
+                shown = ", ".join(
+                    f"t{t.token_tiles} s{t.splits} d{t.stages} p{t.step} b{t.thread_blocks}: "
+                    f"{times[t] * 1e6:.1f}"
+                    for t in best
+                )
+                shown += "; " + ", ".join(f"{k} {v * 1e6:.1f}" for k, v in seconds.items())
+                print(f"{name} {shape:8} {tokens:3}, bound {floor * 1e6:.1f}: {shown}", flush=True)
+            del weights, dense
+            torch.cuda.empty_cache()
+        print(name, "a layer, us:", {key: round(s * 1e6) for key, s in sums.items()}, flush=True)
+
+
 def time_few(rate: float) -> None:
     """Every format as it is used, by number of tokens."""
     counts = (1, 8, 16, 32, 64, 128)
@@ -453,7 +525,7 @@ def time_layers(rate: float) -> None:
 
     def clear_kernels() -> None:
         nvrtc.load_kernel.cache_clear()
-        products._kernel.cache_clear()
+        products.load_product.cache_clear()
 
     for name in ("sym_int4", None):
         layers = []

@@ -25,14 +25,9 @@ from autotp_serving.kernels.triton import attention as triton_attention
 from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.fused_layers import FAMILIES, Norm
-from autotp_serving.model.gpu_layers import (
-    AllReduce,
-    GpuLayer,
-    Product,
-    UnfitLayer,
-    check_sizes,
-    join_linears,
-)
+from autotp_serving.model.gpu_layers import AllReduce, GpuLayer, check_sizes
+from autotp_serving.model.gpu_mlp import MIXTURE_FAMILIES
+from autotp_serving.model.gpu_products import Product, UnfitLayer, join_linears
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.step_inputs import StepInputs
 from autotp_serving.progress import Progress
@@ -75,7 +70,7 @@ def open_gpu_forward(
 
     All ranks must call it.
     """
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in (*FAMILIES, *MIXTURE_FAMILIES):
         return None
     reduce = all_reduce if group.size > 1 else None
     try:

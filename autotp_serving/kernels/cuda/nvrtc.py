@@ -28,7 +28,7 @@ SOURCES = Path(__file__).parent / "csrc"
 
 OVERLAP_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_MEMORY_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-PLAIN_SHARED_MEMORY = 48 * 2**10
+PLAIN_SHARED_MEMORY = 40 * 2**10
 OVERLAP_CAPABILITY = (9, 0)
 
 
@@ -78,7 +78,7 @@ class Kernel:
 
     def __call__(
         self,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         block: int,
         arguments: Sequence[Argument],
         *,
@@ -88,7 +88,7 @@ class Kernel:
         """Launch on torch's current stream.
 
         Args:
-            grid: thread blocks in x and y.
+            grid: thread blocks in x, y and z; 1 where it is shorter.
             block: threads in each.
             arguments: as the kernel declares them; integers are 32-bit unless `Long`, None is a
                 null pointer.
@@ -108,7 +108,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         overlaps = overlaps and self._overlaps
         config = _LaunchConfig(
-            (grid[0], grid[1], 1),
+            (*grid, 1, 1)[:3],
             (block, 1, 1),
             shared_bytes,
             torch._C._cuda_getCurrentRawStream(self._device_index),

@@ -17,27 +17,39 @@ from torch import Tensor
 from torch.nn import functional
 
 from autotp_serving.devices.build import BuildError
-from autotp_serving.kernels.cpu.linear import find_levels
 from autotp_serving.kernels.cuda.activations import Activations, Rounding, quantize_tokens
-from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, Words, load_kernel
+from autotp_serving.kernels.cuda.batch_products import can_batch, multiply_batch
+from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, load_kernel
 from autotp_serving.kernels.cuda.tiles import ROWS, CudaTensor
+from autotp_serving.kernels.cuda.weights import (
+    LANES,
+    TOKENS,
+    describe_format,
+    find_format_name,
+    find_kind,
+    list_arguments,
+    write_defines,
+)
 from autotp_serving.low_bit.formats import (
     BLOCK,
     FORMATS,
     Format,
     num_blocks,
-    split_code_bits,
 )
 from autotp_serving.low_bit.numerics import decode
 
 logger = logging.getLogger(__name__)
 
 SOURCE = "products.cu"
-TOKENS = 8
-LANES = 32
 MOST_AT_ONCE = 64
 MOST_FEW = 128
 """Tokens up to which a weight is multiplied as it is, MOST_AT_ONCE at a time."""
+
+MOST_FEW_INTEGERS = 256
+"""The same of integer formats where batch_products.py multiplies them."""
+
+FEWEST_IN_BATCH = 16
+"""Tokens from which on batch_products.py is quicker, on cards that it is for."""
 
 MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
@@ -107,11 +119,18 @@ def can_multiply(device_index: int) -> bool:
     return True
 
 
+@functools.cache
+def count_most_few(format: Format) -> int:
+    """Tokens up to which a weight is multiplied as it is on this rank's card."""
+    has_quick_batches = find_kind(format) != 2 and can_batch(torch.cuda.current_device())
+    return MOST_FEW_INTEGERS if has_quick_batches else MOST_FEW
+
+
 def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
     """What the product of a format (None: bfloat16) with so many tokens takes."""
-    if format is None or _kind(format) == 2:
+    if format is None or find_kind(format) == 2:
         return Rounding.NONE
-    return Rounding.INTEGERS if num_tokens <= MOST_FEW else Rounding.VALUES
+    return Rounding.INTEGERS if num_tokens <= count_most_few(format) else Rounding.VALUES
 
 
 def multiply(x: Tensor, weight: CudaTensor) -> Tensor:
@@ -134,9 +153,13 @@ def multiply_activations(x: Activations, weight: CudaTensor | Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         few = x.num_tokens <= MOST_FEW_DENSE and not (weight.shape[0] % ROWS or x.columns % BLOCK)
         return multiply_few(x, weight) if few else functional.linear(x.plain, weight)
-    if x.num_tokens <= MOST_FEW:
-        return multiply_few(x, weight)
-    return multiply_many(x.plain, weight)
+    if x.num_tokens > count_most_few(weight.format):
+        return multiply_many(x.plain, weight)
+    # Two rows are written at a time there.
+    in_batch = x.num_tokens > FEWEST_IN_BATCH and weight.shape[0] % 2 == 0
+    if in_batch and can_batch(x.device.index):
+        return multiply_batch(x, weight)
+    return multiply_few(x, weight)
 
 
 def multiply_few(
@@ -157,23 +180,15 @@ def _multiply_part(
     x: Activations, weight: CudaTensor | Tensor, out: Tensor, tiling: Tiling | None
 ) -> None:
     """Multiply at most MOST_AT_ONCE tokens into `out` [num_tokens, rows]."""
-    rows, columns = weight.shape
-    blocks = num_blocks(columns)
-    dense = isinstance(weight, Tensor)
-    format_name = None if dense else weight.format.name
+    rows = weight.shape[0]
+    format_name = find_format_name(weight)
     tiling = tiling or choose_tiling(x.num_tokens, rows, format_name)
-    planes = {"codes": weight} if dense else weight.planes
-    unit, words = _table(format_name)
     row_tiles = -(-rows // ROWS)
-    kernel = _kernel("multiply_few", format_name, tiling, out.device.index)
+    kernel = load_product("multiply_few", format_name, tiling, out.device.index)
     kernel(
         (-(-row_tiles // tiling.row_tiles), 1),
         tiling.warps * LANES,
-        (
-            *(planes.get(name) for name in ("codes", "high", "scales", "mins")),
-            *(x.plain if x.codes is None else x.codes, x.scales, x.sums),
-            *(out, Long(blocks), rows, x.num_tokens, unit, words),
-        ),
+        (*list_arguments(x, weight, out, rows), None, None, 1),
     )
 
 
@@ -199,7 +214,7 @@ def dequantize_rows(weight: CudaTensor, start: int, stop: int, to: Tensor) -> No
     blocks = num_blocks(weight.shape[1])
     codes = weight.planes["codes"]
     levels = _float_levels(weight.format.name, codes.device)
-    _kernel("dequantize_tiles", weight.format.name, DEQUANTIZE, codes.device.index)(
+    load_product("dequantize_tiles", weight.format.name, DEQUANTIZE, codes.device.index)(
         (-(-(stop - start) // ROWS), -(-blocks // DEQUANTIZE.warps)),
         DEQUANTIZE.warps * LANES,
         (
@@ -210,62 +225,39 @@ def dequantize_rows(weight: CudaTensor, start: int, stop: int, to: Tensor) -> No
     )
 
 
-def _kind(format: Format) -> int:
-    """KIND of csrc/products.cu."""
-    if format.kind in ("symmetric", "asymmetric"):
-        return 0
-    return 1 if format.code_bits <= 4 else 2
-
-
-def make_defines(format: Format | None, tiling: Tiling) -> tuple[tuple[str, str], ...]:
+def make_defines(
+    format: Format | None, tiling: Tiling, *, is_grouped: bool = False
+) -> tuple[tuple[str, str], ...]:
     """What csrc/products.cu is told of a format (None: bfloat16) and a tiling."""
     defines = {
+        "GROUPED": "true" if is_grouped else "false",
         "WARPS": tiling.warps,
         "TOKEN_TILES": tiling.token_tiles,
         "ROW_TILES": tiling.row_tiles,
         "DEPTH": tiling.depth,
-        "LOW_BITS": 16,
-        "HIGH_BITS": 0,
-        "KIND": 3,
-        "SCALE_BYTES": 0,
-        "MINS": "false",
-        "MANTISSA_BITS": 0,
     }
-    if format is not None:
-        defines["LOW_BITS"], defines["HIGH_BITS"] = split_code_bits(format.code_bits)
-        defines["KIND"] = _kind(format)
-        defines["SCALE_BYTES"] = {"float16": 2, "float32": 4, None: 0}[format.scale_dtype]
-        defines["MINS"] = "true" if format.kind == "asymmetric" else "false"
-        defines["MANTISSA_BITS"] = format.mantissa_bits
-    return tuple((name, str(value)) for name, value in defines.items())
+    return write_defines({**describe_format(format), **defines})
 
 
 @functools.cache
-def _kernel(name: str, format_name: str | None, tiling: Tiling, device_index: int) -> Kernel:
+def load_product(
+    name: str,
+    format_name: str | None,
+    tiling: Tiling,
+    device_index: int,
+    is_grouped: bool = False,
+) -> Kernel:
     """`format_name` stands for the format, which takes long to hash; None: bfloat16."""
     format = None if format_name is None else FORMATS[format_name]
-    return load_kernel(SOURCE, name, make_defines(format, tiling), device_index)
-
-
-@functools.cache
-def _table(format_name: str | None) -> tuple[float, Words]:
-    """What a step of a format's codes is worth, and its table of 16 signed bytes, if it has one."""
-    words = Words()
-    if format_name is None or _kind(FORMATS[format_name]) != 1:
-        return 1.0, words
-    table, unit, offset = find_levels(FORMATS[format_name])
-    signed = [int(level) - offset & 0xFF for level in table.tolist()]
-    signed += [0] * (16 - len(signed))
-    for index in range(4):
-        words.words[index] = int.from_bytes(bytes(signed[4 * index : 4 * index + 4]), "little")
-    return unit, words
+    defines = make_defines(format, tiling, is_grouped=is_grouped)
+    return load_kernel(SOURCE, name, defines, device_index)
 
 
 @functools.cache
 def _float_levels(format_name: str, device: torch.device) -> Tensor | None:
     """What each code stands for, float32, in formats that look it up."""
     format = FORMATS[format_name]
-    if _kind(format) == 0:
+    if find_kind(format) == 0:
         return None
     codes = torch.arange(2**format.code_bits, dtype=torch.uint8)[:, None]
     return decode(codes, None, None, format).flatten().to(device)
