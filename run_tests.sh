@@ -40,11 +40,24 @@ if [[ ${1:-} == --ipex-llm ]]; then
     job="tests with ipex-llm"
     VENV=${IPEX_LLM_VENV:-$ROOT/.venv-ipex-llm}
     setup_venv requirements/ipex-llm.txt requirements/dev.txt
-    # What depends on transformers or on the provider: formats, layers, checkpoints, sharding. Paths
-    # among the arguments take the place of these.
-    core=(tests/low_bit tests/kernels tests/layers tests/model tests/memory tests/worker tests/engine
-        tests/api/test_native.py tests/api/test_openai.py
-        tests/ranks/test_ipex_llm.py tests/ranks/test_equality.py tests/ranks/test_families.py)
+    # What depends on transformers 4 or on the provider: formats, layers, checkpoints, tokenizers,
+    # sharding at two ranks. Kernels, scheduling and the API are the same there. Paths among the
+    # arguments take the place of these.
+    core=(tests/low_bit/test_formats.py tests/low_bit/test_golden.py tests/kernels/test_ipex_llm.py
+        tests/layers tests/memory/test_known_shapes.py)
+    for name in checkpoint families fused_layers gguf_tokenizer ipex_llm_folders leftovers lengths \
+        llm_logprobs llm_tool_calls producers quantized quantized_refusals save self_check; do
+        core+=("tests/model/test_$name.py")
+    done
+    for name in chat_history detokenizer template_variables tokenizer; do
+        core+=("tests/engine/test_$name.py")
+    done
+    core+=(tests/ranks/test_ipex_llm.py
+        "tests/ranks/test_equality.py::test_tokens_equal_those_of_transformers[2]")
+    for name in llama llama-rope-dynamic qwen2-window gemma2 phi3 gpt-neox mixtral qwen2-moe; do
+        core+=("tests/ranks/test_families.py::test_tokens_equal_those_of_transformers[$name]"
+            "tests/ranks/test_families.py::test_low_bit_tokens_are_those_of_one_rank[$name]")
+    done
     for word in "$@"; do
         if [[ -e ${word%%::*} ]]; then core=(); fi
     done

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import pytest
 import transformers
 
 from tests.model.families import FAMILIES, generate_with_transformers, save_family
-from tests.ranks.launch import ROOT, mpirun
+from tests.ranks.launch import run_jobs
 
 pytestmark = pytest.mark.ranks
 
@@ -40,21 +36,6 @@ def make_prompts() -> list[list[int]]:
     rng = random.Random(3)
     # The byte tokenizer knows fewer tokens than the models; no request may have the others.
     return [[rng.randrange(3, 258) for _ in range(length)] for length in (1, 2, 17, 40, 65, 130)]
-
-
-def run_jobs(jobs: list[dict[str, Any]], num_ranks: int, folder: Path) -> list[Any]:
-    """All jobs in one program, at `num_ranks`."""
-    in_path, out_path = folder / f"in{num_ranks}.json", folder / f"out{num_ranks}.json"
-    in_path.write_text(json.dumps(jobs))
-    program = Path(__file__).with_name("jobs_program.py")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run(
-        [*mpirun(), "-np", str(num_ranks), sys.executable, program, in_path, out_path],
-        check=True,
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    return json.loads(out_path.read_text())
 
 
 @pytest.fixture(scope="module")

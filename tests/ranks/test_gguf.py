@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from autotp_serving.devices.build import cache_folder
 from tests.model.checkpoints import save_byte_tokenizer
 from tests.model.families import COMMON, WINDOW, generate_with_transformers, save_family
-from tests.ranks.launch import ROOT, mpirun
+from tests.ranks.launch import run_jobs
 
 pytest.importorskip("gguf")
 from tests.model.gguf_files import write_gguf
@@ -122,17 +119,14 @@ def test_tokens_are_those_of_the_decoded_weights(
         }
         for name in names
     ]
-    in_path, out_path = folder / "in.json", folder / f"out{num_ranks}.json"
-    in_path.write_text(json.dumps(jobs))
-    program = Path(__file__).with_name("jobs_program.py")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache")}
-    subprocess.run(
-        [*mpirun(), "-np", str(num_ranks), sys.executable, program, in_path, out_path],
-        check=True,
-        timeout=500,
-        cwd=ROOT,
-        env=os.environ | environ,
-    )
-    found = dict(zip(names, json.loads(out_path.read_text()), strict=True))
+    # Its folders go into a cache of its own, what is compiled stays in the usual one.
+    cache = folder / "cache"
+    compiled = cache_folder()
+    (cache / "autotp_serving").mkdir(parents=True, exist_ok=True)
+    link = cache / "autotp_serving" / compiled.name
+    if not link.exists():
+        compiled.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(compiled)
+    answers = run_jobs(jobs, num_ranks, folder, XDG_CACHE_HOME=str(cache))
+    found = dict(zip(names, answers, strict=True))
     assert found == {name: expected[name] for name in names}

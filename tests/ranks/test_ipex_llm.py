@@ -11,7 +11,7 @@ import torch
 from autotp_serving import LLM
 from autotp_serving.config import ConfigError, ServingConfig
 from tests.model.checkpoints import save_tiny_llama
-from tests.ranks.test_families import run_jobs
+from tests.ranks.launch import run_jobs
 
 INSTALLED = importlib.util.find_spec("ipex_llm") is not None
 PROVIDER = {"low_bit_provider": "ipex-llm"}

@@ -15,7 +15,7 @@ import transformers
 from autotp_serving.memory.known_shapes import DEFAULTS
 from tests.model.checkpoints import save_tiny_llama
 from tests.model.families import COMMON, FAMILIES
-from tests.ranks.launch import ROOT, run_program
+from tests.ranks.launch import ROOT, run_jobs, run_program
 
 pytestmark = pytest.mark.ranks
 
@@ -80,7 +80,8 @@ def test_dummy_weights_answer_alike_at_one_and_two_ranks(tmp_path: Path) -> None
         path.unlink()
     settings = {"load_format": "dummy", "low_bit": "bf16", "dtype": "float32", "device": "cpu"}
     job = {"prompts": [[1, 2, 3], [7] * 40], "max_tokens": [8, 8], "settings": settings}
-    answers = [run_program("generate_program", ranks, folder, job, tmp_path) for ranks in (1, 2)]
+    answers = [run_jobs([job | {"model": str(folder)}], ranks, tmp_path) for ranks in (1, 2)]
+    assert isinstance(answers[0][0], list), answers
     assert answers[0] == answers[1]
 
 

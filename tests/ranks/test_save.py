@@ -13,8 +13,7 @@ import pytest
 from autotp_serving.low_bit.selection import MANIFEST_NAME
 from autotp_serving.model_folder import INDEX_NAME
 from tests.model.checkpoints import save_tiny_llama
-from tests.ranks.launch import ROOT, mpirun
-from tests.ranks.test_families import run_jobs
+from tests.ranks.launch import ROOT, run_jobs, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -25,32 +24,20 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     root = tmp_path_factory.mktemp("save")
     # Rows that three ranks shard unevenly; columns that four can shard in blocks of 64.
     model = save_tiny_llama(root / "model", num_hidden_layers=2, head_dim=64, intermediate_size=768)
-    program = Path(__file__).with_name("save_program.py")
-    subprocess.run(
-        [*mpirun(), "-np", "2", sys.executable, program, model, root / "saved", "sym_int4"],
-        check=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
+    run_ranks(2, "tests/ranks/save_program.py", "sym_int4", model, root / "saved")
     prompts = [list(range(3, 3 + length)) for length in (1, 20, 90)]
     settings = {"max_model_len": 192, "max_num_batched_tokens": 48, "dtype": "float32"}
     job = {"prompts": prompts, "max_tokens": 12, "settings": settings}
     return [job | {"model": str(root / "model")}, job | {"model": str(root / "saved")}]
 
 
-@pytest.fixture(scope="module")
-def expected(jobs: list[dict], tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """Tokens of one rank that converts while it loads."""
-    (tokens,) = run_jobs(jobs[:1], 1, tmp_path_factory.mktemp("expected"))
-    assert isinstance(tokens, list), tokens
-    return tokens
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_reloads_at_any_number_of_ranks(
-    num_ranks: int, jobs: list[dict], expected: list[list[int]], tmp_path: Path
-) -> None:
-    assert run_jobs(jobs[1:], num_ranks, tmp_path) == [expected]
+def test_reloads_at_any_number_of_ranks(jobs: list[dict], tmp_path: Path) -> None:
+    """The tokens are those of one rank that converts while it loads."""
+    converted, reloaded = run_jobs(jobs, 1, tmp_path)
+    assert isinstance(converted, list), converted
+    assert reloaded == converted
+    for num_ranks in (2, 3, 4):
+        assert run_jobs(jobs[1:], num_ranks, tmp_path) == [converted], num_ranks
 
 
 def test_torchrun_saves_every_ranks_part(jobs: list[dict], tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ from tests.model.vision_language import (
     generate_with_transformers,
     save_vision_language,
 )
-from tests.ranks.launch import ROOT, mpirun
-from tests.ranks.test_families import MAX_TOKENS, SETTINGS, make_prompts, run_jobs
+from tests.ranks.launch import run_jobs, run_ranks
+from tests.ranks.test_families import MAX_TOKENS, SETTINGS, make_prompts
 
 pytestmark = [
     pytest.mark.ranks,
@@ -41,27 +38,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_vision_language(name, root / name) for name in LAYOUTS}
 
 
-def run(program: str, num_ranks: int, *arguments: str | Path) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*mpirun(), "-np", str(num_ranks), sys.executable, program, *map(str, arguments)],
-        timeout=400,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def saved(folders: dict[str, Path]) -> dict[str, Path]:
     """The same, converted by two ranks."""
-    found = {}
-    for name in SAVED:
-        found[name] = folders[name].with_name(f"{name} saved")
-        run("tests/ranks/save_program.py", 2, folders[name], found[name], "sym_int8")
+    found = {name: folders[name].with_name(f"{name} saved") for name in SAVED}
+    paths = [path for name in SAVED for path in (folders[name], found[name])]
+    run_ranks(2, "tests/ranks/save_program.py", "sym_int8", *paths)
     return found
 
 
@@ -116,11 +98,10 @@ def test_a_saved_folder_gives_the_tokens_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("name", SAVED)
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_plan(name: str, num_ranks: int, folders: dict[str, Path]) -> None:
+def test_plan(name: str, folders: dict[str, Path]) -> None:
     arguments = ["--plan", "--device-memory", "1GiB", "--device", "cpu", "--low-bit", "sym_int4"]
-    arguments += ["--tensor-parallel-size", str(num_ranks)]
-    written = run("serving.py", 1, "--repo-id-or-model-path", folders[name], *arguments)
+    arguments += ["--tensor-parallel-size", "2"]
+    written = run_ranks(1, "serving.py", "--repo-id-or-model-path", folders[name], *arguments)
     assert "KV cache" in written, written
 
 
