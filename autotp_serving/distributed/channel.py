@@ -30,6 +30,13 @@ SECRET_LEN = 16
 CONNECT_SECONDS = 60.0
 GREETING_SECONDS = 5.0
 SPIN_SECONDS = 0.01
+LONG_YIELD_SECONDS = 0.001
+MAX_LONG_WAITS = 3
+REST_SECONDS = 0.5
+"""So many waits in a row with a long yield: each has given a whole slice of the core away, to a
+process of lowest priority as to any other. Who sleeps gets the core back at once, so that is how
+waits begin for a while."""
+
 MAX_REPORT_BYTES = 2**16
 STOP_PATIENCE = 2.0
 LOSS_SECONDS = 1.0
@@ -52,6 +59,8 @@ class StepChannel:
         self._reports: dict[int, bytearray] = {}  # of each follower, the beginning of its next
         self._names = ["rank 0"]
         self._monitor: PeerMonitor | None = None
+        self._num_long_waits = 0
+        self._rests_until = 0.0
         if group.size == 1:
             return
         listener = self._listen() if group.rank == 0 else None
@@ -222,8 +231,8 @@ class StepChannel:
     def receive(self) -> bytes:
         """On the other ranks: wait for the next message.
 
-        The next step usually comes within milliseconds, so the wait begins awake; then the
-        process sleeps in the kernel for as long as the server is idle.
+        The next step usually comes within milliseconds, so the wait begins awake, unless others
+        want the core; then the process sleeps in the kernel for as long as the server is idle.
 
         Raises:
             ConnectionError: rank 0 is gone.
@@ -237,15 +246,22 @@ class StepChannel:
     def _receive(self, lead: socket.socket) -> bytes:
         header = b""
         lead.setblocking(False)
-        deadline = time.monotonic() + SPIN_SECONDS
-        while not header and time.monotonic() < deadline:
+        is_long = False
+        now = time.monotonic()
+        deadline = now + SPIN_SECONDS
+        while not header and self._rests_until <= now < deadline:
             try:
                 header = lead.recv(LENGTH.size)
             except BlockingIOError:
                 os.sched_yield()
+                before, now = now, time.monotonic()
+                is_long = is_long or now - before > LONG_YIELD_SECONDS
             else:
                 if not header:
                     raise ConnectionError("closed")
+        self._num_long_waits = self._num_long_waits + 1 if is_long else 0
+        if self._num_long_waits == MAX_LONG_WAITS:
+            self._rests_until = now + REST_SECONDS
         lead.setblocking(True)
         header += _read(lead, LENGTH.size - len(header))
         return _read(lead, LENGTH.unpack(header)[0])

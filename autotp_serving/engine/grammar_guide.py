@@ -25,7 +25,8 @@ class CompiledGrammar:
 
     Args:
         matcher: at the beginning of a completion.
-        first_mask: what may come there.
+        first_mask: what may come there; to compute it, the slowest, in the engine's thread once
+            for each completion would hold up all others.
         slow_pool: where masks are computed once one of them was slow.
         is_slow: one was.
         num_bytes: of memory, roughly.
@@ -66,6 +67,7 @@ class MatcherGuide:
         self.error: str | None = None
         self._grammar = grammar
         self._matcher = matcher
+        self._has_begun = False
         self._mask: Future[bytes] | None = None
         self._started: float | None = None
 
@@ -85,7 +87,7 @@ class MatcherGuide:
 
     def allowed(self) -> bytes:
         """See Guide. A matcher that gave up allows the end tokens, and `accept` tells."""
-        if self.error is not None:
+        if self.error is not None or not self._has_begun:
             return self._grammar.first_mask
         if self._mask is not None:
             return self._mask.result()
@@ -97,6 +99,7 @@ class MatcherGuide:
 
     def accept(self, token_id: int) -> bool:
         """See Guide."""
+        self._has_begun = True
         self._mask = self._started = None
         if self.error is not None:
             return True

@@ -115,14 +115,15 @@ class Helper:
     def wait_ready(self) -> None:
         """Hand over the setup, once, and wait until the first worker answers.
 
-        Raises SandboxBusyError.
+        Raises SandboxBusyError; one that is just slow is waited for again by the next who calls.
         """
         with self._ready_lock:
             if self._setup is None:
                 return
             try:
-                self._stdin.write(self._setup)
-                self._stdin.close()
+                if not self._stdin.closed:  # else it is still loading
+                    self._stdin.write(self._setup)
+                    self._stdin.close()
                 self._ask(marshal.dumps(("ping", 1.0, None)), 1.0, START_SECONDS)
             except (OSError, HelperGoneError, SandboxError) as error:
                 if not self._is_closed:  # the server may end before the helper is ready

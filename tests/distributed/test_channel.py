@@ -80,6 +80,35 @@ def test_a_message_that_comes_late_finds_a_follower_asleep() -> None:
     assert time.thread_time() - before < 0.2
 
 
+def test_a_follower_whose_yields_are_long_waits_asleep_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each gave a core for 3 ms to whoever wanted it, of lowest priority or not."""
+    lead, follower = open_channels(ThreadRanks(2))
+    num_yields = 0
+
+    def give_away() -> None:  # and the message comes meanwhile
+        nonlocal num_yields
+        num_yields += 1
+        time.sleep(2 * channel.LONG_YIELD_SECONDS)
+        lead.send(b"step")
+
+    monkeypatch.setattr(channel.os, "sched_yield", give_away)
+    monkeypatch.setattr(channel, "SPIN_SECONDS", 60.0)
+    monkeypatch.setattr(channel, "REST_SECONDS", 60.0)
+    for _ in range(channel.MAX_LONG_WAITS):
+        assert follower.receive() == b"step"
+    assert num_yields == channel.MAX_LONG_WAITS
+    timer = threading.Timer(0.02, lead.send, [b"asleep"])
+    timer.start()
+    assert follower.receive() == b"asleep"
+    assert num_yields == channel.MAX_LONG_WAITS
+
+    follower._rests_until = 0.0  # that is over
+    assert follower.receive() == b"step"
+    assert num_yields == channel.MAX_LONG_WAITS + 1
+
+
 def test_a_header_in_pieces_is_put_together() -> None:
     lead, follower = open_channels(ThreadRanks(2))
     wire = lead._followers[1]

@@ -349,15 +349,12 @@ class StuckMatcher:
 
     def __init__(self) -> None:
         self.gate = threading.Event()
-        self.num_asked = 0
 
     def deep_copy(self) -> StuckMatcher:
         return self
 
     def compute_bitmask(self) -> bytes:
-        self.num_asked += 1
-        if self.num_asked > 1:
-            self.gate.wait(30)
+        self.gate.wait(30)
         return b"\xff" * 36
 
     def consume_token(self, token_id: int) -> bool:
@@ -367,6 +364,16 @@ class StuckMatcher:
         return False
 
     is_stopped = is_error
+
+
+def test_what_comes_first_is_known_and_holds_nobody_up(compiler) -> None:
+    """To compute it for each completion took the engine's thread as long as compiling did."""
+    compiled = compiler.submit(StructuredOutput("regex", "[a-c]{3}x")).result(60)
+    matcher = compiled._matcher.deep_copy()
+    assert matcher.compute_bitmask() == compiled.first_mask
+
+    stuck = CompiledGrammar(StuckMatcher(), compiled.first_mask, ShortestFirst(1, "slow"))
+    assert stuck.start().allowed() == compiled.first_mask
 
 
 def test_a_mask_that_takes_too_long_ends_its_request_and_no_other(monkeypatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from autotp_serving.engine import sandbox as sandbox_module
+from autotp_serving.engine import sandbox_helper
 from autotp_serving.engine.chat_template import ChatTemplate
 from autotp_serving.engine.sandbox import Sandbox
 from autotp_serving.engine.sandbox_helper import (
@@ -236,6 +237,19 @@ def test_closing_before_the_helper_is_ready_is_no_error(caplog: pytest.LogCaptur
     with pytest.raises(SandboxBusyError):
         ready.result(60)
     assert not caplog.records
+
+
+def test_a_helper_that_loads_for_too_long_is_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every later job failed, since the helper's setup had been handed over already."""
+    one = Sandbox(TemplateTokenizer())
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_helper, "START_SECONDS", 0.01)
+        with pytest.raises(SandboxBusyError):
+            one.start().result(60)
+    assert render(one, seconds=5.0).strip() == "hi"
+    one.close()
 
 
 def test_a_job_that_waited_too_long_is_refused(

@@ -77,6 +77,11 @@ def choose(only: list[str], without: list[str]) -> list[str]:
     ]
 
 
+def new_client(url: str) -> httpx.AsyncClient:
+    """A client for one request, which by default would spend 20 ms on certificates first."""
+    return httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, verify=False)
+
+
 # The client of the bombs, a process of its own.
 
 
@@ -93,7 +98,7 @@ async def send_bombs(url: str, names: list[str], seconds: float) -> dict[str, An
             path, body = bombs[name]()
             started = time.monotonic()
             try:
-                async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as http:
+                async with new_client(url) as http:
                     reply = await http.post(
                         path, content=body, headers={"content-type": "application/json"}
                     )
@@ -110,6 +115,10 @@ async def send_bombs(url: str, names: list[str], seconds: float) -> dict[str, An
 def run_bomber(url: str, names: list[str], seconds: float) -> None:
     """Send at lowest priority and print what came back."""
     os.nice(19)
+    # Where Linux shares the cores among sessions first, that counts within a session only.
+    os.setsid()
+    with contextlib.suppress(OSError):  # there are none
+        Path("/proc/self/autogroup").write_text("19")
     answers = asyncio.run(send_bombs(url, names, seconds))
     print(json.dumps({name: [one.statuses, one.slowest] for name, one in answers.items()}))
 
@@ -146,7 +155,7 @@ async def measure(url: str, seconds: float) -> Measured:
         while True:
             started = time.monotonic()
             try:
-                async with httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS) as http:
+                async with new_client(url) as http:
                     (await http.get("/health")).raise_for_status()
             finally:
                 slowest = max(slowest, time.monotonic() - started)
