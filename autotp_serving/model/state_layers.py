@@ -3,13 +3,14 @@
 Gated delta nets (Qwen3-Next, Qwen3.5), Mamba-2 (Granite 4, Falcon-H1, Nemotron-H, Bamba) and short
 convolutions (LFM2). They take the place of transformers' layers, whose matrices they keep, and run
 what mixes tokens over the flattened batch, from and to pools with a row for each running sequence.
-A sequence that begins finds zeros, whatever its row held; so a preempted one is computed anew, and
-prefixes cannot be reused, for whose states nobody keeps. Heads are shared out evenly over ranks.
+A sequence that begins finds zeros, whatever its row held, unless rank 0 has the state of an equal
+beginning copied there first. Heads are shared out evenly over ranks.
 Longer than other files, for the three kinds share what is around their mixing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -388,6 +389,14 @@ def allocate_states(
     """Make the pools of all layers, with so many rows; once the weights are loaded."""
     for layer in list_state_layers(model):
         layer.allocate(num_rows, device, recurrence)
+
+
+def copy_states(layers: Sequence[StateLayer], copies: Sequence[int]) -> None:
+    """Copy the states of rows to other rows, in order; see `Batch.state_copies`."""
+    for source, target in zip(copies[::2], copies[1::2], strict=True):
+        for layer in layers:
+            for pool in layer.pools:
+                pool[target] = pool[source]
 
 
 def _shrink(module: nn.Module, num_ranks: int) -> None:
