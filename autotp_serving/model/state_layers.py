@@ -1,10 +1,10 @@
 """Layers that keep a state of fixed size for each sequence, beside the KV blocks. Every rank.
 
 Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid), Mamba-2 (Granite 4, Falcon-H1, Nemotron-H,
-Bamba) and short convolutions (LFM2). They take the place of transformers' layers, whose matrices they
-keep, and run what mixes tokens over the flattened batch, from and to pools with a row for each running sequence.
-A sequence that begins finds zeros, whatever its row held, unless rank 0 has the state of an equal
-beginning copied there first. Heads are shared out evenly over ranks.
+Bamba) and short convolutions (LFM2). They take the place of transformers' layers, whose matrices
+they keep, and run what mixes tokens over the flattened batch, from and to pools with a row for each
+running sequence. A sequence that begins finds zeros, whatever its row held, unless rank 0 has the
+state of an equal beginning copied there first. Heads are shared out evenly over ranks.
 Longer than other files, for the three kinds share what is around their mixing.
 """
 
