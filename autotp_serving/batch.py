@@ -46,6 +46,8 @@ class Batch:
             hidden states are pooled: a model does one of both.
         num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none.
         adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
+        state_copies: rows of the states that layers keep beside the blocks, in pairs: before the
+            step, and in this order, the first one's states are copied to the second.
     """
 
     rows: list[int]
@@ -62,6 +64,7 @@ class Batch:
     score_rows: list[int] = field(default_factory=list)
     num_drafts: list[int] = field(default_factory=list)
     adapters: list[int] = field(default_factory=list)
+    state_copies: list[int] = field(default_factory=list)
 
     @property
     def num_seqs(self) -> int:
@@ -81,7 +84,8 @@ class Batch:
         query_lens = [] if self.query_lens == ones else self.query_lens
         num_known = [] if self.num_known == self.query_lens else self.num_known
         sampled = [] if self.sampled == list(range(num_seqs)) else self.sampled
-        lists = (query_lens, num_known, sampled, self.num_top, self.num_drafts, self.adapters)
+        chosen = (sampled, self.num_top, self.num_drafts, self.adapters)
+        lists = (query_lens, num_known, *chosen, self.state_copies)
         counts = [num_seqs, len(self.token_ids), len(self.grown), len(self.new_blocks)]
         counts += [len(self.score_rows), len(self.sampled), *map(len, lists)]
         packed = array("i", counts)
@@ -99,7 +103,7 @@ class Batch:
         values = packed.tolist()
         num_seqs, num_ids, num_grown, num_blocks, num_scored, num_sampled = values[:6]
         num_lens, num_counts, num_listed, num_top, num_drafts, num_adapters = values[6:12]
-        cursor = 12
+        num_copies, cursor = values[12], 13
 
         def take(count: int) -> list[int]:
             nonlocal cursor
@@ -111,6 +115,7 @@ class Batch:
         num_known = take(num_counts) or list(query_lens)
         sampled = take(num_listed) or list(range(num_sampled))
         top, drafts, adapters = take(num_top), take(num_drafts), take(num_adapters)
+        state_copies = take(num_copies)
         return Batch(
             rows,
             starts,
@@ -126,6 +131,7 @@ class Batch:
             score_rows=take(num_scored),
             num_drafts=drafts,
             adapters=adapters,
+            state_copies=state_copies,
         )
 
 
@@ -226,15 +232,14 @@ class Runner(Protocol):
         num_blocks: blocks in the KV pool, the same on every rank.
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected, at least 1.
-        can_reuse_prefixes: whether a sequence may begin with another's blocks; not where layers
-            keep states that are not in them.
+        has_states: whether layers keep states beside the blocks.
         rank_times: [num_ranks], what the steps have cost each rank so far.
     """
 
     num_blocks: int
     block_size: int
     max_in_flight: int
-    can_reuse_prefixes: bool
+    has_states: bool
 
     @property
     def rank_times(self) -> Sequence[RankTimes]:

@@ -26,6 +26,9 @@ TASKS = ("auto", "generate", "embed", "rerank")
 KV_CACHE_DTYPES = ("auto", "int8")
 
 MIN_STEP_TIMEOUT = 1.0
+
+MIN_KEPT_STATES = 4
+"""Even a server of one sequence at a time has a few conversations, each with a beginning."""
 """On a busy machine a healthy rank may be silent for nearly as long."""
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -417,6 +420,16 @@ class ServingConfig:
     def pools(self) -> bool:
         """True for models whose hidden states are pooled in place of completions."""
         return self.task in ("embed", "rerank")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a rank keeps of sequences: of each running one, and one for padding."""
+        return self.max_num_seqs + 1
+
+    @property
+    def num_kept_states(self) -> int:
+        """Beginnings of prompts whose states are kept, of models whose layers have states."""
+        return max(MIN_KEPT_STATES, self.max_num_seqs) if self.enable_prefix_caching else 0
 
     @property
     def shown_task(self) -> str:

@@ -122,6 +122,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("deepseek_v3", "youtu", "axk1"), LATENT),
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "gptj": {"n_inner": None},
+    # As many key as value dimensions, or transformers writes its convolutions in wrong parts.
+    "olmo_hybrid": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32},
     "granitemoehybrid": {
@@ -148,6 +150,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2,
     },
     "xmod": {"default_language": "en_XX"},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 24},
+    "zaya": {"num_experts_per_tok": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 32},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": LATENT
+    | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "reformer": {"axial_pos_embds_dim": [32, 96], "axial_pos_shape": [16, 32]},
     **dict.fromkeys(("gemma4", "gemma4_text"), GEMMA4),
     **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), GEMMA4_UNIFIED),
     "phi3": {"resid_pdrop": 0.0},

@@ -136,7 +136,8 @@ class FakeRunner:
     A slot remembers (position, token, chain), where the chain depends on all tokens before: as
     real keys and values do. Old context is read before anything is written, so a block that is
     shared before the step that fills it has run is caught too; so is a block that is handed on
-    while a step in flight may write it, and a token that is not sent and not in flight.
+    while a step in flight may write it, and a token that is not sent and not in flight. With
+    `has_states`, a row holds the chain of its sequence too, which must be that of the blocks.
 
     Args:
         num_blocks: blocks in the pool.
@@ -147,7 +148,7 @@ class FakeRunner:
         vocab_size: tokens that the model has rows for; others must not reach it.
     """
 
-    can_reuse_prefixes = True
+    has_states = False  # tests set it, here or on one runner
     max_in_flight = 1  # tests set it to 2, here or on one runner
 
     def __init__(
@@ -176,6 +177,7 @@ class FakeRunner:
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
         self._tables: dict[int, list[int]] = {}  # by row
         self._last_tokens: dict[int, int] = {}
+        self._states: dict[int, int] = {}  # by row
         self._forwarded: tuple[Batch, dict[int, list[int]]] | None = None
         # Of each step in flight: its result, rows that got a token, the blocks it writes by row.
         self._in_flight: deque[tuple[StepResult, set[int], dict[int, int]]] = deque()
@@ -200,12 +202,18 @@ class FakeRunner:
         contexts = [
             self._read(table, start) for table, start in zip(tables, batch.starts, strict=True)
         ]
+        copies = iter(batch.state_copies)
+        for source, target in zip(copies, copies, strict=True):
+            self._states[target] = self._states[source]
+        for row, (tokens, chain) in zip(batch.rows, contexts, strict=True):
+            is_right = not (self.has_states and tokens) or self._states[row] == chain
+            assert is_right, f"row {row} has the state of another beginning"
         seen: dict[int, list[int]] = {}  # by flattened token, what its logits come from
         ends: list[int] = []
         written: set[int] = set()
         index = 0
-        for table, query_len, (tokens, chain) in zip(
-            tables, batch.query_lens, contexts, strict=True
+        for row, table, query_len, (tokens, chain) in zip(
+            batch.rows, tables, batch.query_lens, contexts, strict=True
         ):
             for token in token_ids[index : index + query_len]:
                 slot = self._slot(table, len(tokens))
@@ -217,6 +225,7 @@ class FakeRunner:
                 seen[index] = list(tokens)
                 index += 1
             ends.append(index - 1)
+            self._states[row] = chain
         self._forwarded = (batch, seen)
         self._ends, self._written = ends, written
 

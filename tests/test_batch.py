@@ -37,6 +37,7 @@ def draw_batch(rng: random.Random) -> Batch:
         num_top=rng.choice([[], numbers(num_seqs)]),
         num_drafts=rng.choice([[], numbers(num_seqs)]),
         adapters=rng.choice([[], numbers(num_seqs)]),
+        state_copies=rng.choice([[], numbers(4)]),
     )
 
 

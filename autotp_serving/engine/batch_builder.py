@@ -24,6 +24,8 @@ class Step:
         pools: [num_pools], what is known of the batch's `score_rows` where they are pooled.
         pooled: [num_pools], the sequences that they are of.
         read: sequences that end with this step, as they want nothing but their prompt's logprobs.
+        kept_states: after this step a sequence's state is kept, for the end of the block of this
+            index, in this row of the states.
     """
 
     number: int
@@ -36,6 +38,7 @@ class Step:
     pools: list[PoolInput] = field(default_factory=list)
     pooled: list[Sequence] = field(default_factory=list)
     read: list[Sequence] = field(default_factory=list)
+    kept_states: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

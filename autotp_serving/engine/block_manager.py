@@ -11,6 +11,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import count
 
+from autotp_serving.engine.state_slots import StateSlots
+
 ContentKey = tuple[int, tuple[int, ...]]
 """(content number of the block before, tokens of this block). The dictionary compares it whole, so
 a hash collision can never serve a wrong block."""
@@ -29,14 +31,21 @@ class BlockManager:
         num_blocks: blocks in the pool.
         block_size: tokens a block holds.
         enable_prefix_caching: False makes every block private and forgotten on release.
+        states: of models that have them, the states kept at the ends of known blocks.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        states: StateSlots | None = None,
     ) -> None:
         assert num_blocks > 0 and block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.states = states
         self._enable_prefix_caching = enable_prefix_caching
         self._num_holders = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -156,7 +165,9 @@ class BlockManager:
             self._drop(block)
         block_table.clear()
 
-    def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
+    def check_integrity(
+        self, block_tables: Iterable[Sequence[int]], reserved_states: Sequence[int] = ()
+    ) -> None:
         """Audit: the tables given are all there are. Raises AssertionError naming what is off."""
         holders = Counter(block for table in block_tables for block in table)
         expected = [holders[block] for block in range(self.num_blocks)]
@@ -168,6 +179,8 @@ class BlockManager:
         assert all(self._key_of[block] is not None for block in self._cached), "no content cached"
         known = {key: block for block, key in enumerate(self._key_of) if key is not None}
         assert known == self._block_of, "the index differs from the blocks"
+        if self.states is not None:
+            self.states.check_integrity(known.values(), reserved_states)
 
     def _allocate(self) -> int:
         if self._free:
@@ -195,3 +208,5 @@ class BlockManager:
         if key is not None:
             del self._block_of[key]
             self._key_of[block] = None
+            if self.states is not None:
+                self.states.forget(block)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -88,10 +87,12 @@ class Engine:
         self.refusal: str | None = None  # for requests, once that takes too long
         self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
         self.is_sound = True  # the latest step to give numbers gave finite ones
-        if not runner.can_reuse_prefixes:
-            config = replace(config, enable_prefix_caching=False)
         self.scheduler = Scheduler(
-            config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
+            config,
+            runner.num_blocks,
+            runner.block_size,
+            tokenizer.eos_token_ids,
+            has_states=runner.has_states,
         )
         self._runner = runner
         self._output_processor = OutputProcessor(tokenizer, on_outputs)

@@ -15,6 +15,7 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
+from autotp_serving.engine.state_slots import StateSlots
 from autotp_serving.engine.waiting_queue import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
 
@@ -46,6 +47,7 @@ class Scheduler:
         num_blocks: blocks in the pool.
         block_size: tokens a block holds.
         eos_token_ids: tokens that end a text unless the request ignores them.
+        has_states: the model's layers keep states beside the blocks.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         eos_token_ids: frozenset[int],
+        *,
+        has_states: bool = False,
     ) -> None:
-        self.blocks = BlockManager(
-            num_blocks, block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        self._config = config
+        self._has_states = has_states
+        self.blocks = self._make_blocks(num_blocks, block_size)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_arrivals = 0
@@ -65,7 +69,6 @@ class Scheduler:
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
         self._num_score_rows_left = 0
-        self._config = config
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
@@ -73,6 +76,7 @@ class Scheduler:
         self._in_flight: deque[Step] = deque()
         # Of sequences that ended with a step in flight: its number, blocks, whether to forget them.
         self._leftovers: deque[tuple[int, list[int], bool]] = deque()
+        self._state_copies: list[int] = []  # for the next batch
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +140,8 @@ class Scheduler:
             return None
         self._num_begun += 1
         step = build_step(self._num_begun, chunks)
+        step.batch.state_copies, self._state_copies = self._state_copies, []
+        self._keep_states(step)
         self._in_flight.append(step)
         return step
 
@@ -175,6 +181,7 @@ class Scheduler:
             if sequence.finish_reason is None:
                 sequence.num_computed_tokens += query_len
                 self._register_full_blocks(sequence)
+        self._attach_states(step)
         for sequence, scores in zip(step.scored, result.scores, strict=True):
             sequence.prompt_logprobs.extend(scores)
             is_nan = any(math.isnan(one.logprob) for one in scores)
@@ -230,6 +237,9 @@ class Scheduler:
 
     def drop_steps(self) -> None:
         """Expect nothing more of the steps in flight: the runner has failed."""
+        if self.blocks.states is not None:
+            for row in self._list_reserved_states():
+                self.blocks.states.free(row)
         self._in_flight.clear()
         self._free_leftovers(self._num_begun)
 
@@ -258,11 +268,8 @@ class Scheduler:
     def set_pool(self, num_blocks: int) -> None:
         """Begin with an empty pool of so many blocks; nothing runs."""
         assert not self.running
-        self.blocks = BlockManager(
-            num_blocks,
-            self.blocks.block_size,
-            enable_prefix_caching=self._config.enable_prefix_caching,
-        )
+        self.blocks = self._make_blocks(num_blocks, self.blocks.block_size)
+        self._state_copies = []
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a request by its id; None when there is no such request (any more)."""
@@ -293,7 +300,16 @@ class Scheduler:
             num_full_blocks = seq.num_computed_tokens // self.blocks.block_size
             assert seq.num_registered_blocks == num_full_blocks
         tables = [seq.block_table for seq in self.running]
-        self.blocks.check_integrity([*tables, *(table for _, table, _ in self._leftovers)])
+        tables += [table for _, table, _ in self._leftovers]
+        self.blocks.check_integrity(tables, self._list_reserved_states())
+
+    def _make_blocks(self, num_blocks: int, block_size: int) -> BlockManager:
+        reuses = self._config.enable_prefix_caching
+        states = None
+        if self._has_states and reuses:
+            first = self._config.num_rows
+            states = StateSlots(range(first, first + self._config.num_kept_states))
+        return BlockManager(num_blocks, block_size, enable_prefix_caching=reuses, states=states)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Get blocks for one more token, at the cost of later ones; False if it had to go.
@@ -331,6 +347,9 @@ class Scheduler:
             matched = []  # tokens taken from the cache would give no hidden states
         if sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
+        num_known, state = len(matched), None
+        if self.blocks.states is not None:
+            matched, state = self.blocks.states.find(matched)
         # One block stays for each that runs, or the newcomer would soon be preempted for it.
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
         if num_needed > self.blocks.num_available:
@@ -342,6 +361,9 @@ class Scheduler:
         sequence.num_registered_blocks = len(matched)
         sequence.num_computed_tokens = len(matched) * self.blocks.block_size
         sequence.num_scheduled_tokens = sequence.num_computed_tokens
+        if state is not None:
+            self._state_copies += state, sequence.row
+        self._plan_states(sequence, num_known)
         if sequence.num_preemptions == 0:
             sequence.queue_seconds = time.monotonic() - sequence.request.arrival_time
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -365,9 +387,47 @@ class Scheduler:
         if sequence.num_unscored_tokens:
             query_len = min(query_len, self._num_score_rows_left)
             self._num_score_rows_left -= query_len
+        start = sequence.num_scheduled_tokens
+        query_len = min([query_len, *(end - start for end in sequence.state_ends if end > start)])
         if query_len:
             chunks.append((sequence, query_len))
         return budget - query_len if query_len == sequence.num_unscheduled_tokens else 0
+
+    def _plan_states(self, sequence: Sequence, num_known: int) -> None:
+        """Choose where the newcomer's state is to be kept: there its chunks end.
+
+        That is after the last full block of its tokens, with which the next turn of a
+        conversation begins, and where its beginning parts from those before it, whose blocks are
+        known and whose state is not: there others may part from them, too.
+        """
+        pooling = sequence.params.pooling
+        sequence.state_ends = []
+        if self.blocks.states is not None and (pooling is None or pooling.can_reuse):
+            size = self.blocks.block_size
+            ends = {num_known * size, (sequence.num_tokens - 1) // size * size}
+            sequence.state_ends = sorted(e for e in ends if e > sequence.num_scheduled_tokens)
+
+    def _keep_states(self, step: Step) -> None:
+        """Have states copied that are to be kept after this step, before the next one runs."""
+        if self.blocks.states is None:
+            return
+        for sequence in step.sequences:
+            end = sequence.num_scheduled_tokens
+            if end in sequence.state_ends and (row := self.blocks.states.reserve()) is not None:
+                step.kept_states.append((sequence, end // self.blocks.block_size - 1, row))
+                self._state_copies += sequence.row, row
+
+    def _attach_states(self, step: Step) -> None:
+        """The blocks at whose ends states were kept in this step are known by now."""
+        for sequence, index, row in step.kept_states:
+            assert self.blocks.states is not None
+            if sequence.finish_reason is None:
+                self.blocks.states.attach(sequence.block_table[index], row)
+            else:
+                self.blocks.states.free(row)
+
+    def _list_reserved_states(self) -> list[int]:
+        return [row for step in self._in_flight for *_, row in step.kept_states]
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size

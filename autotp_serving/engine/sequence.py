@@ -93,6 +93,7 @@ class Sequence:
         num_pending_tokens: tokens sampled by steps that are begun and not collected.
         last_step: number of the step that it took part in last.
         num_registered_blocks: leading blocks that others may reuse.
+        state_ends: after so many tokens its state is to be kept, ascending.
         num_cached_tokens: prompt tokens found in the prefix cache when it first began to run.
         queue_seconds: how long it waited before it first began to run.
         num_preemptions: how often it lost its blocks and started over.
@@ -119,6 +120,7 @@ class Sequence:
     num_pending_tokens: int = 0
     last_step: int = 0
     num_registered_blocks: int = 0
+    state_ends: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
     num_preemptions: int = 0

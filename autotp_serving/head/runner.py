@@ -38,7 +38,7 @@ class RemoteRunner:
 
     def __init__(self) -> None:
         self.num_blocks = self.block_size = self.max_in_flight = 0
-        self.can_reuse_prefixes = True
+        self.has_states = False
         self.rank_times: list[RankTimes] = []
         self.num_collected = 0
         self._line: Line | None = None
@@ -52,7 +52,7 @@ class RemoteRunner:
         """Go on with a new group of ranks, which knows of nothing."""
         self.num_blocks, self.block_size = ready.num_blocks, ready.block_size
         self.max_in_flight = ready.max_in_flight
-        self.can_reuse_prefixes = ready.can_reuse_prefixes
+        self.has_states = ready.has_states
         self.num_collected = 0
         self._line = line
         self._epoch = epoch

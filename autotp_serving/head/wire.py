@@ -30,7 +30,7 @@ class Ready(NamedTuple):
         num_blocks: blocks in the KV pool, the same on every rank.
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected.
-        can_reuse_prefixes: whether a sequence may begin with another's blocks.
+        has_states: whether layers keep states beside the blocks.
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
     """
@@ -38,7 +38,7 @@ class Ready(NamedTuple):
     num_blocks: int
     block_size: int
     max_in_flight: int
-    can_reuse_prefixes: bool
+    has_states: bool
     max_model_len: int
     vocab_size: int
 

@@ -88,7 +88,10 @@ def check_budget(footprint: Footprint, budget: MemoryBudget, setup: MemorySetup,
         cure = "start more ranks, choose a smaller --low-bit, lower --max-num-batched-tokens, or "
     states = ""
     if footprint.state_bytes:
-        states = f"states of {config.max_num_seqs} sequences {show(footprint.state_bytes)}, "
+        states = (
+            f"states of {config.max_num_seqs} sequences and {config.num_kept_states} beginnings of "
+            f"prompts {show(footprint.state_bytes)}, "
+        )
         cure = f"lower --max-num-seqs, {cure}"
     weights = (
         f"weights {show(footprint.weight_bytes)}" if footprint.weights else "beside its weights"

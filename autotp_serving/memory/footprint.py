@@ -103,6 +103,7 @@ def find_footprint(
     Args:
         checkpoint: names tensors that are stored converted; None when there are none.
     """
+    num_state_rows = setup.config.num_rows + setup.config.num_kept_states
     weights: dict[tuple[str, str], int] = {}
     held = load_bytes = 0
     for weight in _list_weights(shapes, checkpoint, low_bit):
@@ -120,13 +121,8 @@ def find_footprint(
         kv_bytes_per_block=setup.config.block_size * _count_kv_bytes(shapes, setup, rank),
         activation_bytes=_estimate_activations(shapes, setup),
         load_bytes=load_bytes,
-        state_bytes=shapes.state_bytes_per_row * count_rows(setup.config),
+        state_bytes=shapes.state_bytes_per_row * num_state_rows,
     )
-
-
-def count_rows(config: ServingConfig) -> int:
-    """Rows of states: of each running sequence, and one for padding."""
-    return config.max_num_seqs + 1
 
 
 def _list_weights(

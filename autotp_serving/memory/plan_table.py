@@ -53,7 +53,8 @@ def format_plan(
         [item.activation_bytes for item in footprints],
     )
     if any(item.state_bytes for item in footprints):
-        add(f"states, {config.max_num_seqs} sequences", [item.state_bytes for item in footprints])
+        label = f"states, {config.max_num_seqs} sequences, {config.num_kept_states} kept"
+        add(label, [item.state_bytes for item in footprints])
     add(
         "device together",
         [item.fixed_bytes + blocks * item.kv_bytes_per_block for item in footprints],

@@ -136,6 +136,8 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)
             model.set_submodule(name, layer.to_empty(device="meta"))
     for module in model.modules():
+        if isinstance(module, StateLayer):
+            continue  # it takes its share itself
         queries = (getattr(module, name, None) for name in ("q_proj", "query", "query_key_value"))
         query = next(filter(None, queries), None)
         if type(query).__name__ == "LinearLayer":

@@ -1,15 +1,16 @@
 """Layers that keep a state of fixed size for each sequence, beside the KV blocks. Every rank.
 
-Gated delta nets (Qwen3-Next, Qwen3.5), Mamba-2 (Granite 4, Falcon-H1, Nemotron-H, Bamba) and short
-convolutions (LFM2). They take the place of transformers' layers, whose matrices they keep, and run
-what mixes tokens over the flattened batch, from and to pools with a row for each running sequence.
-A sequence that begins finds zeros, whatever its row held; so a preempted one is computed anew, and
-prefixes cannot be reused, for whose states nobody keeps. Heads are shared out evenly over ranks.
+Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid), Mamba-2 (Granite 4, Falcon-H1, Nemotron-H,
+Bamba) and short convolutions (LFM2). They take the place of transformers' layers, whose matrices
+they keep, and run what mixes tokens over the flattened batch, from and to pools with a row for each
+running sequence. A sequence that begins finds zeros, whatever its row held, unless rank 0 has the
+state of an equal beginning copied there first. Heads are shared out evenly over ranks.
 Longer than other files, for the three kinds share what is around their mixing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -170,7 +171,16 @@ class ShortConvolution(StateLayer):
 
 
 class GatedDeltaNet(StateLayer):
-    """Qwen3-Next's and Qwen3.5's: linear attention whose state forgets, and corrects itself."""
+    """Qwen3-Next's and Qwen3.5's: linear attention whose state forgets, and corrects itself.
+
+    Attributes:
+        NORM, OUTPUT: what the family calls its last two children.
+        CONVOLUTIONS: its convolutions, of queries, keys and values; by our names where its
+            checkpoints have them in one.
+    """
+
+    NORM, OUTPUT = "norm", "out_proj"
+    CONVOLUTIONS = ("conv_q", "conv_k", "conv_v")
 
     def __init__(self, source: nn.Module, config: Any) -> None:
         super().__init__(source)
@@ -179,13 +189,14 @@ class GatedDeltaNet(StateLayer):
         self.num_key_heads, self.num_heads = source.num_k_heads, source.num_v_heads
         self.key_dim, self.value_dim = source.head_k_dim, source.head_v_dim
         self._activate = ACT2FN[source.activation]
+        self._beta_scale = 2.0 if getattr(source, "allow_neg_eigval", False) else 1.0
         keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         sizes = {"q": keys, "k": keys, "v": values}
-        self._split_convolution("conv1d", {f"conv_{part}": size for part, size in sizes.items()})
+        self._split_convolution("conv1d", dict(zip(self.CONVOLUTIONS, sizes.values(), strict=True)))
         if hasattr(source, "in_proj_qkv"):
             split_linear(self, "in_proj_qkv", {f"in_proj_{part}": sizes[part] for part in sizes})
         linears = [name for name, one in self.named_children() if isinstance(one, nn.Linear)]
-        self.sharding = {**dict.fromkeys(linears, "column"), "out_proj": "row"}
+        self.sharding = {**dict.fromkeys(linears, "column"), self.OUTPUT: "row"}
 
     def plan_shares(self, num_ranks: int) -> None:
         """See StateLayer."""
@@ -221,12 +232,14 @@ class GatedDeltaNet(StateLayer):
             key,
             value.reshape(num_tokens, self.num_heads, self.value_dim),
             (-self.A_log.float().exp() * rate).exp(),
-            beta.sigmoid().float(),
+            beta.sigmoid().float() * self._beta_scale,
             self.pools[1],
         )
         gate = gate.reshape(-1, self.value_dim)
-        out = self.norm(out.to(hidden.dtype).view(-1, self.value_dim), gate)
-        return self.out_proj(out.view(num_tokens, -1))
+        normalize, project = getattr(self, self.NORM), getattr(self, self.OUTPUT)
+        return project(
+            normalize(out.to(hidden.dtype).view(-1, self.value_dim), gate).view(num_tokens, -1)
+        )
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values side by side; gate; beta and time step of each head."""
@@ -241,6 +254,19 @@ class GatedDeltaNet(StateLayer):
         beta, step = self.in_proj_ba(hidden).view(num_tokens, -1, 2 * repeats).chunk(2, dim=-1)
         qkv = torch.cat([part.flatten(1) for part in (query, key, value)], dim=1)
         return qkv, gate, beta.flatten(1), step.flatten(1)
+
+
+class OlmoGatedDeltaNet(GatedDeltaNet):
+    """OLMo Hybrid's: a matrix for each of what it needs."""
+
+    NORM, OUTPUT = "o_norm", "o_proj"
+    CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See GatedDeltaNet."""
+        qkv = [project(hidden) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        gate, beta, step = self.g_proj(hidden), self.b_proj(hidden), self.a_proj(hidden)
+        return torch.cat(qkv, dim=-1), gate, beta, step
 
 
 class Mamba2(StateLayer):
@@ -360,6 +386,7 @@ LAYERS: dict[str, type[ShortConvolution | GatedDeltaNet | Mamba2]] = {
     "Qwen3NextGatedDeltaNet": GatedDeltaNet,
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
     "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
+    "OlmoHybridGatedDeltaNet": OlmoGatedDeltaNet,
     "BambaMixer": Mamba2,
     "GraniteMoeHybridMambaLayer": Mamba2,
     "FalconH1Mixer": Mamba2,
@@ -388,6 +415,14 @@ def allocate_states(
     """Make the pools of all layers, with so many rows; once the weights are loaded."""
     for layer in list_state_layers(model):
         layer.allocate(num_rows, device, recurrence)
+
+
+def copy_states(layers: Sequence[StateLayer], copies: Sequence[int]) -> None:
+    """Copy the states of rows to other rows, in order; see `Batch.state_copies`."""
+    for source, target in zip(copies[::2], copies[1::2], strict=True):
+        for layer in layers:
+            for pool in layer.pools:
+                pool[target] = pool[source]
 
 
 def _shrink(module: nn.Module, num_ranks: int) -> None:

@@ -13,6 +13,7 @@ from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
+from autotp_serving.model.state_layers import StateLayer, copy_states
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.sampler import Sampled, Sampler
 from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
@@ -29,6 +30,7 @@ class ModelRunner:
         state: what this rank keeps of the running sequences.
         broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
             the host knows every token before it is needed, as with one step in flight.
+        state_layers: those that keep states beside the KV blocks.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class ModelRunner:
         state: BatchState,
         times: StepTimes,
         broadcast: Callable[[torch.Tensor], None] | None = None,
+        state_layers: Sequence[StateLayer] = (),
     ) -> None:
         self.times = times
         self._forward = forward
         self._gatherer = gatherer
         self._state = state
         self._broadcast = broadcast
+        self.state_layers = state_layers
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepLogits:
@@ -53,6 +57,7 @@ class ModelRunner:
             What rank 0 samples from; on the others it means nothing.
         """
         started = time.perf_counter()
+        copy_states(self.state_layers, batch.state_copies)
         inputs = self._state.apply(batch, self._forward.find_padded_size(batch))
         logits = self._gatherer(self._forward(inputs), batch)
         self.times.add_step(time.perf_counter() - started)
@@ -93,8 +98,6 @@ class LeadRunner:
         num_ranks: int,
         sampler: Sampler,
         max_in_flight: int,
-        *,
-        can_reuse_prefixes: bool,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
@@ -106,7 +109,7 @@ class LeadRunner:
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
         self.max_in_flight = max_in_flight
-        self.can_reuse_prefixes = can_reuse_prefixes
+        self.has_states = bool(runner.state_layers)
 
     def forward(self, batch: Batch) -> None:
         """See Runner.

@@ -27,7 +27,6 @@ from autotp_serving.distributed.placement import (
     read_topology,
 )
 from autotp_serving.distributed.store import close_doors
-from autotp_serving.memory.footprint import count_rows
 from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
@@ -129,14 +128,15 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     cache = KVCache(shape, num_blocks, device.torch_device, kernels)
     states = list_state_layers(model)
     if states:
-        rows = count_rows(config)
+        rows = config.num_rows + config.num_kept_states
         allocate_states(model, rows, device.torch_device, backend.recurrence())
     if states and group.rank == 0:
         logger.info(
-            "%d layers keep a state beside the KV blocks, %d KiB a sequence on each rank; the "
-            "beginnings of prompts are not reused, for whose states nobody keeps",
+            "%d layers keep a state beside the KV blocks, %d KiB a sequence on each rank, and as "
+            "much for each of %d beginnings of prompts",
             len(states),
             sum(layer.bytes_per_row for layer in states) >> 10,
+            config.num_kept_states,
         )
     checker.report_measured(model, num_blocks * shape.bytes_per_block)
     state = BatchState(
@@ -153,21 +153,13 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     head = model.get_output_embeddings()
     by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
-    runner = ModelRunner(forward, gatherer, state, times, broadcast)
+    runner = ModelRunner(forward, gatherer, state, times, broadcast, states)
     channel = StepChannel(group)
     close_doors(group, is_host=device.is_host)
     lead = None
     if group.rank == 0:
         sampler = backend.sampler(device.fetch)
-        lead = LeadRunner(
-            runner,
-            cache,
-            channel,
-            group.size,
-            sampler,
-            device.max_in_flight,
-            can_reuse_prefixes=not states,
-        )
+        lead = LeadRunner(runner, cache, channel, group.size, sampler, device.max_in_flight)
     if config.profile is not None:
         from autotp_serving.worker.profiler import StepProfiler
 

@@ -182,6 +182,7 @@ def test_the_engine_survives_every_request(seed: int, compiler: GrammarCompiler)
     rng = random.Random(seed)
     maker = Maker(seed, compiler)
     runner = FakeRunner(rng.randint(1, 12), next_token=model, vocab_size=NUM_ROWS)
+    runner.has_states = seed % 3 == 0
     config = ServingConfig(
         model_path="fake", max_num_seqs=rng.randint(1, 5), max_queue_len=rng.randint(1, 30),
         max_num_batched_tokens=rng.choice((5, 16, 64)),

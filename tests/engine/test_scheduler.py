@@ -21,13 +21,25 @@ EOS = ByteTokenizer.EOS
 class Bench:
     """A scheduler and a runner; `step` does what the engine does."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, next_token=None, **settings):
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        next_token=None,
+        has_states: bool = False,
+        **settings,
+    ):
         self.runner = FakeRunner(num_blocks, block_size)
+        self.runner.has_states = has_states
         if next_token is not None:
             self.runner.next_token = next_token
         self.in_flight: deque[Step] = deque()
         self.scheduler = Scheduler(
-            ServingConfig(model_path="fake", **settings), num_blocks, block_size, frozenset({EOS})
+            ServingConfig(model_path="fake", **settings),
+            num_blocks,
+            block_size,
+            frozenset({EOS}),
+            has_states=has_states,
         )
 
     def add(self, name: str, prompt: int | list[int], **params) -> Sequence:
@@ -304,6 +316,43 @@ def test_answer_is_reused_by_the_next_turn():
     assert rows(bench.step()) == {"b": 4}  # 16 of 20 tokens were computed, 17 minus the last
 
 
+def test_a_state_is_kept_where_a_prompt_ends_and_where_prompts_part():
+    """The runner asserts that each sequence goes on from the state of its own beginning."""
+    bench = Bench(has_states=True, block_size=4)
+    sequences = []
+    common = [1] * 12
+    for name, prompt, expected in (
+        ("first", [*common, *[2] * 6], [16, 2]),  # up to its last full block, and the rest
+        ("longer", [*common, *[2] * 6, 5, 5], [4]),  # from 16 on; no block more is full
+        ("other", [*common, *[3] * 6], [12, 4, 2]),  # nothing is kept where it parts, so far
+        ("third", [*common, *[4] * 6], [4, 2]),  # from 12 on
+    ):
+        sequence = bench.add(name, prompt, max_tokens=3)
+        sizes = [rows(step)[name] for step in bench.steps()]
+        assert sizes == [*expected, 1, 1]
+        assert output(sequence) == reference(sequence)
+        sequences.append(sequence)
+    assert [one.num_cached_tokens for one in sequences] == [0, 16, 0, 12]
+    bench.scheduler.abort(bench.add("gone", [9] * 18, max_tokens=3).request_id)
+
+
+def test_states_are_few_and_go_with_their_blocks():
+    bench = Bench(num_blocks=20, has_states=True, max_num_seqs=2, block_size=4)
+    states = bench.scheduler.blocks.states
+
+    def ask(token: int) -> int:
+        sequence = bench.add(f"{token} {bench.scheduler.num_arrivals}", [token] * 9, max_tokens=1)
+        bench.run()
+        return sequence.num_cached_tokens
+
+    assert [ask(token) for token in (1, 2, 3, 4, 1, 5)] == [0, 0, 0, 0, 8, 0]
+    assert [ask(token) for token in (1, 3, 2)] == [8, 8, 0], "there are four, 2 was used last"
+    bench.add("large", 76, max_tokens=1)
+    bench.run()
+    assert [states.find([block])[1] for block in range(20)].count(None) == 19, "only its own"
+    assert ask(1) == 0
+
+
 def test_invalid_logits_end_one_sequence_and_leave_nothing_reusable():
     bench = Bench(
         next_token=lambda context, sample: INVALID_TOKEN if context[0] == 0 else 65,
@@ -317,7 +366,7 @@ def test_invalid_logits_end_one_sequence_and_leave_nothing_reusable():
     bench.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_traffic_says_what_each_request_alone_would_say(seed):
     """Mixed lengths, shared beginnings, a small pool, random aborts, any chunk size."""
     rng = random.Random(seed)
@@ -326,6 +375,7 @@ def test_random_traffic_says_what_each_request_alone_would_say(seed):
         max_num_seqs=rng.choice((2, 4)),
         max_num_batched_tokens=rng.choice((4, 7, 16, 64)),
         enable_prefix_caching=seed % 3 > 0,
+        has_states=seed % 2 > 0,
     )
     beginnings = [[rng.randrange(200) for _ in range(12)] for _ in range(2)]
     sequences: list[Sequence] = []

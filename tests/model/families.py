@@ -112,6 +112,10 @@ STATE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 128},
     ),
     "qwen3-5": ("Qwen3_5TextConfig", DELTA_NET),
+    "olmo-hybrid": (  # transformers writes its convolutions in three parts of one size
+        "OlmoHybridConfig",
+        DELTA_NET | {"linear_num_key_heads": 4, "linear_key_head_dim": 32},
+    ),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
     "granite-hybrid": (  # one group of heads, which the ranks share
         "GraniteMoeHybridConfig",

@@ -10,9 +10,13 @@ import torch
 import transformers
 
 from autotp_serving import LLM, SamplingParams
-from autotp_serving.config import ConfigError
+from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.kernels.reference.recurrence import ReferenceRecurrence
+from autotp_serving.memory.footprint import MemorySetup
+from autotp_serving.memory.planner import find_footprints
 from autotp_serving.model.build import build_on_meta
-from autotp_serving.model.state_layers import list_state_layers
+from autotp_serving.model.loader import read_model_config
+from autotp_serving.model.state_layers import allocate_states, list_state_layers
 from tests.model.families import (
     COMMON,
     STATE_FAMILIES,
@@ -28,6 +32,12 @@ pytestmark = [
 ]
 
 MAX_TOKENS = 10
+
+
+def ask_twice() -> list[list[int]]:
+    """The longest prompt once more at the end, which then begins with a state that is kept."""
+    prompts = make_prompts()
+    return [*prompts, max(prompts, key=len)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,7 @@ def answers(
     jobs = [
         {
             "model": str(folders[name]),
-            "prompts": make_prompts()[:: 1 if low_bit == "bf16" else 3],
+            "prompts": ask_twice()[:: 1 if low_bit == "bf16" else 3],
             "max_tokens": MAX_TOKENS,
             "settings": SETTINGS | {"low_bit": low_bit},
         }
@@ -67,7 +77,7 @@ def answers(
 def test_tokens_equal_those_of_transformers(
     name: str, folders: dict[str, Path], answers: dict[tuple[str, str | None, int], Any]
 ) -> None:
-    expected = generate_with_transformers(folders[name], make_prompts(), MAX_TOKENS)
+    expected = generate_with_transformers(folders[name], ask_twice(), MAX_TOKENS)
     assert len({token for answer in expected for token in answer}) > 12, "answers that prove little"
     assert answers[name, "bf16", 1] == expected
     assert answers[name, "bf16", 2] == expected
@@ -85,20 +95,41 @@ def test_low_bit_tokens_are_those_of_one_rank(
 
 
 def test_preempted_sequences_and_equal_beginnings(folders: dict[str, Path]) -> None:
-    """The cache is too small for three, and prompts begin alike: states must not be mixed up."""
+    """The cache is too small for three, and prompts begin alike: states must not be mixed up.
+
+    Asked once more, each begins with a state that was kept.
+    """
     folder = folders["qwen3-5"]
     long = make_prompts()[-1][:100]
     prompts = [long, [*long[:90], 5, 6, 7], long, [*long, 9]]
-    max_tokens = 40
+    max_tokens = 60
     expected = generate_with_transformers(folder, prompts, max_tokens)
-    settings = SETTINGS | {"kv_cache_memory": 26 * 16 * 2 * 2 * 32 * 4, "low_bit": "bf16"}
+    settings = SETTINGS | {"kv_cache_memory": 15 * 16 * 2 * 2 * 32 * 4, "low_bit": "bf16"}
     with LLM(str(folder), **settings) as llm:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         completions = llm.generate(prompts, params, show_progress=False)
         stats = llm._engine.stats()
+        again = [llm.generate([one], params, show_progress=False)[0] for one in prompts]
+        num_hits = llm._engine.stats().num_prefix_hit_tokens - stats.num_prefix_hit_tokens
     assert [item.token_ids for item in completions] == expected
     assert stats.num_preemptions > 0, "nothing was preempted"
-    assert stats.num_prefix_hit_tokens == 0
+    assert [item.token_ids for item in again] == expected
+    assert num_hits == 96 + 80 + 96 + 96
+
+
+@pytest.mark.parametrize("reuses", [True, False])
+def test_planned_states_are_those_allocated(folders: dict[str, Path], reuses: bool) -> None:
+    """Of two sequences, one row more, and those that are kept, where any are."""
+    config = ServingConfig(
+        str(folders["qwen3-5"]), max_num_seqs=2, enable_prefix_caching=reuses, low_bit="bf16"
+    )
+    model_config = read_model_config(config)
+    (planned,) = find_footprints(MemorySetup(config, 512, True), model_config)
+    model = build_on_meta(model_config, torch.bfloat16, False)
+    num_rows = 3 + (4 if reuses else 0)
+    allocate_states(model, num_rows, torch.device("meta"), ReferenceRecurrence())
+    pools = [pool for layer in list_state_layers(model) for pool in layer.pools]
+    assert planned.state_bytes == sum(pool.nbytes for pool in pools) > 0
 
 
 @pytest.mark.parametrize(
