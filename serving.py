@@ -1,7 +1,7 @@
 """Start the server: `python serving.py --tensor-parallel-size N --repo-id-or-model-path FOLDER`.
 
-So this process is the head: it serves HTTP, schedules, and starts N ranks, each this program again,
-which run the batches it sends. Under `mpirun` or `torchrun` the process is one of the ranks, and
+So this process is the head: it serves HTTP, schedules, and starts N ranks (or, by
+--data-parallel-size, several groups of N), each this program again, which run the batches it sends. Under `mpirun` or `torchrun` the process is one of the ranks, and
 rank 0 is what the head would be as well. Head and every rank.
 """
 
