@@ -1,8 +1,9 @@
 """Start the server: `python serving.py --tensor-parallel-size N --repo-id-or-model-path FOLDER`.
 
-So this process is the head: it serves HTTP, schedules, and starts N ranks (or, by
---data-parallel-size, several groups of N), each this program again, which run the batches it sends. Under `mpirun` or `torchrun` the process is one of the ranks, and
-rank 0 is what the head would be as well. Head and every rank.
+So this process is the head: it serves HTTP, schedules, and starts N ranks, or several groups of N
+(--data-parallel-size), each this program again, which run the batches it sends. Under `mpirun` or
+`torchrun` the process is one of the ranks, and rank 0 is what the head would be as well. Head and
+every rank.
 """
 
 from __future__ import annotations
@@ -232,14 +233,15 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     from autotp_serving.head.supervisor import Supervisor, start_groups
 
     num_groups = config.data_parallel_size
+    # Groups that share the host's memory take what is left of it one after another.
+    in_turn = is_host_name(config.device) or (config.device == "auto" and not has_card_files())
+    kind = "cpu" if in_turn else config.device
     topology = read_topology(os.sched_getaffinity(0))
-    places = find_places(num_groups, num_ranks, os.environ, topology)
+    places = find_places(num_groups, num_ranks, kind, os.environ, topology)
     config = resolve_model(config, LocalRankGroup())
     api_keys = check_http(config)
     sock = reserve_port(config.host, config.port)
     do_without_torch(config)
-    # Groups that share the host's memory take what is left of it one after another.
-    in_turn = is_host_name(config.device) or (config.device == "auto" and not has_card_files())
     launcher = find_launcher(num_ranks)
     supervisors = [
         Supervisor(

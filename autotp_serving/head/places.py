@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from autotp_serving.config import ConfigError
 from autotp_serving.distributed.placement import Topology, find_placement
 
-VISIBLE_NAMES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""Lists of the cards that a process may see, separated by commas."""
+CUDA, XPU = "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
+VISIBLE_NAMES = {"cpu": (), "cuda": (CUDA,), "xpu": (XPU,), "auto": (CUDA, XPU)}
+"""By kind of device, the lists of cards that a process may see, separated by commas."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,17 @@ ANYWHERE = GroupPlace()
 
 
 def find_places(
-    num_groups: int, num_ranks: int, environ: Mapping[str, str], topology: Topology
+    num_groups: int,
+    num_ranks: int,
+    device: str,
+    environ: Mapping[str, str],
+    topology: Topology,
 ) -> list[GroupPlace]:
     """Share out cards and cores.
 
     Args:
         num_ranks: of each group.
+        device: what they run on, see --device.
         topology: of the CPUs that this process may use.
 
     Raises:
@@ -55,7 +61,7 @@ def find_places(
         own = {} if "OMP_NUM_THREADS" in environ else {
             "OMP_NUM_THREADS": str(max(1, placement.threads // num_ranks))
         }  # fmt: skip
-        for name in VISIBLE_NAMES:
+        for name in VISIBLE_NAMES[device]:
             cards = _list_cards(name, num_groups * num_ranks, environ)
             own[name] = ",".join(cards[group * num_ranks : (group + 1) * num_ranks])
         places.append(GroupPlace(str(group), own, placement.cpus))

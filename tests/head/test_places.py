@@ -13,12 +13,12 @@ TWO_NODES = Topology(((0, ((0,), (1,))), (1, ((2,), (3,)))), None)
 
 
 def read(name: str, num_groups: int, num_ranks: int, **environ: str) -> list[str]:
-    places = find_places(num_groups, num_ranks, environ, FOUR_CORES)
+    places = find_places(num_groups, num_ranks, "auto", environ, FOUR_CORES)
     return [place.environ[name] for place in places]
 
 
 def test_a_single_group_is_left_as_it_is():
-    assert find_places(1, 4, {"CUDA_VISIBLE_DEVICES": "0"}, FOUR_CORES) == [ANYWHERE]
+    assert find_places(1, 4, "cuda", {"CUDA_VISIBLE_DEVICES": "0"}, FOUR_CORES) == [ANYWHERE]
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"])
@@ -36,7 +36,8 @@ def test_cores_are_shared_out():
     assert read("OMP_NUM_THREADS", 2, 1) == ["2", "2"]
     assert read("OMP_NUM_THREADS", 2, 2) == ["1", "1"]
     assert read("OMP_NUM_THREADS", 3, 2) == ["1", "1", "1"]
-    places = find_places(2, 1, {"OMP_NUM_THREADS": "7"}, TWO_NODES)
+    leftover = {"OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "0"}
+    places = find_places(2, 1, "cpu", leftover, TWO_NODES)
     assert [place.cpus for place in places] == [(0, 1), (2, 3)]
-    assert all("OMP_NUM_THREADS" not in place.environ for place in places)
+    assert not any(place.environ for place in places)
     assert [place.name for place in places] == ["0", "1"]
