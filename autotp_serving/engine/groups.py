@@ -273,7 +273,7 @@ class EngineGroups:
             engine.is_left_out = True
             has_others = not all(one.is_left_out for one in self.engines)
         if has_others:
-            logger.error("Group %d is left out from now on: %s", engine.index, message)
+            logger.error("Left out, while other groups go on: %s", message)
         return has_others
 
     def welcome(self, engine: GroupEngine) -> None:

@@ -192,8 +192,8 @@ def test_a_group_is_left_out_and_the_last_ends_the_server(caplog: pytest.LogCapt
     bench.step(2)
     assert [engine.status for engine in bench.engines] == ["ok", "ok", "failed"]
     assert bench.count() == [3, 3, 0] and bench.groups.failure is None
-    lines = [record.message for record in caplog.records if "left out" in record.message]
-    assert lines == ["Group 2 is left out from now on: the ranks have ended 6 times in a row"]
+    lines = [record.message for record in caplog.records if "Left out" in record.message]
+    assert lines == ["Left out, while other groups go on: the ranks have ended 6 times in a row"]
     bench.engines[0].lose("rank 0 has died")
     bench.engines[1].fail("the ranks have ended 6 times in a row")
     bench.step(2)
