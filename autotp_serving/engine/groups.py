@@ -3,6 +3,8 @@
 Each group has an engine of its own, with its thread, scheduler and blocks. `EngineGroups` stands
 where an engine does and passes on what it is told; its lock makes its books true for event loop
 and engine threads alike, and is taken before an engine's own.
+
+Past 250 lines, since a group's engine and the books of all groups move a sequence together.
 """
 
 from __future__ import annotations
