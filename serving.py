@@ -1,8 +1,9 @@
 """Start the server: `python serving.py --tensor-parallel-size N --repo-id-or-model-path FOLDER`.
 
-So this process is the head: it serves HTTP, schedules, and starts N ranks, each this program again,
-which run the batches it sends. Under `mpirun` or `torchrun` the process is one of the ranks, and
-rank 0 is what the head would be as well. Head and every rank.
+So this process is the head: it serves HTTP, schedules, and starts N ranks, or several groups of N
+(--data-parallel-size), each this program again, which run the batches it sends. Under `mpirun` or
+`torchrun` the process is one of the ranks, and rank 0 is what the head would be as well. Head and
+every rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,17 +27,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from autotp_serving.api.api_keys import ApiKeys
-    from autotp_serving.api.engine_client import EngineClient
+    from autotp_serving.api.engine_client import EngineClient, OutputSink
     from autotp_serving.batch import Runner
     from autotp_serving.worker.runner import LeadRunner
-
-if TYPE_CHECKING:
-    import socket
-
-    from fastapi import FastAPI
-
-    from autotp_serving.api.api_keys import ApiKeys
-    from autotp_serving.api.engine_client import EngineClient
 
 EXIT_CANNOT_START = 2
 
@@ -83,10 +76,10 @@ except ModuleNotFoundError as error:
     sys.exit(EXIT_CANNOT_START)
 
 
-HEAD_DEFAULTS = (ServingConfig.max_restarts, ServingConfig.recovery_timeout)
+HEAD_FIELDS = ("max_restarts", "recovery_timeout", "data_parallel_size")
 NEEDS_HEAD = (
-    "--max-restarts and --recovery-timeout are for a server that starts its ranks itself: give "
-    "--tensor-parallel-size and no launcher before it, or leave them out"
+    "--max-restarts, --recovery-timeout and --data-parallel-size are for a server that starts its "
+    "ranks itself: give --tensor-parallel-size and no launcher before it, or leave them out"
 )
 DOES_NOT_HEAL = (
     "This server ends when a rank dies; started with --tensor-parallel-size and without a launcher "
@@ -154,7 +147,8 @@ def run_rank(
     """
     try:
         if head is not None:
-            configure_logging(head.config.log_level, head.config.log_format, group.rank)
+            log = head.config.log_level, head.config.log_format
+            configure_logging(*log, group.rank, head.group_name)
             return obey(head, group) if group.rank == 0 else follow(head.config, group, head)
         # --help is for one reader, not for one reader per rank.
         silence = contextlib.redirect_stdout(io.StringIO()) if group.rank else None
@@ -162,9 +156,13 @@ def run_rank(
             config = parse_args(argv)
         configure_logging(config.log_level, config.log_format, group.rank)
         works_alone = config.plan or config.save_low_bit is not None
-        if config.tensor_parallel_size and not (works_alone or is_launched(os.environ)):
-            return run_head(config, config.tensor_parallel_size)
-        if (config.max_restarts, config.recovery_timeout) != HEAD_DEFAULTS and not works_alone:
+        if not (works_alone or is_launched(os.environ)) and (
+            config.tensor_parallel_size or config.data_parallel_size > 1
+        ):
+            return run_head(config, config.tensor_parallel_size or 1)
+        if not works_alone and any(
+            getattr(config, name) != getattr(ServingConfig, name) for name in HEAD_FIELDS
+        ):
             raise ConfigError(NEEDS_HEAD)
         num_ranks = find_num_ranks(config, group)
         config = resolve_model(config, group)
@@ -208,14 +206,15 @@ def load(
     runner = worker.lead
     assert runner is not None, "only rank 0 leads"
     app, engine = build_server(
-        config, runner, worker.max_model_len, worker.vocab_size, api_keys,
+        config, [runner], worker.max_model_len, worker.vocab_size, api_keys,
         find_late_ranks=runner.find_late_ranks,
     )  # fmt: skip
     spare_collector()
     group.all_gather("ready")
     logging.getLogger("autotp_serving").info(DOES_NOT_HEAL)
-    worker.channel.monitor(engine.engine.fail, config.step_timeout)
-    stand_in.on_end = partial(engine.engine.fail, "the launcher has ended this server")
+    (fail,) = (one.fail for one in engine.engines)
+    worker.channel.monitor(fail, config.step_timeout)
+    stand_in.on_end = partial(fail, "the launcher has ended this server")
     engine.engine.start()
     return app, engine, runner, sock
 
@@ -226,23 +225,39 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
         raise ConfigError("ranks are started by the server itself on Linux only: leave "
                           "--tensor-parallel-size out, and start with mpirun")  # fmt: skip
     from autotp_serving.api.server import reserve_port, serve
+    from autotp_serving.devices.base import has_card_files, is_host_name
+    from autotp_serving.distributed.placement import read_topology
+    from autotp_serving.head.places import find_places
     from autotp_serving.head.ranks import RanksLost, RanksRefused, find_launcher
     from autotp_serving.head.runner import RemoteRunner
-    from autotp_serving.head.supervisor import Supervisor
+    from autotp_serving.head.supervisor import Supervisor, start_groups
 
+    num_groups = config.data_parallel_size
+    # Groups that share the host's memory take what is left of it one after another.
+    in_turn = is_host_name(config.device) or (config.device == "auto" and not has_card_files())
+    kind = "cpu" if in_turn else config.device
+    topology = read_topology(os.sched_getaffinity(0))
+    places = find_places(num_groups, num_ranks, kind, os.environ, topology)
     config = resolve_model(config, LocalRankGroup())
     api_keys = check_http(config)
     sock = reserve_port(config.host, config.port)
     do_without_torch(config)
-    runner = RemoteRunner()
-    supervisor = Supervisor(find_launcher(num_ranks), config, num_ranks, runner)
+    launcher = find_launcher(num_ranks)
+    supervisors = [
+        Supervisor(
+            launcher, config, num_ranks, RemoteRunner(), place,
+            num_groups - number if in_turn else num_groups,
+        )
+        for number, place in enumerate(places)
+    ]  # fmt: skip
     try:
-        ready = supervisor.start()
+        ready = start_groups(supervisors, in_turn=in_turn)
         app, engine = build_server(
-            config, runner, ready.max_model_len, ready.vocab_size, api_keys,
-            on_stall=supervisor.end_group,
+            config, [one.runner for one in supervisors], ready.max_model_len, ready.vocab_size,
+            api_keys, on_stalls=[one.end_group for one in supervisors],
         )  # fmt: skip
-        supervisor.give_engine(engine.engine)
+        for supervisor, one in zip(supervisors, engine.engines, strict=True):
+            supervisor.give_engine(one)
         spare_collector()
         engine.engine.start()
         exit_code = serve(app, engine, config, sock)
@@ -256,7 +271,8 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
         report(str(error))
         return 1
     finally:
-        supervisor.stop()
+        for supervisor in supervisors:
+            supervisor.stop()
 
 
 def do_without_torch(config: ServingConfig) -> None:
@@ -282,12 +298,12 @@ def obey(head: HeadLine, group: RankGroup) -> int:
     """Rank 0 of a head: load, then run the steps that it sends."""
     from autotp_serving.worker.worker import start_worker
 
-    worker = start_worker(head.config, group)
+    worker = start_worker(head.config, group, head.num_loading)
     assert worker.lead is not None, "only rank 0 leads"
     ignore_signals()
     spare_collector()
     group.all_gather("ready")
-    head.run_steps(worker.lead, worker.max_model_len, worker.vocab_size)
+    head.run_steps(worker.lead, worker.max_model_len, worker.vocab_size, worker.device_kind)
     head.close()
     worker.lead.stop()
     return 0
@@ -305,18 +321,23 @@ def check_http(config: ServingConfig) -> ApiKeys:
 
 def build_server(
     config: ServingConfig,
-    runner: Runner,
+    runners: Sequence[Runner],
     max_model_len: int,
     vocab_size: int,
     api_keys: ApiKeys,
     *,
-    on_stall: Callable[[str], None] | None = None,
+    on_stalls: Sequence[Callable[[str], None]] = (),
     find_late_ranks: Callable[[], str] = lambda: "a rank hangs",
 ) -> tuple[FastAPI, EngineClient]:
-    """Put engine and application together over ranks that are ready."""
+    """Put engine and application together over ranks that are ready.
+
+    Args:
+        runners: one for each group of ranks.
+        on_stalls: told where a group's step does not end; none: its engine fails.
+    """
     from autotp_serving.api.app import build_app
     from autotp_serving.api.engine_client import EngineClient
-    from autotp_serving.engine import Engine
+    from autotp_serving.engine import Engine, EngineGroups
     from autotp_serving.engine.sandbox import Sandbox
     from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 
@@ -325,18 +346,21 @@ def build_server(
     )
     sandbox = Sandbox(tokenizer)
     sandbox.start()
-    engine = EngineClient(
-        lambda deliver: Engine(
-            runner,
+
+    def make_engine(deliver: OutputSink) -> Engine | EngineGroups:
+        if len(runners) > 1:
+            return EngineGroups(runners, tokenizer, config, max_model_len, deliver, on_stalls)
+        return Engine(
+            runners[0],
             tokenizer,
             config,
             max_model_len,
             deliver,
-            on_stall=on_stall,
+            on_stall=on_stalls[0] if on_stalls else None,
             find_late_ranks=find_late_ranks,
-        ),
-        config.request_timeout,
-    )
+        )
+
+    engine = EngineClient(make_engine, config.request_timeout)
     return build_app(engine, tokenizer, config, max_model_len, api_keys, sandbox), engine
 
 
@@ -370,7 +394,7 @@ def follow(config: ServingConfig, group: RankGroup, head: HeadLine | None = None
     """
     from autotp_serving.worker.worker import start_worker
 
-    worker = start_worker(config, group)
+    worker = start_worker(config, group, head.num_loading if head else 1)
     ignore_signals()
     spare_collector()
     group.all_gather("ready")

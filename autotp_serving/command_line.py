@@ -29,6 +29,7 @@ SECTIONS = {
         *(
             "device",
             "tensor_parallel_size",
+            "data_parallel_size",
             "expert_parallel",
             "plan",
             "device_memory",

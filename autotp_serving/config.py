@@ -148,6 +148,13 @@ class ServingConfig:
         parse=int,
         unit="RANKS",
     )
+    data_parallel_size: int = setting(
+        1,
+        "groups of --tensor-parallel-size ranks, each with the whole model and devices of its own, "
+        "behind one port; requests go where their prefix is cached, or to the group with the least "
+        "left to do. Without mpirun only",
+        unit="GROUPS",
+    )
     plan: bool = setting(
         False, "print what the model will take on each rank, from its config.json, and leave"
     )
@@ -346,7 +353,7 @@ class ServingConfig:
             raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
         at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
                         "max_body_size", "block_size", "kv_cache_memory", "device_memory",
-                        "max_host_ram", "tensor_parallel_size")  # fmt: skip
+                        "max_host_ram", "tensor_parallel_size", "data_parallel_size")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:

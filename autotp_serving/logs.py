@@ -14,17 +14,21 @@ from typing import Any
 class TextFormatter(logging.Formatter):
     """Lines as uvicorn writes them after month, day and time; the launcher puts the rank first."""
 
+    def __init__(self, group: str = "") -> None:
+        super().__init__()
+        self._group = f"group {group}: " if group else ""
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(record.created))
-        return f"{when} {record.levelname + ':':<9} {record.message}"
+        return f"{when} {record.levelname + ':':<9} {self._group}{record.message}"
 
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line; what a call passes as `extra={"fields": {...}}` stands beside."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, group: str = "") -> None:
         super().__init__()
-        self._rank = rank
+        self._place = {"rank": rank, "group": int(group)} if group else {"rank": rank}
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -32,7 +36,7 @@ class JsonFormatter(logging.Formatter):
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "rank": self._rank,
+            **self._place,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
@@ -41,16 +45,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def configure_logging(level: str = "info", form: str = "text", rank: int = 0) -> None:
+def configure_logging(
+    level: str = "info", form: str = "text", rank: int = 0, group: str = ""
+) -> None:
     """Send the log of this package and of uvicorn to stderr.
 
     Args:
         level: the least important lines to write.
         form: "text" or "json".
         rank: named in JSON lines.
+        group: named in all lines, where there are several groups of ranks.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(rank) if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(rank, group) if form == "json" else TextFormatter(group))
     for name in ("autotp_serving", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

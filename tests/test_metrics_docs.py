@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autotp_serving.api.metrics import PREFIX, Latencies, render
+from autotp_serving.api.metrics import PREFIX, GroupFigures, Latencies, render
 from autotp_serving.step_times import RankTimes
 from tests.api.service import build_service
 
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 def kinds() -> dict[str, str]:
     """Kind of every metric that the server has, by name without prefix."""
     stats = build_service().engine.engine.stats()
-    text = render(stats, Latencies(), {"queue_full": 0}, [RankTimes()], "m")
+    groups = [GroupFigures(stats, [RankTimes()], True)] * 2
+    text = render(groups, Latencies(), {"queue_full": 0}, "m")
     return dict(re.findall(rf"^# TYPE {PREFIX}(\S+) (\S+)$", text, re.MULTILINE))
 
 

@@ -14,16 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import Latencies, Progress
 from autotp_serving.api.pace import Pace
-from autotp_serving.engine import EngineError, QueueFullError, ShareFullError
+from autotp_serving.engine import (
+    Engine,
+    EngineError,
+    EngineGroups,
+    QueueFullError,
+    ShareFullError,
+)
 from autotp_serving.request import Request, RequestOutput
-
-if TYPE_CHECKING:
-    from autotp_serving.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,9 @@ class EngineClient:
     """
 
     def __init__(
-        self, make_engine: Callable[[OutputSink], Engine], request_timeout: float | None = None
+        self,
+        make_engine: Callable[[OutputSink], Engine | EngineGroups],
+        request_timeout: float | None = None,
     ) -> None:
         self.engine = make_engine(self.deliver)
         self.is_draining = False
@@ -111,6 +115,11 @@ class EngineClient:
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the event loop that serves requests; before the first `open`."""
         self._loop = loop
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """One for each group of ranks."""
+        return self.engine.engines if isinstance(self.engine, EngineGroups) else [self.engine]
 
     @property
     def num_open(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -10,8 +11,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from autotp_serving import __version__
 from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.errors import ApiError
-from autotp_serving.api.metrics import CONTENT_TYPE, render
+from autotp_serving.api.metrics import CONTENT_TYPE, GroupFigures, render
 from autotp_serving.api.readiness import Readiness
+from autotp_serving.engine import EngineGroups
 
 
 def health_routes(engine: EngineClient, model_name: str, task: str) -> APIRouter:
@@ -48,14 +50,20 @@ class HealthRoutes:
         engine = self._client.engine
         if engine.failure is not None:
             raise ApiError(503, engine.failure, code="engine_failed")
-        status = "ok" if engine.outage is None else "recovering"
+        groups = self._list_groups()
+        is_whole = all(group["status"] == "ok" for group in groups)
+        status = "recovering" if engine.outage is not None else "ok" if is_whole else "degraded"
         status = "draining" if self._client.is_draining else status
-        return JSONResponse({"status": status, "task": self._task, **asdict(engine.stats())})
+        reply = {"status": status, "task": self._task, **asdict(engine.stats())}
+        return JSONResponse(reply | ({"groups": groups} if groups else {}))
 
-    async def ready(self) -> dict[str, str | float]:
-        """200 if a step went through all ranks lately, or goes through now; else 503."""
+    async def ready(self) -> dict[str, Any]:
+        """200 if a step went through all ranks lately, or goes through now; else 503. Of several
+        groups of ranks, one is enough."""
         age = await self._readiness.check()
-        return {"status": "ready", "seconds_since_last_step": round(age, 3)}
+        reply = {"status": "ready", "seconds_since_last_step": round(age, 3)}
+        groups = {str(group["group"]): group["status"] for group in self._list_groups()}
+        return reply | ({"groups": groups} if groups else {})
 
     async def version(self) -> dict[str, str]:
         """The server's version."""
@@ -63,11 +71,19 @@ class HealthRoutes:
 
     async def metrics(self) -> Response:
         """Figures for Prometheus."""
-        text = render(
-            self._client.engine.stats(),
-            self._client.latencies,
-            self._client.num_refused,
-            self._client.engine.rank_times,
-            self._model_name,
-        )
+        groups = [
+            GroupFigures(one.stats(), one.rank_times, one.outage is None)
+            for one in self._client.engines
+        ]
+        text = render(groups, self._client.latencies, self._client.num_refused, self._model_name)
         return Response(text, media_type=CONTENT_TYPE)
+
+    def _list_groups(self) -> list[dict[str, Any]]:
+        """The state of each group of ranks; nothing where there is but one."""
+        engine = self._client.engine
+        if not isinstance(engine, EngineGroups):
+            return []
+        return [
+            {"group": one.index, "status": one.status, **asdict(one.stats())}
+            for one in engine.engines
+        ]

@@ -7,7 +7,7 @@ loop touches needs no lock.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autotp_serving.engine import EngineStats
@@ -107,58 +107,86 @@ class Latencies:
         }
 
 
+@dataclass(frozen=True)
+class GroupFigures:
+    """Of one group of ranks.
+
+    Attributes:
+        is_up: it has ranks that are ready.
+    """
+
+    stats: EngineStats
+    rank_times: Sequence[RankTimes]
+    is_up: bool
+
+
 def render(
-    stats: EngineStats,
+    groups: Sequence[GroupFigures],
     latencies: Latencies,
     num_refused: Mapping[str, int],
-    rank_times: Sequence[RankTimes],
     model_name: str,
 ) -> str:
-    """Everything as Prometheus reads it."""
+    """Everything as Prometheus reads it; of several groups what each has, by its number."""
     labels = {"model_name": model_name}
+    labelled = [(labels, group) for group in groups]
+    if len(groups) > 1:
+        labelled = [({**labels, "group": str(n)}, group) for n, group in enumerate(groups)]
     lines = [
-        *_render_engine(stats, num_refused, labels),
-        *_render_ranks(rank_times, labels),
+        *_render_engines(labelled),
+        *_render_refused(num_refused, labels),
+        *_render_ranks(labelled),
         *_render_latencies(latencies, labels),
         "",
     ]
     return "\n".join(lines)
 
 
-def _render_engine(
-    stats: EngineStats, num_refused: Mapping[str, int], labels: Mapping[str, str]
-) -> Iterator[str]:
-    usage = stats.num_held_blocks / stats.num_blocks
-    gauges = {
-        "num_requests_running": ("Requests that take part in steps.", stats.num_running),
-        "num_requests_waiting": ("Requests that wait.", stats.num_waiting),
-        "kv_blocks": ("KV blocks of each rank.", stats.num_blocks),
-        "kv_blocks_held": ("KV blocks that running requests hold.", stats.num_held_blocks),
-        "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", usage),
-        "last_step_seconds": ("How long the last step took.", stats.last_step_seconds),
+Labelled = Sequence[tuple[Mapping[str, str], GroupFigures]]
+
+
+def _render_engines(groups: Labelled) -> Iterator[str]:
+    gauges: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+        "num_requests_running": ("Requests that take part in steps.", lambda s: s.num_running),
+        "num_requests_waiting": ("Requests that wait.", lambda s: s.num_waiting),
+        "kv_blocks": ("KV blocks of each rank.", lambda s: s.num_blocks),
+        "kv_blocks_held": ("KV blocks that running requests hold.", lambda s: s.num_held_blocks),
+        "kv_cache_usage_perc": (
+            "Share of KV blocks in use, 0 to 1.",
+            lambda s: s.num_held_blocks / s.num_blocks,
+        ),
+        "last_step_seconds": ("How long the last step took.", lambda s: s.last_step_seconds),
     }
-    counters = {
-        "prompt_tokens_total": ("Prompt tokens run.", stats.num_prompt_tokens),
-        "generation_tokens_total": ("Tokens generated.", stats.num_generated_tokens),
-        "prefix_cache_queries_total": ("Tokens looked up.", stats.num_prefix_query_tokens),
-        "prefix_cache_hits_total": ("Tokens found.", stats.num_prefix_hit_tokens),
-        "num_preemptions_total": ("Requests that lost their blocks.", stats.num_preemptions),
-        "rank_restarts_total": ("Times the ranks were started anew.", stats.num_restarts),
-        "num_steps_total": ("Steps run.", stats.num_steps),
+    counters: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+        "prompt_tokens_total": ("Prompt tokens run.", lambda s: s.num_prompt_tokens),
+        "generation_tokens_total": ("Tokens generated.", lambda s: s.num_generated_tokens),
+        "prefix_cache_queries_total": ("Tokens looked up.", lambda s: s.num_prefix_query_tokens),
+        "prefix_cache_hits_total": ("Tokens found.", lambda s: s.num_prefix_hit_tokens),
+        "num_preemptions_total": ("Requests that lost their blocks.", lambda s: s.num_preemptions),
+        "rank_restarts_total": ("Times the ranks were started anew.", lambda s: s.num_restarts),
+        "num_steps_total": ("Steps run.", lambda s: s.num_steps),
     }
     for kind, families in (("gauge", gauges), ("counter", counters)):
-        for name, (text, value) in families.items():
+        for name, (text, read) in families.items():
             yield from _head(name, text, kind)
-            yield _sample(name, labels, value)
+            for labels, group in groups:
+                yield _sample(name, labels, read(group.stats))
+    if len(groups) > 1:
+        yield from _head("group_up", "1 where a group's ranks are ready, else 0.", "gauge")
+        for labels, group in groups:
+            yield _sample("group_up", labels, int(group.is_up))
     yield from _head("request_success_total", "Requests ended, by reason.", "counter")
-    for reason, count in stats.num_finished.items():
-        yield _sample("request_success_total", {**labels, "finished_reason": reason}, count)
+    for labels, group in groups:
+        for reason, count in group.stats.num_finished.items():
+            yield _sample("request_success_total", {**labels, "finished_reason": reason}, count)
+
+
+def _render_refused(num_refused: Mapping[str, int], labels: Mapping[str, str]) -> Iterator[str]:
     yield from _head("admission_rejections_total", "Requests refused at the door.", "counter")
     for cause, count in num_refused.items():
         yield _sample("admission_rejections_total", {**labels, "reason": cause}, count)
 
 
-def _render_ranks(rank_times: Sequence[RankTimes], labels: Mapping[str, str]) -> Iterator[str]:
+def _render_ranks(groups: Labelled) -> Iterator[str]:
     families = {
         "rank_steps_total": ("Forward passes of a rank.", "num_steps"),
         "rank_step_seconds_total": ("Time they took.", "step_seconds"),
@@ -168,8 +196,9 @@ def _render_ranks(rank_times: Sequence[RankTimes], labels: Mapping[str, str]) ->
     }
     for name, (text, field) in families.items():
         yield from _head(name, text, "counter")
-        for rank, times in enumerate(rank_times):
-            yield _sample(name, {**labels, "rank": str(rank)}, getattr(times, field))
+        for labels, group in groups:
+            for rank, times in enumerate(group.rank_times):
+                yield _sample(name, {**labels, "rank": str(rank)}, getattr(times, field))
 
 
 def _render_latencies(latencies: Latencies, labels: Mapping[str, str]) -> Iterator[str]:

@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from autotp_serving.engine.active_requests import QueueFullError, ShareFullError
 from autotp_serving.engine.engine import Engine, EngineError
+from autotp_serving.engine.groups import EngineGroups
 from autotp_serving.engine.stats import EngineStats
 
-__all__ = ["Engine", "EngineError", "EngineStats", "QueueFullError", "ShareFullError"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "EngineGroups",
+    "EngineStats",
+    "QueueFullError",
+    "ShareFullError",
+]

@@ -72,7 +72,8 @@ class BlockManager:
     def match(self, token_ids: Sequence[int]) -> list[int]:
         """Blocks that hold the longest known beginning of `token_ids`, none taken yet.
 
-        The last token is never covered: it has to run for its logits.
+        The last token is never covered: it has to run for its logits. Another thread may ask too,
+        and has a guess for an answer.
         """
         blocks: list[int] = []
         if not self._enable_prefix_caching:
@@ -83,9 +84,10 @@ class BlockManager:
             block = self._block_of.get(key)
             if block is None:
                 break
-            blocks.append(block)
             known = self._content_of[block]
-            assert known is not None, f"block {block} is found without a content"
+            if known is None:  # handed out a moment ago, while another thread looks
+                break
+            blocks.append(block)
             content = known
         return blocks
 

@@ -82,6 +82,7 @@ class Engine:
         on_stall: Callable[[str], None] | None = None,
         find_late_ranks: Callable[[], str] = lambda: "the runner",
     ) -> None:
+        self.ranks_name = "The ranks"
         self.failure: str | None = None
         self.outage: str | None = None  # how the ranks ended, while others are on their way
         self.refusal: str | None = None  # for requests, once that takes too long
@@ -376,7 +377,7 @@ class Engine:
         self.watchdog.start()
         self._num_restarts += 1
         self.outage = self.refusal = None
-        logger.info("The ranks are back: %d requests go on", len(self._active))
+        logger.info("%s are back: %d requests go on", self.ranks_name, len(self._active))
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and write what it did."""

@@ -43,6 +43,14 @@ class OutputProcessor:
             self._tokenizer, request.prompt_token_ids, request.params
         )
 
+    def withdraw(self, request_id: str) -> Detokenizer:
+        """Forget a request that goes on elsewhere, with this text."""
+        return self._detokenizers.pop(request_id)
+
+    def adopt(self, request_id: str, detokenizer: Detokenizer) -> None:
+        """Go on with a request's text."""
+        self._detokenizers[request_id] = detokenizer
+
     def add(self, progress: Progress) -> FinishReason | None:
         """Write what a step did for a sequence.
 

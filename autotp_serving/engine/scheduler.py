@@ -271,6 +271,17 @@ class Scheduler:
         self.blocks = self._make_blocks(num_blocks, self.blocks.block_size)
         self._state_copies = []
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """Forget a sequence that waits: it goes to another scheduler."""
+        self.waiting.remove(sequence)
+        del self._sequences[sequence.request_id]
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Queue one that was withdrawn from another scheduler, with the tokens that it has."""
+        sequence.last_step = 0  # steps are numbered anew here
+        self._sequences[sequence.request_id] = sequence
+        self.waiting.adopt(sequence)
+
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a request by its id; None when there is no such request (any more)."""
         sequence = self._sequences.get(request_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from autotp_serving.request import FinishReason
 
@@ -40,3 +41,15 @@ class EngineStats:
     num_restarts: int
     num_finished: dict[FinishReason, int]
     last_step_seconds: float
+
+
+def add_stats(stats: Sequence[EngineStats]) -> EngineStats:
+    """Of several groups of ranks together; of their last steps the slowest."""
+    names = [field.name for field in fields(EngineStats)]
+    values = {name: [getattr(one, name) for one in stats] for name in names}
+    finished = values.pop("num_finished")
+    return EngineStats(
+        **{name: sum(some) for name, some in values.items()}
+        | {"last_step_seconds": max(values["last_step_seconds"])},
+        num_finished={reason: sum(one[reason] for one in finished) for reason in finished[0]},
+    )

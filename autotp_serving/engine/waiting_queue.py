@@ -49,6 +49,14 @@ class WaitingQueue:
         self._preempted.appendleft(sequence)
         self._len += 1
 
+    def adopt(self, sequence: Sequence) -> None:
+        """Queue a sequence of another queue: behind those that ran already if it did, too."""
+        if sequence.num_preemptions:
+            self._preempted.append(sequence)
+            self._len += 1
+        else:
+            self.append(sequence)
+
     def pop(self) -> Sequence:
         """Take the head; its tenant's next turn comes after all others'."""
         self._len -= 1

@@ -40,6 +40,8 @@ class HeadLine:
         secret: to show there.
         rank: which rank this is.
         num_ranks: of how many.
+        num_loading: groups that are yet to take their part of the host's memory, its own included.
+        group_name: of its group, where there are several.
 
     Attributes:
         config: the head's settings, which are this rank's.
@@ -48,8 +50,17 @@ class HeadLine:
         LaunchError: the head is gone.
     """
 
-    def __init__(self, address: str, secret: bytes, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        secret: bytes,
+        rank: int,
+        num_ranks: int,
+        num_loading: int = 1,
+        group_name: str = "",
+    ) -> None:
         self._rank = rank
+        self.num_loading, self.group_name = num_loading, group_name
         try:
             self._line = Line(_greet(address, secret, rank))
             pulse = _greet(address, secret, num_ranks + rank)
@@ -69,17 +80,21 @@ class HeadLine:
         with contextlib.suppress(LineClosed):  # another rank has told, and the head is gone
             self._line.send(("refused", message))
 
-    def run_steps(self, runner: Runner, max_model_len: int, vocab_size: int) -> None:
+    def run_steps(
+        self, runner: Runner, max_model_len: int, vocab_size: int, device_kind: str
+    ) -> None:
         """On rank 0: run what the head sends until it says stop.
 
         Args:
             runner: runs on all ranks.
             max_model_len: most tokens of a prompt and its completion together.
             vocab_size: tokens that the model has an embedding and logits for.
+            device_kind: where it runs.
         """
         sizes = runner.num_blocks, runner.block_size, runner.max_in_flight
+        ready = Ready(*sizes, runner.has_states, max_model_len, vocab_size, device_kind)
         try:
-            self._line.send(("ready", *Ready(*sizes, runner.has_states, max_model_len, vocab_size)))
+            self._line.send(("ready", *ready))
             run_steps(self._line, runner)
         except LineClosed:
             leave_group(self._rank, "the head has given this group up, or has died")
@@ -129,12 +144,14 @@ def find_head(environ: MutableMapping[str, str], rank: int) -> HeadLine | None:
     told = environ.pop(HEAD_NAME, None)
     if told is None:
         return None
-    address, secret, num_ranks = told.split()
+    address, secret, num_ranks, num_loading, *name = told.split()
     if int(num_ranks) == 1 and sys.platform == "linux":
         # No stand-in does: one that is stopped goes on when the head dies, and so ends.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGCONT)
-    return HeadLine(address, bytes.fromhex(secret), rank, int(num_ranks))
+    return HeadLine(
+        address, bytes.fromhex(secret), rank, int(num_ranks), int(num_loading), "".join(name)
+    )
 
 
 def _greet(address: str, secret: bytes, number: int) -> socket.socket:

@@ -27,6 +27,7 @@ from pathlib import Path
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.channel import GREETING_SECONDS, LENGTH, SECRET_LEN, SILENT_SHARE
 from autotp_serving.distributed.peer_monitor import PeerMonitor
+from autotp_serving.head.places import GroupPlace
 from autotp_serving.head.rank_side import HEAD_NAME
 from autotp_serving.head.wire import Line, LineClosed, Ready
 
@@ -81,9 +82,18 @@ class RankProcesses:
         launcher: the command before a rank's own.
         config: the settings that all of them get.
         num_ranks: how many.
+        place: where.
+        num_loading: groups that are yet to take their part of the host's memory, this one included.
     """
 
-    def __init__(self, launcher: Sequence[str], config: ServingConfig, num_ranks: int) -> None:
+    def __init__(
+        self,
+        launcher: Sequence[str],
+        config: ServingConfig,
+        num_ranks: int,
+        place: GroupPlace,
+        num_loading: int,
+    ) -> None:
         self._config = config
         self._num_ranks = num_ranks
         self._secret = secrets.token_bytes(SECRET_LEN)
@@ -98,10 +108,13 @@ class RankProcesses:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"\0{name}")
         self._listener.listen()
-        environ = os.environ | {HEAD_NAME: f"{name} {self._secret.hex()} {num_ranks}"}
+        told = f"{name} {self._secret.hex()} {num_ranks} {num_loading} {place.name}"
+        environ = os.environ | place.environ | {HEAD_NAME: told}
         if TORCHRUN in launcher:  # which would give each a single thread
             num_cores = len(os.sched_getaffinity(0))
             environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
+        if place.cpus is not None:
+            os.sched_setaffinity(0, place.cpus)  # this thread's, which the ranks inherit
         self._launcher = subprocess.Popen(
             [*launcher, sys.executable, *sys.orig_argv[1:]],
             env=environ,

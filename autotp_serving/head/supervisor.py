@@ -10,11 +10,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from typing import Protocol
 
 from autotp_serving.config import ServingConfig
+from autotp_serving.head.places import ANYWHERE, GroupPlace
 from autotp_serving.head.ranks import RankProcesses, RanksLost, RanksRefused
 from autotp_serving.head.runner import RemoteRunner
 from autotp_serving.head.wire import Ready
@@ -59,14 +60,24 @@ class Supervisor:
     Args:
         launcher: the command before a rank's own.
         runner: the engine's, which the first group is given before there is an engine.
+        place: where they run.
+        num_loading: groups that load at first beside this one, itself included.
     """
 
     def __init__(
-        self, launcher: list[str], config: ServingConfig, num_ranks: int, runner: RemoteRunner
+        self,
+        launcher: list[str],
+        config: ServingConfig,
+        num_ranks: int,
+        runner: RemoteRunner,
+        place: GroupPlace = ANYWHERE,
+        num_loading: int = 1,
     ) -> None:
         self._launcher, self._config, self._num_ranks = launcher, config, num_ranks
-        self._runner = runner
-        self._first: Future[Ready] = Future()
+        self._place, self._num_loading = place, num_loading
+        self._who = f"group {place.name}: " if place.name else ""
+        self.runner = runner
+        self.first: Future[Ready] = Future()
         self._engine: Future[Recoverable] = Future()
         self._group: RankProcesses | None = None
         self._stopped = threading.Event()
@@ -80,8 +91,12 @@ class Supervisor:
             RanksRefused: they cannot start.
             RanksLost: they have ended as often as they may.
         """
+        self.begin()
+        return self.first.result()
+
+    def begin(self) -> None:
+        """Start the ranks."""
         self._thread.start()
-        return self._first.result()
 
     def give_engine(self, engine: Recoverable) -> None:
         """Whom to tell from now on; ranks may have died while it was made."""
@@ -102,7 +117,8 @@ class Supervisor:
         if group is not None:
             group.stop()
             group.lose("the server stops")
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         """The thread's whole life."""
@@ -120,27 +136,30 @@ class Supervisor:
             with self._lock:
                 if self._stopped.is_set():
                     return
-                group = self._group = RankProcesses(self._launcher, self._config, self._num_ranks)
+                group = self._group = RankProcesses(
+                    self._launcher, self._config, self._num_ranks, self._place,
+                    1 if self.first.done() else self._num_loading,
+                )  # fmt: skip
             try:
                 ready = group.wait_ready(limit)
                 self._hand_over(group, ready, epoch, reason)
             except RanksRefused as error:
-                reason = str(error)
-                if not self._first.done():
+                reason = f"{self._who}{error}"
+                if not self.first.done():
                     group.kill()
-                    self._first.set_exception(error)
+                    self.first.set_exception(RanksRefused(reason))
                     return
             except RanksLost as error:
-                reason = str(error)
+                reason = f"{self._who}{error}"
             else:
                 began = time.monotonic()
                 limit = max(RESTART_SECONDS, RESTART_SLACK * (began - started))
-                reason = group.wait_loss()
+                reason = f"{self._who}{group.wait_loss()}"
                 if time.monotonic() - began >= CALM_SECONDS:
                     num_failures = 0
             if self._stopped.is_set():
                 return
-            has_run = self._runner.num_collected > 0
+            has_run = self.runner.num_collected > 0
             num_failures += 1
             if not self._tell(reason, num_failures):
                 group.kill()
@@ -161,14 +180,14 @@ class Supervisor:
         """
 
         def attach() -> None:
-            self._runner.attach(group.line, ready, epoch)
+            self.runner.attach(group.line, ready, epoch)
 
-        if not self._first.done():
+        if not self.first.done():
             attach()
             group.watch()
-            self._first.set_result(ready)
+            self.first.set_result(ready)
             return
-        if not ready.serves_like(self._first.result()):
+        if not ready.serves_like(self.first.result()):
             raise RanksRefused("the ranks that were started anew are not like the first: has the "
                                "model's folder changed?")  # fmt: skip
         group.watch()
@@ -191,8 +210,35 @@ class Supervisor:
             f"{reason}; the ranks have ended {num_failures} times in a row, and are not started "
             f"anew more than {max_restarts} times (--max-restarts)"
         )
-        if self._first.done():
+        if self.first.done():
             self._engine.result().fail(message)
         else:
-            self._first.set_exception(RanksLost(message))
+            self.first.set_exception(RanksLost(message))
         return False
+
+
+def start_groups(supervisors: Sequence[Supervisor], *, in_turn: bool) -> Ready:
+    """Start all groups and wait until they have loaded; what all of them are like.
+
+    Args:
+        in_turn: one after another, as where all take from one memory what is left.
+
+    Raises:
+        RanksRefused: one cannot start, or is not like the others.
+        RanksLost: one has ended as often as it may.
+    """
+    for supervisor in supervisors:
+        supervisor.begin()
+        if in_turn:
+            supervisor.first.result()
+    futures = [supervisor.first for supervisor in supervisors]
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
+    first, *others = [future.result() for future in futures]
+    for number, other in enumerate(others, start=1):
+        if not other.serves_like(first):
+            raise RanksRefused(
+                f"group {number} is not like group 0: {other.describe()}, not {first.describe()}. "
+                "Are there as many devices as all groups need?"
+            )
+    return first

@@ -33,6 +33,7 @@ class Ready(NamedTuple):
         has_states: whether layers keep states beside the blocks.
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
+        device_kind: "cpu", "cuda" or "xpu".
     """
 
     num_blocks: int
@@ -41,6 +42,11 @@ class Ready(NamedTuple):
     has_states: bool
     max_model_len: int
     vocab_size: int
+    device_kind: str = "cpu"
+
+    def describe(self) -> str:
+        """For people."""
+        return f"sequences of {self.max_model_len} tokens on {self.device_kind}"
 
     def serves_like(self, other: Ready) -> bool:
         """Whether requests let in for the others are right for these; the pool may differ."""

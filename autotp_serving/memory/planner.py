@@ -6,7 +6,8 @@ does not know, for a folder that was saved low-bit, and to look at a card.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from autotp_serving.devices import DeviceError, open_device
 from autotp_serving.devices.base import Memory, has_card_files, is_host_name, read_host_memory
 from autotp_serving.low_bit.selection import MANIFEST_NAME, find_low_bit_selection
 from autotp_serving.memory.budget import (
+    MemoryBudget,
     check_budget,
     check_host_peaks,
     find_budget,
     find_host_peak,
+    show,
 )
 from autotp_serving.memory.footprint import Footprint, MemorySetup, find_footprint
 from autotp_serving.memory.known_shapes import (
@@ -60,18 +63,78 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
         model_config = known
         adapt_rope(known)
     max_model_len = find_max_model_len(config, model_config)
-    check_heads(model_config, num_ranks)
     kind, memory = find_memory(config)
-    setup = MemorySetup(config, max_model_len, is_host_name(kind), num_ranks, local_size)
+    num_groups = config.data_parallel_size
+
+    def make_plan(num_ranks: int, num_local: int) -> Plan:
+        check_heads(model_config, num_ranks)
+        setup = MemorySetup(config, max_model_len, is_host_name(kind), num_ranks, num_local)
+        return find_plan(setup, model_config, known, memory)
+
+    plan = make_plan(num_ranks, local_size * num_groups)
+    print(
+        format_plan(
+            plan.setup, model_config, plan.footprints, plan.budgets, plan.peaks, kind, memory
+        )
+    )
+    if num_groups > 1:
+        num_devices = num_ranks * num_groups
+        print(f"\nSo is each of {num_groups} groups. {num_devices} devices could be:")
+        for size in (n for n in range(1, num_devices + 1) if num_devices % n == 0):
+            print(describe_split(size, num_devices // size, make_plan))
+    plan.check(local_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a group of ranks takes.
+
+    Attributes:
+        footprints, budgets, peaks: of each rank; the last are bytes of host memory.
+    """
+
+    setup: MemorySetup
+    footprints: list[Footprint]
+    budgets: list[MemoryBudget]
+    peaks: list[int]
+
+    def check(self, local_size: int) -> None:
+        """Raise ConfigError if it does not fit.
+
+        Args:
+            local_size: ranks of one group on one host.
+        """
+        for rank, (footprint, budget) in enumerate(zip(self.footprints, self.budgets, strict=True)):
+            check_budget(footprint, budget, self.setup, rank)
+        num_groups = self.setup.local_size // local_size
+        check_host_peaks(self.peaks[:local_size] * num_groups, self.setup.config)
+
+
+def find_plan(setup: MemorySetup, model_config: Any, known: Any, memory: Memory) -> Plan:
+    """The plan of one group."""
     footprints = find_footprints(setup, model_config, known)
     budgets = [find_budget(footprint, setup, memory) for footprint in footprints]
     blocks = min(budget.blocks for budget in budgets)
     budgets = [replace(budget, blocks=blocks) for budget in budgets]
     peaks = [find_host_peak(footprint, blocks, setup) for footprint in footprints]
-    print(format_plan(setup, model_config, footprints, budgets, peaks, kind, memory))
-    for rank, (footprint, budget) in enumerate(zip(footprints, budgets, strict=True)):
-        check_budget(footprint, budget, setup, rank)
-    check_host_peaks(peaks[:local_size], config)
+    return Plan(setup, footprints, budgets, peaks)
+
+
+def describe_split(num_ranks: int, num_groups: int, make_plan: Callable[[int, int], Plan]) -> str:
+    """Whether so many groups of so many ranks would serve the model, and what they would cost."""
+    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    split = f"- {num_groups} group{'s' if num_groups > 1 else ''} of {ranks}: "
+    try:
+        plan = make_plan(num_ranks, num_ranks * num_groups)
+        plan.check(num_ranks)
+    except ConfigError as error:
+        return f"{split}no: {error}"
+    weights = [footprint.weight_bytes for footprint in plan.footprints]
+    num_tokens = plan.budgets[0].blocks * plan.setup.config.block_size
+    return (
+        f"{split}weights {show(max(weights))} a rank, {show(sum(weights) * num_groups)} in all; "
+        f"KV cache for {num_tokens} tokens in each group, {num_tokens * num_groups} in all"
+    )
 
 
 def is_converted(config: ServingConfig, folder: Path) -> bool:

@@ -36,15 +36,24 @@ logger = logging.getLogger(__name__)
 
 
 class StartCheck:
-    """The plan of one start, and what comes of it."""
+    """The plan of one start, and what comes of it.
+
+    Args:
+        num_loading: groups that are yet to take their part of the host's memory, this one included.
+    """
 
     def __init__(
-        self, config: ServingConfig, group: RankGroup, device: Device, max_model_len: int
+        self,
+        config: ServingConfig,
+        group: RankGroup,
+        device: Device,
+        max_model_len: int,
+        num_loading: int = 1,
     ) -> None:
         self._config = config
         self._group = group
         self._device = device
-        sizes = (group.size, group.local_size)
+        sizes = (group.size, group.local_size * num_loading)
         self._setup = MemorySetup(config, max_model_len, device.is_host, *sizes)
         self._planned: Footprint | None = None
 
@@ -64,7 +73,8 @@ class StartCheck:
         host_peak = find_host_peak(footprint, blocks, self._setup, own_memory())
         here = socket.gethostname()
         peaks = self._group.all_gather((here, host_peak))
-        check_host_peaks([peak for host, peak in peaks if host == here], self._config)
+        local = [peak for host, peak in peaks if host == here]
+        check_host_peaks(local * self._config.data_parallel_size, self._config)
         cache = blocks * footprint.kv_bytes_per_block
         self._log("Planned", footprint.weight_bytes, cache, footprint.activation_bytes, host_peak)
 

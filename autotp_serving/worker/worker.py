@@ -52,6 +52,7 @@ class Worker:
         model: this rank's shard, in transformers' modules.
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
+        device_kind: where it is: "cpu", "cuda" or "xpu".
         lead: what the engine drives; on rank 0 only.
     """
 
@@ -62,6 +63,7 @@ class Worker:
     channel: StepChannel
     max_model_len: int
     vocab_size: int
+    device_kind: str
 
 
 def bind_to_placement(group: RankGroup) -> None:
@@ -92,8 +94,11 @@ def bind_to_placement(group: RankGroup) -> None:
     logger.info("Rank %d %s, %d thread(s)", group.rank, placement.describe(), threads)
 
 
-def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
+def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) -> Worker:
     """Load this rank's part of the model; all ranks must call it.
+
+    Args:
+        num_loading: groups on this host that are yet to load, this one included.
 
     Raises:
         ConfigError: in one line, with the cure.
@@ -111,7 +116,7 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
     if device.is_host:
         bind_to_placement(group)
     check_agreement(config, group)
-    checker = StartCheck(config, group, device, max_model_len)
+    checker = StartCheck(config, group, device, max_model_len, num_loading)
     model = load_model(
         config, model_config, group, device.torch_device, all_reduce, checker.check_plan
     )
@@ -165,4 +170,4 @@ def start_worker(config: ServingConfig, group: RankGroup) -> Worker:
 
         folder = Path(config.profile)
         StepProfiler(folder, group.rank, device, runner, lead).attach(model)
-    return Worker(model, cache, runner, lead, channel, max_model_len, head.vocab_size)
+    return Worker(model, cache, runner, lead, channel, max_model_len, head.vocab_size, device.kind)

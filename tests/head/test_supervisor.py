@@ -9,9 +9,10 @@ import pytest
 
 from autotp_serving.config import ServingConfig
 from autotp_serving.head import supervisor as module
+from autotp_serving.head.places import GroupPlace
 from autotp_serving.head.ranks import RanksLost, RanksRefused
 from autotp_serving.head.runner import RemoteRunner
-from autotp_serving.head.supervisor import Supervisor
+from autotp_serving.head.supervisor import Supervisor, start_groups
 from autotp_serving.head.wire import Ready
 from tests.engine.test_engine import wait_for
 
@@ -140,3 +141,29 @@ def test_one_that_is_stopped_before_there_is_an_engine_ends(start):
     supervisor.start()
     supervisor.end_group("rank 1 has died")
     wait_for(lambda: len(Group.made) == 2)
+
+
+def start_two(monkeypatch: pytest.MonkeyPatch, *script: Ready | Exception) -> list[Supervisor]:
+    monkeypatch.setattr(module, "RankProcesses", Group)
+    Group.script, Group.made = list(script), []
+    config = ServingConfig(model_path="fake", max_restarts=0)
+    made = [Supervisor([], config, 2, RemoteRunner(), GroupPlace(name)) for name in "01"]
+    try:
+        start_groups(made, in_turn=True)
+    finally:
+        for one in made:
+            one.stop()
+    return made
+
+
+def test_groups_start_in_turn_and_must_be_alike(monkeypatch: pytest.MonkeyPatch):
+    start_two(monkeypatch, READY, READY._replace(num_blocks=7))
+    with pytest.raises(
+        RanksRefused, match=r"group 1 is not like group 0: .* on cpu, not .* on cuda"
+    ):
+        start_two(monkeypatch, READY._replace(device_kind="cuda"), READY)
+    with pytest.raises(RanksRefused, match="group 0: no such card"):
+        start_two(monkeypatch, RanksRefused("no such card"))
+    assert len(Group.made) == 1
+    with pytest.raises(RanksLost, match=r"group 1: rank 0 has died; .* ended 1 times"):
+        start_two(monkeypatch, READY, RanksLost("rank 0 has died"))

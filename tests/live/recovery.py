@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx
 
+from autotp_serving.head.rank_side import HEAD_NAME
 from tests.live.launch import ROOT, Launch
 
 HEAD = [sys.executable]
@@ -101,12 +102,13 @@ def read_all(server: Launch, num_streams: int, num_tokens: int) -> list[Stream]:
 
 
 def rank_pids(server: Launch) -> list[int]:
-    """The processes of the ranks, in rank order; the head is none of them."""
-    ranks = {
-        int(environ["PMI_RANK" if "PMI_RANK" in environ else "RANK"]): pid
-        for pid, environ in server.processes().items()
-        if {"PMI_RANK", "RANK"} & set(environ)
-    }
+    """The processes of the ranks, group by group in rank order; the head is none of them."""
+    ranks = {}
+    for pid, environ in server.processes().items():
+        _, _, num_ranks, _, *group = environ.get(HEAD_NAME, "- - - -").split()
+        if {"PMI_RANK", "RANK"} & set(environ) or num_ranks == "1":  # that one has no launcher
+            rank = int(environ.get("PMI_RANK", environ.get("RANK", "0")))
+            ranks["".join(group), rank] = pid
     return [ranks[rank] for rank in sorted(ranks)]
 
 

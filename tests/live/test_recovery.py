@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.launch import Launch
+from tests.live.launch import CACHE_FLAGS, ROOT, Launch
 from tests.live.recovery import HEAD, count_equal, rank_pids, read_all, strike
 
 pytestmark = pytest.mark.live
@@ -35,6 +35,22 @@ def test_streams_outlive_ranks_that_are_killed_or_stopped(
     assert len(rank_pids(server)) == 2
     os.kill(server.process.pid, signal.SIGKILL)
     assert server.wait(10.0) != 0  # and nothing is left behind
+
+
+def test_one_groups_death_costs_its_streams_a_replay_on_the_other(
+    start: Callable[..., Launch],
+) -> None:
+    flags = ["--model", str(ROOT / "demo_model"), "--low-bit", "bf16", "--dtype", "float32"]
+    flags += [*CACHE_FLAGS, "--max-model-len", "512", "--max-num-seqs", "12"]
+    flags += ["--data-parallel-size", "2"]
+    server = start(HEAD, *flags).wait_ready()
+    expected = read_all(server, 12, NUM_TOKENS)
+    streams, _ = strike(server, 1, signal.SIGKILL, 12, NUM_TOKENS)
+    assert count_equal(expected, streams) == 12, (expected, streams, server.log)
+    server.wait_for(lambda: server.health()["status"] == "ok", 120.0)
+    num_restarts = [group["num_restarts"] for group in server.health()["groups"]]
+    assert num_restarts == [0, 1]
+    assert "group 1: rank 0 has died: the ranks are started anew (1 of at most 5" in server.log
 
 
 def test_one_rank_drains_at_sigterm_and_ends_with_its_head(
