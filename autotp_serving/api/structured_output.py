@@ -1,4 +1,4 @@
-"""The fields that ask for structured output, in OpenAI's words and in vLLM's. Rank 0 only."""
+"""The fields that ask for structured output, in OpenAI's words and in its peers'. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JsonSchema = Annotated[dict[Text, Any], at_most(MAX_KEYWORDS), bounded()] | bool
 class JsonSchemaFormat(StrictModel):
     """A named JSON schema. It is always kept to, `strict` or not."""
 
-    name: Text = Field(description="for the caller's own books")
+    name: Text | None = Field(None, description="for the caller's own books")
     description: Text | None = Field(None, description="for the caller's own books")
     schema_: JsonSchema | None = Field(
         None, alias="schema", description="the schema; default: any object"
@@ -108,6 +108,12 @@ class StructuredOutputFields(StrictModel):
     guided_grammar: NonEmptyText | None = Field(
         None, description="grammar of the completion, in Lark or GBNF"
     )
+    json_schema: JsonSchema | Text | None = Field(
+        None, description="`guided_json`, as llama.cpp and SGLang call it; default: none"
+    )
+    regex: NonEmptyText | None = Field(None, description="`guided_regex`, as SGLang calls it")
+    ebnf: NonEmptyText | None = Field(None, description="`guided_grammar`, as SGLang calls it")
+    grammar: Text | None = Field(None, description="the same, as llama.cpp calls it; empty: none")
 
     @model_validator(mode="after")
     def _check_one_structured_output(self) -> StructuredOutputFields:
@@ -131,6 +137,11 @@ class StructuredOutputFields(StrictModel):
         yield from _other_structured_outputs(
             "guided_", self.guided_regex, self.guided_choice, self.guided_grammar
         )
+        if self.json_schema is not None:
+            yield "json_schema", _json_structured_output(self.json_schema)
+        yield from _other_structured_outputs("", self.regex, None, self.grammar or None)
+        if self.ebnf is not None:
+            yield "ebnf", StructuredOutput("grammar", self.ebnf)
         one = self.structured_outputs
         if one is not None:
             if one.json_ is not None:

@@ -143,6 +143,10 @@ TELLING: dict[str, Any] = {
     "guided_regex": "[0-9]{2}",
     "guided_choice": ["x", "y"],
     "guided_grammar": 'start: "x" | "y"',
+    "json_schema": {"type": "integer"},
+    "regex": "[0-9]{2}",
+    "ebnf": 'root ::= "x" | "y"',
+    "grammar": 'root ::= "x" | "y"',
     "return_token_ids": True,
     "prompt_logprobs": 1,
     "echo": True,
@@ -225,11 +229,6 @@ def test_every_honoured_field_makes_a_difference(path: str, model: Any) -> None:
             {"response_format": {"type": "json", "schema": {}, "value": {}}},
             "response_format.value",
             "combined",
-        ),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-            "response_format.json_schema.name",
-            "missing",
         ),
         ({"guided_json": {"type": "strang"}}, "guided_json", "strang"),
         ({"guided_json": "{"}, "guided_json", "EOF while parsing"),
@@ -664,7 +663,7 @@ def test_openapi_lists_the_routes() -> None:
 @pytest.mark.parametrize(
     "spelling",
     [
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": ["x"]}}},
         {"type": "json_object", "schema": {"enum": ["x"]}},
         {"type": "json_schema", "schema": {"enum": ["x"]}},
         {"type": "json", "value": {"enum": ["x"]}},
@@ -674,4 +673,19 @@ def test_openapi_lists_the_routes() -> None:
 )
 def test_spellings_of_structured_output(spelling: dict[str, Any]) -> None:
     reply = post("/v1/chat/completions", CHAT | {"response_format": spelling})
+    assert reply.json()["choices"][0]["message"]["content"] == '"x"'
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"json_schema": {"enum": ["x"]}, "grammar": ""},
+        {"json_schema": '{"enum": ["x"]}'},
+        {"regex": '"x"'},
+        {"ebnf": 'root ::= "\\"x\\""'},
+        {"grammar": 'root ::= "\\"x\\""'},
+    ],
+)
+def test_peers_own_fields_of_structured_output(spelling: dict[str, Any]) -> None:
+    reply = post("/v1/chat/completions", CHAT | spelling)
     assert reply.json()["choices"][0]["message"]["content"] == '"x"'

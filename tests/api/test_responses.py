@@ -148,6 +148,20 @@ def test_tools_in_a_namespace_keep_their_names():
     assert (call["name"], call["namespace"]) == ("get_weather", "group")
 
 
+def test_penalties_reach_the_sampler_and_are_told():
+    given = {"frequency_penalty": 0.5, "presence_penalty": 0.25}
+
+    async def go() -> None:
+        async with service.client() as (http, served):
+            reply = await http.post("/v1/responses", json={"input": "a"} | given)
+            told, params = reply.json(), served.runner.samples[0].params
+            assert {name: (told[name], getattr(params, name)) for name in given} == {
+                name: (value, value) for name, value in given.items()
+            }
+
+    asyncio.run(go())
+
+
 def test_a_custom_tool_takes_text():
     tool = {"type": "custom", "name": "say", "description": "Says it."}
     choice = {"type": "custom", "name": "say"}

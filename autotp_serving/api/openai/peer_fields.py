@@ -14,8 +14,6 @@ from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.sampling_fields import SamplingFields
 from autotp_serving.api.schemas import only
 
-HERE_GUIDED = "see structured output"
-
 
 class PeerFields(SamplingFields):
     """What both OpenAI routes take beside what they honour."""
@@ -42,10 +40,6 @@ class PeerFields(SamplingFields):
     return_hidden_states: Annotated[Any, only(False)] = None
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
-    json_schema: Annotated[Any, only()] = Field(None, description=HERE_GUIDED)
-    regex: Annotated[Any, only()] = Field(None, description=HERE_GUIDED)
-    ebnf: Annotated[Any, only()] = Field(None, description=HERE_GUIDED)
-    grammar: Annotated[Any, only("")] = Field(None, description=HERE_GUIDED)
     lora_path: Annotated[Any, only()] = None
     priority: Annotated[Any, only(0)] = None
     cache_salt: Annotated[Any, only()] = None

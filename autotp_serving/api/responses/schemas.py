@@ -147,6 +147,12 @@ class ResponsesRequest(StrictModel):
     top_p: float | None = Field(
         None, gt=0.0, le=1.0, description="keep the most likely tokens of this share; default 1"
     )
+    frequency_penalty: float | None = Field(
+        None, ge=-2.0, le=2.0, description="as in chat completions; default 0"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2.0, le=2.0, description="as in chat completions; default 0"
+    )
     text: TextOptions | None = Field(None, description="structured output")
     reasoning: ReasoningConfig | None = Field(None, description="how much, and how it is shown")
     tools: (
