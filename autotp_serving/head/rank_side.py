@@ -78,9 +78,9 @@ class HeadLine:
             vocab_size: tokens that the model has an embedding and logits for.
         """
         sizes = runner.num_blocks, runner.block_size, runner.max_in_flight
-        reuse = runner.can_reuse_prefixes
+        can = runner.can_reuse_prefixes, runner.can_draft
         try:
-            self._line.send(("ready", *Ready(*sizes, reuse, max_model_len, vocab_size)))
+            self._line.send(("ready", *Ready(*sizes, *can, max_model_len, vocab_size)))
             run_steps(self._line, runner)
         except LineClosed:
             leave_group(self._rank, "the head has given this group up, or has died")

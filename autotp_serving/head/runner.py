@@ -38,7 +38,7 @@ class RemoteRunner:
 
     def __init__(self) -> None:
         self.num_blocks = self.block_size = self.max_in_flight = 0
-        self.can_reuse_prefixes = True
+        self.can_reuse_prefixes = self.can_draft = True
         self.rank_times: list[RankTimes] = []
         self.num_collected = 0
         self._line: Line | None = None
@@ -53,6 +53,7 @@ class RemoteRunner:
         self.num_blocks, self.block_size = ready.num_blocks, ready.block_size
         self.max_in_flight = ready.max_in_flight
         self.can_reuse_prefixes = ready.can_reuse_prefixes
+        self.can_draft = ready.can_draft
         self.num_collected = 0
         self._line = line
         self._epoch = epoch

@@ -31,6 +31,7 @@ class Ready(NamedTuple):
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected.
         can_reuse_prefixes: whether a sequence may begin with another's blocks.
+        can_draft: whether batches may hold drafts.
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
     """
@@ -39,6 +40,7 @@ class Ready(NamedTuple):
     block_size: int
     max_in_flight: int
     can_reuse_prefixes: bool
+    can_draft: bool
     max_model_len: int
     vocab_size: int
 

@@ -173,7 +173,12 @@ class BatchState:
             owners = np.repeat(rows, lens)
             positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
             ends = query_starts.tolist()
-            sampled = [ends[index + 1] - 1 for index in batch.sampled]
+            drafts = batch.num_drafts or [0] * num_seqs
+            sampled = [
+                row
+                for index in batch.sampled
+                for row in range(ends[index + 1] - 1 - drafts[index], ends[index + 1])
+            ]
             logit_rows = np.array([*sampled, *batch.score_rows], np.int64)
         blocks = positions // block_size
         # block * size + offset, as position = own block * size + offset.

@@ -15,7 +15,7 @@ from autotp_serving.head.supervisor import Supervisor
 from autotp_serving.head.wire import Ready
 from tests.engine.test_engine import wait_for
 
-READY = Ready(8, 16, 1, True, 512, 257)
+READY = Ready(8, 16, 1, True, False, 512, 257)
 
 
 class Group:
