@@ -66,8 +66,8 @@ def build_step(
     """Write the batch that runs so many tokens of each sequence and then its drafts, their blocks
     being ready.
 
-    From then on the sequences' tokens count as scheduled, and those to be sampled as pending. Drafts
-    count once they are accepted.
+    From then on the sequences' tokens count as scheduled, and those to be sampled as pending;
+    drafts count once they are accepted.
     """
     batch = Batch([], [], [], [], [])
     step = Step(number, batch, drafts)

@@ -25,8 +25,9 @@ MEMORY = 0.9
 MARGIN = 1.15
 """By how much a draft must be worth more than its cost, as both are estimates."""
 
-PROBE_INTERVAL = 32
-"""Steps after which what is not done, drafts or none, is tried once: things change."""
+PROBE_INTERVAL, LONGEST_INTERVAL = 32, 256
+"""Steps after which what is not done, drafts or none, is tried once: things change. Drafts that are
+refused each time are tried ever more seldom."""
 
 PLAIN_SHARE, DRAFT_SHARE = 0.5, 0.25
 """Weights of a measured time, and of what drafts cost in it, beside those before."""
@@ -34,8 +35,9 @@ PLAIN_SHARE, DRAFT_SHARE = 0.5, 0.25
 LARGEST_GROWTH = 1.25
 """Of a step's time over what was expected; more is taken for a pause of the machine."""
 
-FIRST_COST = 0.125
-"""What a draft costs of a step, as long as nobody knows."""
+FIRST_COST = 0.5
+"""What a draft is taken to cost of a sequence's share of a step, as long as nobody knows: so much
+that only one is tried."""
 
 
 class DraftHistory:
@@ -47,11 +49,12 @@ class DraftHistory:
     Attributes:
         index: where drafts are looked up; None before the first time.
         num_steps_without: steps since it had drafts.
+        interval: after how many it is to have one.
     """
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
-        self.num_steps_without = PROBE_INTERVAL  # the first that can be tried is
+        self.num_steps_without = self.interval = PROBE_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
 
     @property
@@ -63,6 +66,7 @@ class DraftHistory:
         """Take note of a step; drafts after the first that was refused tell nothing."""
         self._accepted = MEMORY * self._accepted + num_accepted
         self._refused = MEMORY * self._refused + (num_accepted < num_drafts)
+        self.interval = PROBE_INTERVAL if num_accepted else min(2 * self.interval, LONGEST_INTERVAL)
 
 
 class StepCosts:
@@ -84,7 +88,8 @@ class StepCosts:
         if num_drafts == 0:
             self._plain[num_seqs] += PLAIN_SHARE * (seconds - plain)
         else:
-            cost += DRAFT_SHARE * ((seconds - plain) / num_drafts - cost)
+            share = DRAFT_SHARE if num_seqs in self._draft else 1.0
+            cost += share * ((seconds - plain) / num_drafts - cost)
             self._draft[num_seqs] = max(0.0, cost)
 
     def find(self, num_seqs: int) -> tuple[float, float] | None:
@@ -93,7 +98,7 @@ class StepCosts:
         if plain is None:
             return None
         nearest = min(self._draft, key=lambda known: abs(known - num_seqs), default=None)
-        return plain, FIRST_COST * plain if nearest is None else self._draft[nearest]
+        return plain, FIRST_COST * plain / num_seqs if nearest is None else self._draft[nearest]
 
 
 class Drafter:
@@ -189,7 +194,7 @@ class Drafter:
                 for _ in range(most):
                     prospects.append((chance, -place, sequence))
                     chance *= acceptance
-            elif history.num_steps_without >= PROBE_INTERVAL:
+            elif history.num_steps_without >= history.interval:
                 lens[sequence] = 1
             history.num_steps_without += 1
         num_tokens, seconds = float(len(sequences)), plain

@@ -44,16 +44,16 @@ class Ranks:
         self._ends: list[socket.socket] = []
         self.attach()
 
-    def attach(self, num_blocks: int = 64) -> None:
+    def attach(self, num_blocks: int = 64, block_size: int = 16) -> None:
         """Start the next group and give it to the remote runner."""
         self.epoch += 1
-        self.runner = FakeRunner(num_blocks)
+        self.runner = FakeRunner(num_blocks, block_size)
         ours, theirs = socket.socketpair()
         self._ends += [ours, theirs]
         threading.Thread(target=self._serve, args=(Line(theirs), self.runner), daemon=True).start()
-        ready = Ready(
-            num_blocks, 16, self.runner.max_in_flight, True, self.runner.can_draft, 512, 257
-        )
+        can_draft = self.runner.can_draft
+        sizes = num_blocks, block_size, self.runner.max_in_flight
+        ready = Ready(*sizes, True, can_draft, 512, 257)
         self.remote.attach(Line(ours), ready, self.epoch)
 
     def _serve(self, line: Line, runner: FakeRunner) -> None:
