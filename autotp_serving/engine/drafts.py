@@ -19,15 +19,18 @@ DEFAULT_NUM_DRAFTS = 4
 FIRST_ACCEPTANCE = 0.5
 """Share of drafts that are accepted, as long as nobody knows."""
 
-MEMORY = 0.9
+MEMORY = 0.95
 """Weight of what a sequence's drafts came to so far, from one time to the next."""
 
 MARGIN = 1.15
 """By how much a draft must be worth more than its cost, as both are estimates."""
 
-PROBE_INTERVAL, LONGEST_INTERVAL = 32, 256
-"""Steps after which what is not done, drafts or none, is tried once: things change. Drafts that are
-refused each time are tried ever more seldom."""
+PLAIN_INTERVAL = 32
+"""Steps with drafts after which one without is measured."""
+
+MIN_INTERVAL, MAX_INTERVAL = 8, 256
+"""Steps after which a sequence whose drafts are not worth it has one all the same, as texts change:
+at first and at last, for it grows with each that is refused."""
 
 PLAIN_SHARE, DRAFT_SHARE = 0.5, 0.25
 """Weights of a measured time, and of what drafts cost in it, beside those before."""
@@ -54,7 +57,7 @@ class DraftHistory:
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
-        self.num_steps_without = self.interval = PROBE_INTERVAL  # the first is tried at once
+        self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
 
     @property
@@ -66,7 +69,10 @@ class DraftHistory:
         """Take note of a step; drafts after the first that was refused tell nothing."""
         self._accepted = MEMORY * self._accepted + num_accepted
         self._refused = MEMORY * self._refused + (num_accepted < num_drafts)
-        self.interval = PROBE_INTERVAL if num_accepted else min(2 * self.interval, LONGEST_INTERVAL)
+        if num_accepted:
+            self.interval = max(MIN_INTERVAL, self.interval // 2)
+        else:
+            self.interval = min(MAX_INTERVAL, 2 * self.interval)
 
 
 class StepCosts:
@@ -142,7 +148,7 @@ class Drafter:
         for sequence in new:
             sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
         costs = self._costs.find(len(sequences))
-        if costs is None or new or self._num_steps_with >= PROBE_INTERVAL:
+        if costs is None or new or self._num_steps_with >= PLAIN_INTERVAL:
             self._num_steps_with = 0
             return {}
         drafts: dict[Sequence, list[int]] = {}

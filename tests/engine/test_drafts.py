@@ -64,9 +64,7 @@ def submit_some(bench: Bench, seed: int) -> list[str]:
             "frequency_penalty": 0.5, "logit_bias": {97: 1.0}, "ignore_eos": True,
         }  # fmt: skip
         chosen = {name: kinds[name] for name in rng.sample(sorted(kinds), rng.randint(0, 4))}
-        prompt = "shared beginning of 32 characters"[: rng.choice((3, 32))] + "x" * rng.randint(
-            1, 9
-        )
+        prompt = "a beginning that some share 1234"[: rng.choice((3, 32))] + "x" * rng.randint(1, 9)
         bench.submit(f"{number}", prompt, max_tokens=max_tokens, **chosen)
     return [f"{number}" for number in range(14)]
 
