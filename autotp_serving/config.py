@@ -324,7 +324,8 @@ class ServingConfig:
         None,
         "most tokens of a sequence that are guessed and verified along with its next one: those "
         "that followed the same tokens before, in prompt or answer; text does not depend on it; "
-        "default: 4 where that is certain (docs/speed.md), else 0, which is off",
+        "default: 4 where that is certain (docs/speed.md), else 0, which is off, as it is with "
+        "--load-format dummy, whose text loops",
         parse=int,
         unit="TOKENS",
     )

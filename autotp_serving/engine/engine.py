@@ -94,7 +94,8 @@ class Engine:
         if not runner.can_draft or runner.max_in_flight > 1:
             config = replace(config, speculative_tokens=0)
         elif config.speculative_tokens is None:
-            config = replace(config, speculative_tokens=DEFAULT_NUM_DRAFTS)
+            num_drafts = 0 if config.load_format == "dummy" else DEFAULT_NUM_DRAFTS
+            config = replace(config, speculative_tokens=num_drafts)
         self.scheduler = Scheduler(
             config, runner.num_blocks, runner.block_size, tokenizer.eos_token_ids
         )
