@@ -8,6 +8,7 @@ it is expected to bring are worth that, by what was measured of both.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from autotp_serving.engine.batch_builder import Step
@@ -32,7 +33,10 @@ MIN_INTERVAL, MAX_INTERVAL = 8, 256
 """Steps after which a sequence whose drafts are not worth it has one all the same, as texts change:
 at first and at last, for it grows with each that is refused."""
 
-PLAIN_SHARE, DRAFT_SHARE = 0.5, 0.25
+NUM_PLAIN = 3
+"""Steps of so many sequences that are measured before any has drafts."""
+
+PLAIN_SHARE, DRAFT_SHARE = 0.3, 0.1
 """Weights of a measured time, and of what drafts cost in it, beside those before."""
 
 LARGEST_GROWTH = 1.25
@@ -76,35 +80,36 @@ class DraftHistory:
 
 
 class StepCosts:
-    """What steps of so many sequences take: without drafts, and for each draft more."""
+    """What steps of so many sequences take without drafts, and what a draft adds to any."""
 
     def __init__(self) -> None:
         self._plain: dict[int, float] = {}
-        self._draft: dict[int, float] = {}
+        self._num_plain: Counter[int] = Counter()
+        self._draft = 0.0
+        self._num_drafted = 0
 
     def add(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
         """Take note of a step in which all sequences decoded."""
-        known = self.find(num_seqs)
-        if known is None:
-            if num_drafts == 0:
-                self._plain[num_seqs] = seconds
-            return
-        plain, cost = known
-        seconds = min(seconds, LARGEST_GROWTH * (plain + num_drafts * cost))
+        plain = self._plain.get(num_seqs)
+        if plain is not None and self._num_drafted:
+            expected = plain + num_drafts * self._draft
+            seconds = min(seconds, LARGEST_GROWTH * expected)
         if num_drafts == 0:
-            self._plain[num_seqs] += PLAIN_SHARE * (seconds - plain)
-        else:
-            share = DRAFT_SHARE if num_seqs in self._draft else 1.0
-            cost += share * ((seconds - plain) / num_drafts - cost)
-            self._draft[num_seqs] = max(0.0, cost)
+            self._num_plain[num_seqs] += 1
+            share = max(PLAIN_SHARE, 1 / self._num_plain[num_seqs])
+            self._plain[num_seqs] = seconds * share + (plain or 0.0) * (1 - share)
+        elif plain is not None:
+            self._num_drafted += 1
+            share = max(DRAFT_SHARE, 1 / self._num_drafted)
+            cost = (seconds - plain) / num_drafts
+            self._draft = max(0.0, cost * share + self._draft * (1 - share))
 
     def find(self, num_seqs: int) -> tuple[float, float] | None:
         """Seconds of a step without drafts, and of each draft; None if the first is not known."""
-        plain = self._plain.get(num_seqs)
-        if plain is None:
+        if self._num_plain[num_seqs] < NUM_PLAIN:
             return None
-        nearest = min(self._draft, key=lambda known: abs(known - num_seqs), default=None)
-        return plain, FIRST_COST * plain / num_seqs if nearest is None else self._draft[nearest]
+        plain = self._plain[num_seqs]
+        return plain, self._draft if self._num_drafted else FIRST_COST * plain / num_seqs
 
 
 class Drafter:

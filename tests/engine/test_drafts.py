@@ -38,6 +38,7 @@ class RandomDrafter(Drafter):
         super().__init__(5)
         self._draw = random.Random(seed)
         self.look_up = self._guess
+        self._costs.find = lambda num_seqs: (1.0, 0.1)  # known at once
 
     def _choose_lens(self, sequences: list[Sequence], *_: float) -> list[tuple[Sequence, int]]:
         mosts = [(one, self._find_most(one)) for one in sequences]
@@ -78,7 +79,7 @@ def collect(bench: Bench, name: str) -> tuple[Any, ...]:
     return bench.text(name), bench.tokens(name), logprobs, outputs[0].prompt_logprobs, ends
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_clients_see_the_same_with_drafts_and_without(seed: int) -> None:
     """With preemption, shared prefixes, chunks, stop strings, and clients that leave."""
     rng = random.Random(seed)
