@@ -47,6 +47,10 @@ FIRST_COST = 0.5
 that only one is tried."""
 
 
+TRIAL = -1
+"""For a number of drafts: one, if no sequence was tried in MIN_INTERVAL steps."""
+
+
 class DraftHistory:
     """What became of one sequence's drafts.
 
@@ -130,7 +134,7 @@ class Drafter:
         self._max_drafts = max_drafts
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
-        self._num_steps_with = 0
+        self._num_steps_with = self._num_until_trial = 0
 
     def propose(
         self,
@@ -156,13 +160,19 @@ class Drafter:
         if costs is None or new or self._num_steps_with >= PLAIN_INTERVAL:
             self._num_steps_with = 0
             return {}
+        self._num_until_trial -= 1
         drafts: dict[Sequence, list[int]] = {}
         for sequence, wanted in self._choose_lens(sequences, *costs):
-            wanted = min(wanted, num_left)
+            is_trial = wanted == TRIAL
+            if is_trial and self._num_until_trial > 0:
+                continue
+            wanted = min(abs(wanted), num_left)
             found = self.look_up(sequence, wanted) if wanted else []
             if found and has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
                 drafts[sequence] = found
+                if is_trial:
+                    self._num_until_trial = MIN_INTERVAL
                 num_left -= len(found)
         self._num_steps_with = self._num_steps_with + 1 if drafts else 0
         return drafts
@@ -206,7 +216,7 @@ class Drafter:
                     prospects.append((chance, -place, sequence))
                     chance *= acceptance
             elif history.num_steps_without >= history.interval:
-                lens[sequence] = 1
+                lens[sequence] = TRIAL
             history.num_steps_without += 1
         num_tokens, seconds = float(len(sequences)), plain
         for chance, _, sequence in sorted(prospects, key=lambda one: one[:2], reverse=True):
