@@ -39,12 +39,14 @@ class Batch:
         first_blocks: [num_grown], where in its table the new blocks go; 0 begins a new table.
         num_new_blocks: [num_grown], how many there are of each.
         new_blocks: theirs, one after another.
-        sampled: indices of the sequences that get a token, in order.
+        sampled: indices of the sequences that get a token, in order. A sample is chosen behind
+            each's last token, and behind each of its drafts and the token before the first.
         num_top: [num_samples], how many of the largest logits are enough to choose each token; 0
             where all are needed; [] where the largest is enough for each.
         score_rows: indices into the flattened tokens whose logits score the prompt, or whose
             hidden states are pooled: a model does one of both.
-        num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none.
+        num_drafts: [num_seqs], how many of a sequence's last tokens are guesses; [] for none. Only
+            sequences that are sampled have some.
         adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
         state_copies: rows of the states that layers keep beside the blocks, in pairs: before the
             step, and in this order, the first one's states are copied to the second.
@@ -70,6 +72,11 @@ class Batch:
     def num_seqs(self) -> int:
         """Sequences that take part."""
         return len(self.rows)
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that are chosen, those behind drafts among them."""
+        return len(self.sampled) + sum(self.num_drafts)
 
     @property
     def is_decode(self) -> bool:
@@ -202,10 +209,10 @@ class StepResult:
     """What rank 0 makes of a step's logits.
 
     Attributes:
-        token_ids: [num_samples] lists of the tokens that were chosen, one or more each;
-            INVALID_TOKEN for a row whose logits were not finite.
-        logprobs: [num_samples] lists of their logprobs, None for rows that did not ask; empty
-            when none did.
+        token_ids: for each of the batch's `sampled` the tokens that were chosen: one, and one
+            more for each draft that was accepted; INVALID_TOKEN alone if logits were not finite.
+        logprobs: for each a list of their logprobs, None for those that did not ask; empty when
+            none did.
         scores: [num_scores] lists of the targets' logprobs.
         pooled: [num_pools] vectors of float32 as bytes; b"" for one that is not finite, None where
             more chunks follow.
@@ -233,6 +240,7 @@ class Runner(Protocol):
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected, at least 1.
         has_states: whether layers keep states beside the blocks.
+        can_draft: whether batches may hold drafts.
         rank_times: [num_ranks], what the steps have cost each rank so far.
     """
 
@@ -240,6 +248,7 @@ class Runner(Protocol):
     block_size: int
     max_in_flight: int
     has_states: bool
+    can_draft: bool
 
     @property
     def rank_times(self) -> Sequence[RankTimes]:
@@ -260,7 +269,7 @@ class Runner(Protocol):
         pool its hidden states.
 
         Args:
-            samples: one for each of the batch's `sampled`.
+            samples: one for each of the batch's `sampled`, and for each of its drafts.
             scores, pools: of the batch's `score_rows`, all of them together.
         """
         ...

@@ -31,6 +31,9 @@ MIN_KEPT_STATES = 4
 """Even a server of one sequence at a time has a few conversations, each with a beginning."""
 """On a busy machine a healthy rank may be silent for nearly as long."""
 
+MAX_SPECULATIVE_TOKENS = 16
+"""Longer guesses are hardly ever right to their end."""
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -327,6 +330,15 @@ class ServingConfig:
     enforce_eager: bool = setting(
         False, "on a CUDA card, launch decode steps kernel by kernel instead of replaying graphs"
     )
+    speculative_tokens: int | None = setting(
+        None,
+        "most tokens of a sequence that are guessed and verified along with its next one: those "
+        "that followed the same tokens before, in prompt or answer; text does not depend on it; "
+        "default: 4 where that is certain (docs/speed.md), else 0, which is off, as it is with "
+        "--load-format dummy, whose text loops",
+        parse=int,
+        unit="TOKENS",
+    )
     profile: str | None = setting(
         None,
         "folder for a breakdown and a torch profiler trace of a few decode steps, taken once after "
@@ -387,6 +399,11 @@ class ServingConfig:
         if not MIN_STEP_TIMEOUT <= self.step_timeout < float("inf"):
             raise ConfigError(
                 f"--step-timeout must be at least {MIN_STEP_TIMEOUT:g}, not {self.step_timeout}"
+            )
+        if not 0 <= (self.speculative_tokens or 0) <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"--speculative-tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not "
+                f"{self.speculative_tokens}"
             )
         if self.max_restarts < 0:
             raise ConfigError(f"--max-restarts must be 0 or more, not {self.max_restarts}")

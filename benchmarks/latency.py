@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_serving_flags(rest, NAME)
         if options.batch_size > config.max_num_seqs:
             config = replace(config, max_num_seqs=options.batch_size)
+        if config.speculative_tokens:
+            raise ConfigError("--speculative-tokens: python -m benchmarks.drafts measures drafts")
+        config = replace(config, speculative_tokens=0)  # steps of one token each
         bounds, hardware = measure_bounds(config)
         with TimedLLM(config.model_path, **settings_of(config)) as llm:
             runs = run(llm, options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import time
 from array import array
 from collections import deque
@@ -149,6 +150,7 @@ class FakeRunner:
     """
 
     has_states = False  # tests set it, here or on one runner
+    can_draft = False  # tests that want drafts set it
     max_in_flight = 1  # tests set it to 2, here or on one runner
 
     def __init__(
@@ -241,16 +243,29 @@ class FakeRunner:
         self.samples.extend(samples)
         self._check_tokens(samples, scores)
         result = StepResult([], [], [], [])
-        for index, sample in zip(batch.sampled, samples, strict=True):
-            context = seen[self._ends[index]]
-            if sample.params.has_penalties:
-                assert list(sample.token_ids) == context, "penalties see other tokens"
-            token = obey(self.next_token(context, sample), sample)
-            num_top = sample.params.logprobs
-            result.token_ids.append([token])
-            result.logprobs.append(None if num_top is None else [logprobs(context, token, num_top)])
-            self.kept.add(sample.request_id)
-            self._last_tokens[batch.rows[index]] = max(0, token)
+        inputs = iter(samples)
+        for index in batch.sampled:
+            tokens: list[int] = []
+            found: list[TokenLogprobs] = []
+            num_drafts = batch.num_drafts[index] if batch.num_drafts else 0
+            drawn = [next(inputs) for _ in range(num_drafts + 1)]
+            for ahead, sample in enumerate(drawn, start=-num_drafts):
+                context = seen[self._ends[index] + ahead]
+                if tokens and tokens[-1] != context[-1]:
+                    break  # the draft is refused
+                if sample.params.has_penalties:
+                    assert list(sample.token_ids) == context, "penalties see other tokens"
+                token = obey(self.next_token(context, sample), sample)
+                if token < 0 and tokens:
+                    break  # the next step shall say so
+                tokens.append(token)
+                if sample.params.logprobs is not None:
+                    found.append(logprobs(context, token, sample.params.logprobs))
+            result.token_ids.append(tokens)
+            result.logprobs.append(found or None)
+            self.kept.add(drawn[0].request_id)
+            self._last_tokens[batch.rows[index]] = max(0, tokens[-1])
+        assert next(inputs, None) is None, "a sample too many"
         rows = iter(batch.score_rows)
         for score in scores:
             contexts = [seen[next(rows)] for _ in score.target_ids]
@@ -306,6 +321,11 @@ class FakeRunner:
         assert len(batch.starts) == len(batch.query_lens) == len(batch.num_known) == num_seqs
         assert min(batch.query_lens) >= 1 and min(batch.starts) >= 0
         assert sum(batch.num_known) == len(batch.token_ids)
+        if batch.num_drafts:
+            assert self.can_draft and len(batch.num_drafts) == num_seqs
+            assert all(map(operator.lt, batch.num_drafts, batch.query_lens))
+            assert batch.num_known == batch.query_lens, "what drafts follow must be known"
+            assert batch.num_samples - len(batch.sampled) <= MAX_SCORED_ROWS
         assert batch.sampled == sorted(set(batch.sampled))
         assert all(0 <= index < num_seqs for index in batch.sampled)
         if not self.pools:

@@ -161,6 +161,12 @@ def _render_engines(groups: Labelled) -> Iterator[str]:
         "generation_tokens_total": ("Tokens generated.", lambda s: s.num_generated_tokens),
         "prefix_cache_queries_total": ("Tokens looked up.", lambda s: s.num_prefix_query_tokens),
         "prefix_cache_hits_total": ("Tokens found.", lambda s: s.num_prefix_hit_tokens),
+        "spec_decode_num_drafts_total": ("Times a request had drafts.", lambda s: s.num_drafts),
+        "spec_decode_num_draft_tokens_total": ("Drafts verified.", lambda s: s.num_draft_tokens),
+        "spec_decode_num_accepted_tokens_total": (
+            "Drafts accepted.",
+            lambda s: s.num_accepted_tokens,
+        ),
         "num_preemptions_total": ("Requests that lost their blocks.", lambda s: s.num_preemptions),
         "rank_restarts_total": ("Times the ranks were started anew.", lambda s: s.num_restarts),
         "num_steps_total": ("Steps run.", lambda s: s.num_steps),

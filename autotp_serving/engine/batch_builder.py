@@ -16,10 +16,12 @@ class Step:
     Attributes:
         number: steps are numbered from 1 in the order in which they run.
         batch: what the runner runs.
-        samples: [num_samples], what the sampler needs for each of the batch's `sampled`.
+        drafts: tokens that some of the sequences run as guesses.
+        samples: [num_samples], what the sampler needs for each of the batch's `sampled`, for its
+            drafts as well.
         scores: [num_scores], what is known of the batch's `score_rows`.
         sequences: [num_seqs], in the batch's order.
-        sampled: [num_samples], the sequences that get a token.
+        sampled: the sequences that get a token or, with drafts, several.
         scored: [num_scores], the sequences that get prompt logprobs.
         pools: [num_pools], what is known of the batch's `score_rows` where they are pooled.
         pooled: [num_pools], the sequences that they are of.
@@ -30,6 +32,7 @@ class Step:
 
     number: int
     batch: Batch
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     samples: list[SampleInput] = field(default_factory=list)
     scores: list[ScoreInput] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
@@ -60,21 +63,29 @@ class Progress:
     logprobs: list[TokenLogprobs] | None = None
 
 
-def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
-    """Write the batch that runs so many tokens of each sequence, their blocks being ready.
+def build_step(
+    number: int, chunks: list[tuple[Sequence, int]], drafts: dict[Sequence, list[int]]
+) -> Step:
+    """Write the batch that runs so many tokens of each sequence and then its drafts, their blocks
+    being ready.
 
-    From then on the sequences' tokens count as scheduled, and those to be sampled as pending.
+    From then on the sequences' tokens count as scheduled, and those to be sampled as pending;
+    drafts count once they are accepted.
     """
     batch = Batch([], [], [], [], [])
-    step = Step(number, batch)
+    step = Step(number, batch, drafts)
+    if drafts:
+        batch.num_drafts = [len(drafts.get(sequence, ())) for sequence, _ in chunks]
     num_tokens = 0
+    num_top: list[int] = []
     for index, (sequence, query_len) in enumerate(chunks):
         start = sequence.num_scheduled_tokens
         end = start + query_len
-        known = sequence.token_ids[start:end]
+        guesses = drafts.get(sequence, [])
+        known = sequence.token_ids[start:end] + guesses
         batch.rows.append(sequence.row)
         batch.starts.append(start)
-        batch.query_lens.append(query_len)
+        batch.query_lens.append(query_len + len(guesses))
         batch.num_known.append(len(known))
         batch.token_ids.extend(known)
         if len(sequence.block_table) > sequence.num_sent_blocks:
@@ -85,7 +96,10 @@ def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
         elif end == sequence.num_tokens + sequence.num_pending_tokens:
             if sequence.params.max_tokens:
                 batch.sampled.append(index)
-                step.samples.append(sequence.make_sample())
+                step.samples += map(sequence.make_sample, range(1 + len(guesses)))
+                num_top += [0 if sequence.guide else sequence.params.num_top_logits] * (
+                    1 + len(guesses)
+                )
                 step.sampled.append(sequence)
                 sequence.num_pending_tokens += 1
             else:
@@ -94,8 +108,7 @@ def build_step(number: int, chunks: list[tuple[Sequence, int]]) -> Step:
             batch.score_rows.extend(_add_scores(step, sequence, start, end, num_tokens))
         sequence.num_scheduled_tokens = end
         sequence.last_step = number
-        num_tokens += query_len
-    num_top = [0 if one.guide else one.params.num_top_logits for one in step.sampled]
+        num_tokens += query_len + len(guesses)
     if num_top.count(1) < len(num_top):
         batch.num_top = num_top
     return step

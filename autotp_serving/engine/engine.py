@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -23,6 +24,7 @@ from autotp_serving.batch import Runner, RunnerLost
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.active_requests import ActiveRequests
 from autotp_serving.engine.batch_builder import Progress, Step
+from autotp_serving.engine.drafts import DEFAULT_NUM_DRAFTS
 from autotp_serving.engine.output_processor import OutputProcessor
 from autotp_serving.engine.scheduler import INVALID_NUMBERS, MAX_LOSSES, Scheduler
 from autotp_serving.engine.stats import EngineStats
@@ -88,6 +90,11 @@ class Engine:
         self.refusal: str | None = None  # for requests, once that takes too long
         self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
         self.is_sound = True  # the latest step to give numbers gave finite ones
+        if not runner.can_draft or runner.max_in_flight > 1:
+            config = replace(config, speculative_tokens=0)
+        elif config.speculative_tokens is None:
+            num_drafts = 0 if config.load_format == "dummy" else DEFAULT_NUM_DRAFTS
+            config = replace(config, speculative_tokens=num_drafts)
         self.scheduler = Scheduler(
             config,
             runner.num_blocks,
@@ -185,6 +192,9 @@ class Engine:
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=scheduler.drafter.num_drafts,
+            num_draft_tokens=scheduler.drafter.num_draft_tokens,
+            num_accepted_tokens=scheduler.drafter.num_accepted_tokens,
             num_restarts=self._num_restarts,
             num_finished=dict(self._output_processor.num_finished),
             last_step_seconds=self._last_step_seconds,
@@ -269,6 +279,8 @@ class Engine:
                     self.watchdog.end()
             self._output_processor.publish()
             self._last_step_seconds = time.perf_counter() - started
+            if oldest is not None:
+                self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
         except ENDS_OF_PROCESS:
             raise
         except RunnerLost as error:

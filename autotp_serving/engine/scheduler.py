@@ -14,6 +14,7 @@ from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
+from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
 from autotp_serving.engine.state_slots import StateSlots
 from autotp_serving.engine.waiting_queue import WaitingQueue
@@ -62,6 +63,7 @@ class Scheduler:
         self._config = config
         self._has_states = has_states
         self.blocks = self._make_blocks(num_blocks, block_size)
+        self.drafter = Drafter(config.speculative_tokens or 0)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_arrivals = 0
@@ -139,7 +141,7 @@ class Scheduler:
         if not chunks:
             return None
         self._num_begun += 1
-        step = build_step(self._num_begun, chunks)
+        step = build_step(self._num_begun, chunks, self._propose_drafts(chunks))
         step.batch.state_copies, self._state_copies = self._state_copies, []
         self._keep_states(step)
         self._in_flight.append(step)
@@ -166,6 +168,21 @@ class Scheduler:
             budget = self._add_prefill(chunks, admitted, budget)
         return chunks
 
+    def _propose_drafts(self, chunks: list[tuple[Sequence, int]]) -> dict[Sequence, list[int]]:
+        """Drafts for sequences that decode, as far as tokens of a step, logits and blocks go."""
+        num_tokens = sum(query_len for _, query_len in chunks)
+        num_left = min(self._config.max_num_batched_tokens - num_tokens, self._num_score_rows_left)
+        decoding = [sequence for sequence, _ in chunks if sequence.num_unscheduled_tokens == 1]
+        return self.drafter.propose(decoding, num_left, self._has_room)
+
+    def _has_room(self, sequence: Sequence, num_drafts: int) -> bool:
+        """Get blocks for drafts, unless others may soon need them."""
+        num_tokens = sequence.num_tokens + num_drafts
+        num_missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
+        if num_missing > 0 and num_missing + len(self.running) > self.blocks.num_available:
+            return False
+        return self.blocks.grow(sequence.block_table, num_tokens)
+
     def update(self, step: Step, result: StepResult) -> list[Progress]:
         """Take in what the runner returned for the oldest step in flight.
 
@@ -179,7 +196,7 @@ class Scheduler:
         late = {one for one in step.sequences if one.finish_reason is not None}
         for sequence, query_len in zip(step.sequences, step.batch.query_lens, strict=True):
             if sequence.finish_reason is None:
-                sequence.num_computed_tokens += query_len
+                sequence.num_computed_tokens += query_len - len(step.drafts.get(sequence, ()))
                 self._register_full_blocks(sequence)
         self._attach_states(step)
         for sequence, scores in zip(step.scored, result.scores, strict=True):
@@ -206,6 +223,8 @@ class Scheduler:
             sequence.num_pending_tokens -= 1
             if sequence not in late:
                 num_taken = self._take_tokens(sequence, token_ids)
+                if sequence in step.drafts:
+                    self._settle_drafts(sequence, len(step.drafts[sequence]), len(token_ids) - 1)
                 taken = logprobs and logprobs[:num_taken]
                 progress.append(Progress(sequence, token_ids[:num_taken], taken))
         for sequence in dict.fromkeys((*step.read, *step.scored, *step.pooled)):
@@ -213,6 +232,17 @@ class Scheduler:
             if is_over and sequence not in step.sampled:
                 progress.append(Progress(sequence, []))
         return progress
+
+    def _settle_drafts(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """Count a sequence's accepted drafts as run; what refused ones left is written over."""
+        self.drafter.add_outcome(sequence, num_drafts, num_accepted)
+        if sequence.finish_reason is None:
+            sequence.num_scheduled_tokens += num_accepted
+            sequence.num_computed_tokens += num_accepted
+            self._register_full_blocks(sequence)
+            self.blocks.shrink(sequence.block_table, sequence.num_tokens)
+            num_blocks = len(sequence.block_table)
+            sequence.num_sent_blocks = min(sequence.num_sent_blocks, num_blocks)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence wherever it is: the one way out, its blocks are available at once.

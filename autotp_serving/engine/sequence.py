@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from autotp_serving.batch import SampleInput
 from autotp_serving.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from autotp_serving.structured_output import Grammar, Guide
+
+if TYPE_CHECKING:
+    from autotp_serving.engine.drafts import DraftHistory
 
 NO_ROW = -1
 
@@ -99,6 +103,7 @@ class Sequence:
         num_preemptions: how often it lost its blocks and started over.
         num_losses: how often the ranks were lost in its step since it last got a token.
         len_at_loss: how many tokens it had then.
+        drafts: what became of its drafts; None before its first step that could have some.
         guide: follows the completion through its structured output; None without one.
         prompt_logprobs: of the prompt's tokens after the first, as far as they are computed.
         pooled: what was made of the prompt's hidden states; see RequestOutput.
@@ -126,6 +131,7 @@ class Sequence:
     num_preemptions: int = 0
     num_losses: int = 0
     len_at_loss: int = 0
+    drafts: DraftHistory | None = None
     guide: GuardedGuide | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     pooled: bytes = b""
@@ -184,8 +190,12 @@ class Sequence:
             return is_free and num_tokens < self.params.max_tokens
         return self.guide is None or self.guide.is_ready
 
-    def make_sample(self) -> SampleInput:
-        """What the sampler needs for the next token; takes the guide's mask, if there is one."""
+    def make_sample(self, num_ahead: int = 0) -> SampleInput:
+        """What the sampler needs for the next token; takes the guide's mask, if there is one.
+
+        Args:
+            num_ahead: drafts that come before that token.
+        """
         params = self.params
         if params.is_plain and self.guide is None:
             if self._plain_sample is None:
@@ -193,7 +203,7 @@ class Sequence:
                     params, 0.0, self.request_id, self.token_ids, self.num_prompt_tokens
                 )
             return self._plain_sample
-        position = self.num_output_tokens + self.num_pending_tokens
+        position = self.num_output_tokens + self.num_pending_tokens + num_ahead
         return SampleInput(
             params,
             draw_uniform(self.draw_key, position),

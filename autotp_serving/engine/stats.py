@@ -23,6 +23,9 @@ class EngineStats:
         num_prefix_query_tokens: prompt tokens looked up in the prefix cache.
         num_prefix_hit_tokens: those of them that were found.
         num_preemptions: times a running sequence lost its blocks and went back to wait.
+        num_drafts: times that a sequence ran guessed tokens in a step.
+        num_draft_tokens: tokens that were guessed.
+        num_accepted_tokens: those of them that came out.
         num_restarts: times the ranks were started anew.
         num_finished: requests ended, by reason.
         last_step_seconds: how long the last step took, all in all.
@@ -38,6 +41,9 @@ class EngineStats:
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
     num_preemptions: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     num_restarts: int
     num_finished: dict[FinishReason, int]
     last_step_seconds: float

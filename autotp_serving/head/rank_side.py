@@ -92,7 +92,8 @@ class HeadLine:
             device_kind: where it runs.
         """
         sizes = runner.num_blocks, runner.block_size, runner.max_in_flight
-        ready = Ready(*sizes, runner.has_states, max_model_len, vocab_size, device_kind)
+        can = runner.has_states, runner.can_draft
+        ready = Ready(*sizes, *can, max_model_len, vocab_size, device_kind)
         try:
             self._line.send(("ready", *ready))
             run_steps(self._line, runner)

@@ -39,6 +39,7 @@ class RemoteRunner:
     def __init__(self) -> None:
         self.num_blocks = self.block_size = self.max_in_flight = 0
         self.has_states = False
+        self.can_draft = True
         self.rank_times: list[RankTimes] = []
         self.num_collected = 0
         self._line: Line | None = None
@@ -53,6 +54,7 @@ class RemoteRunner:
         self.num_blocks, self.block_size = ready.num_blocks, ready.block_size
         self.max_in_flight = ready.max_in_flight
         self.has_states = ready.has_states
+        self.can_draft = ready.can_draft
         self.num_collected = 0
         self._line = line
         self._epoch = epoch

@@ -31,6 +31,7 @@ class Ready(NamedTuple):
         block_size: tokens a block holds.
         max_in_flight: steps that may be begun and not collected.
         has_states: whether layers keep states beside the blocks.
+        can_draft: whether batches may hold drafts.
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
         device_kind: "cpu", "cuda" or "xpu".
@@ -40,6 +41,7 @@ class Ready(NamedTuple):
     block_size: int
     max_in_flight: int
     has_states: bool
+    can_draft: bool
     max_model_len: int
     vocab_size: int
     device_kind: str = "cpu"

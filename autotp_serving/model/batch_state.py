@@ -7,6 +7,8 @@ longer than other files for two quicker ways, which a small model's step needs.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from autotp_serving.batch import Batch
 from autotp_serving.model.stage import Stage
 from autotp_serving.model.step_inputs import NOT_WRITTEN, StepInputs
 
-FEW_SEQUENCES = 16
+FEW_TOKENS = 16
 """Up to so many that decode on a CPU, plain lists cost less than numpy, whose code the pass before
 has driven out of the caches: about 5 % of a small model's step.
 """
@@ -57,9 +59,9 @@ class BatchState:
             self._tables = self.block_tables.numpy()
         self._counts = np.arange(max_rows + 1)
         self._int_counts = self._counts.astype(np.int32)
-        counts = torch.arange(FEW_SEQUENCES + 1)
-        self._few_rows = [counts[:count] for count in range(FEW_SEQUENCES + 1)]
-        self._few_starts = [counts[: count + 1].int() for count in range(FEW_SEQUENCES + 1)]
+        counts = torch.arange(FEW_TOKENS + 1)
+        self._few_rows = [counts[:count] for count in range(FEW_TOKENS + 1)]
+        self._few_starts = [counts[: count + 1].int() for count in range(FEW_TOKENS + 1)]
         self._stage = Stage(device)
         self._rows = torch.empty(0, dtype=torch.int32, device=device)  # of the latest step
 
@@ -117,35 +119,46 @@ class BatchState:
         )
 
     def _is_few(self, batch: Batch) -> bool:
-        """Whether `_apply_few` takes it: all decode and get a token, and the host knows all."""
-        num_seqs = len(batch.rows)
-        is_decode = num_seqs == len(batch.token_ids) == len(batch.sampled) == sum(batch.query_lens)
-        return is_decode and num_seqs <= FEW_SEQUENCES and self._is_host and not batch.score_rows
+        """Whether `_apply_few` takes it: all decode, with drafts or without, and get a token, and
+        the host knows all.
+        """
+        num_tokens = len(batch.token_ids)
+        is_decode = num_tokens == batch.num_samples == sum(batch.query_lens)
+        is_few = num_tokens <= FEW_TOKENS and len(batch.sampled) == len(batch.rows)
+        return is_decode and is_few and self._is_host and not batch.score_rows
 
     def _apply_few(self, batch: Batch) -> StepInputs:
         """What `apply` makes of a few sequences that decode on a CPU."""
         size, tables = self._block_size, self._tables
-        rows, starts = batch.rows, batch.starts
+        rows, positions, owners = batch.rows, batch.starts, batch.rows
+        num_seqs, num_tokens = len(rows), len(batch.token_ids)
+        query_starts = self._few_starts[num_seqs]
+        contexts = [start + 1 for start in positions]
+        if batch.num_drafts:
+            lens = batch.query_lens
+            contexts = [start + length for start, length in zip(batch.starts, lens, strict=True)]
+            spans = list(map(range, batch.starts, contexts))
+            positions = [position for span in spans for position in span]
+            owners = [row for row, span in zip(rows, spans, strict=True) for _ in span]
+            query_starts = torch.tensor(list(accumulate(lens, initial=0)), dtype=torch.int32)
         slots = [
-            tables.item(row, start // size) * size + start % size
-            for row, start in zip(rows, starts, strict=True)
+            tables.item(row, position // size) * size + position % size
+            for row, position in zip(owners, positions, strict=True)
         ]
-        contexts = [start + 1 for start in starts]
-        num_seqs = len(rows)
         self._rows = torch.tensor(rows, dtype=torch.int32)
         return StepInputs(
             torch.tensor(batch.token_ids),
-            torch.tensor(starts),
+            torch.tensor(positions),
             torch.tensor(slots),
             self._rows,
-            self._few_starts[num_seqs],
+            query_starts,
             torch.tensor(contexts, dtype=torch.int32),
             self.block_tables,
-            self._few_rows[num_seqs],
+            self._few_rows[num_tokens],
             batch.query_lens,
             contexts,
             num_seqs,
-            num_seqs,
+            num_tokens,
         )
 
     def _lay_out(self, batch: Batch, token_ids: list[int]) -> tuple[list[np.ndarray], list[int]]:
@@ -173,7 +186,12 @@ class BatchState:
             owners = np.repeat(rows, lens)
             positions = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
             ends = query_starts.tolist()
-            sampled = [ends[index + 1] - 1 for index in batch.sampled]
+            drafts = batch.num_drafts or [0] * num_seqs
+            sampled = [
+                row
+                for index in batch.sampled
+                for row in range(ends[index + 1] - 1 - drafts[index], ends[index + 1])
+            ]
             logit_rows = np.array([*sampled, *batch.score_rows], np.int64)
         blocks = positions // block_size
         # block * size + offset, as position = own block * size + offset.

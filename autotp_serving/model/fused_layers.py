@@ -23,6 +23,7 @@ from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
 from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
 from autotp_serving.kernels.cpu.linear import CpuMatmul
 from autotp_serving.layers.dense_linear import DenseLinear, join_dense
+from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
 from autotp_serving.model.attention import AttentionContext
 from autotp_serving.model.kv_cache import KVCache
@@ -123,6 +124,22 @@ class FusedForward:
         native_layers = [] if by_operation else [layer.to_native(cache) for layer in self._layers]
         self._native_layers = (
             NativeLayers(ops, native_layers) if native_layers and all(native_layers) else None
+        )
+
+    @property
+    def is_exact_at_any_width(self) -> bool:
+        """Whether a token's logits are the same to the last bit however many run beside it."""
+        if self._native_layers is None or not isinstance(self._head, VocabParallelHead):
+            return False
+        products = [
+            product.matmul
+            for layer in self._layers
+            for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]
+        products.append(getattr(self._head.low_bit, "matmul", self._head.matmul))
+        return all(
+            isinstance(x, DenseMatmul) or (isinstance(x, CpuMatmul) and x.is_exact_at_any_width)
+            for x in products
         )
 
     def find_padded_size(self, batch: Batch) -> int:

@@ -15,6 +15,7 @@ from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.state_layers import StateLayer, copy_states
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
+from autotp_serving.worker.drafts import accept_drafts
 from autotp_serving.worker.sampler import Sampled, Sampler
 from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
 
@@ -98,18 +99,21 @@ class LeadRunner:
         num_ranks: int,
         sampler: Sampler,
         max_in_flight: int,
+        *,
+        can_draft: bool,
     ) -> None:
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
         self._sampler = sampler
         self._forwarded: tuple[Batch, StepLogits] | None = None
-        self._in_flight: deque[Sampled] = deque()
+        self._in_flight: deque[tuple[Batch, Sampled]] = deque()
         self._num_sent = 0
         self.num_blocks = cache.num_blocks
         self.block_size = cache.block_size
         self.max_in_flight = max_in_flight
         self.has_states = bool(runner.state_layers)
+        self.can_draft = can_draft
 
     def forward(self, batch: Batch) -> None:
         """See Runner.
@@ -140,11 +144,14 @@ class LeadRunner:
             self._runner.share_tokens(batch, sampled.token_ids)
         except RuntimeError as error:
             raise self._name_loss(error) from error
-        self._in_flight.append(sampled)
+        self._in_flight.append((batch, sampled))
 
     def collect(self) -> StepResult:
         """See Runner."""
-        result = self._in_flight.popleft().wait()
+        batch, sampled = self._in_flight.popleft()
+        result = sampled.wait()
+        if batch.num_drafts:
+            result = accept_drafts(batch, result)
         self.rank_times[0] = self._runner.times.snapshot()
         self._read_reports()
         return result

@@ -42,7 +42,7 @@ class Sampled:
     pooled: list[Callable[[], bytes | None]]
 
     def wait(self) -> StepResult:
-        """Wait until all is here."""
+        """Wait until all is here; one token for each sample."""
         token_ids = [[token] for token in self.host_token_ids().tolist()]
         scores = [score() for score in self.scores]
         pooled = [one() for one in self.pooled]

@@ -122,7 +122,7 @@ class LogitsGatherer:
             return StepLogits(logits)
         if len(logits) * self._head.vocab_size * logits.itemsize <= SMALL_BYTES:
             return StepLogits(self._head.gather(logits))
-        num_top = batch.num_top or [1] * len(batch.sampled)
+        num_top = batch.num_top or [1] * batch.num_samples
         best_rows = [row for row, count in enumerate(num_top) if count == 1]
         top_rows = [row for row, count in enumerate(num_top) if count > 1]
         whole_rows = [row for row, count in enumerate(num_top) if count == 0]

@@ -31,6 +31,7 @@ from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import PROVED, check_heads
+from autotp_serving.model.fused_layers import FusedForward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
@@ -155,6 +156,13 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
+    # A refused draft leaves nothing behind in blocks; in states it would.
+    can_draft = isinstance(forward, FusedForward) and forward.is_exact_at_any_width
+    if config.speculative_tokens and not can_draft:
+        raise ConfigError(
+            "--speculative-tokens: text would depend on drafts in this model, weight format or "
+            "device; leave it out, or set 0"
+        )
     head = model.get_output_embeddings()
     by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
@@ -164,7 +172,15 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     lead = None
     if group.rank == 0:
         sampler = backend.sampler(device.fetch)
-        lead = LeadRunner(runner, cache, channel, group.size, sampler, device.max_in_flight)
+        lead = LeadRunner(
+            runner,
+            cache,
+            channel,
+            group.size,
+            sampler,
+            device.max_in_flight,
+            can_draft=can_draft,
+        )
     if config.profile is not None:
         from autotp_serving.worker.profiler import StepProfiler
 

@@ -44,14 +44,16 @@ class Ranks:
         self._ends: list[socket.socket] = []
         self.attach()
 
-    def attach(self, num_blocks: int = 64) -> None:
+    def attach(self, num_blocks: int = 64, block_size: int = 16) -> None:
         """Start the next group and give it to the remote runner."""
         self.epoch += 1
-        self.runner = FakeRunner(num_blocks)
+        self.runner = FakeRunner(num_blocks, block_size)
         ours, theirs = socket.socketpair()
         self._ends += [ours, theirs]
         threading.Thread(target=self._serve, args=(Line(theirs), self.runner), daemon=True).start()
-        ready = Ready(num_blocks, 16, self.runner.max_in_flight, False, 512, 257)
+        can_draft = self.runner.can_draft
+        sizes = num_blocks, block_size, self.runner.max_in_flight
+        ready = Ready(*sizes, False, can_draft, 512, 257)
         self.remote.attach(Line(ours), ready, self.epoch)
 
     def _serve(self, line: Line, runner: FakeRunner) -> None:
@@ -156,7 +158,7 @@ def test_streams_go_on_where_they_stood_when_the_ranks_are_lost(ranks, expected,
 def test_a_late_report_is_dropped(ranks):
     """Of another epoch, or of a step that nobody waits for."""
     ours, theirs = socket.socketpair()
-    ready = Ready(8, 16, 1, False, 512, 257)
+    ready = Ready(8, 16, 1, False, False, 512, 257)
     ranks.remote.attach(Line(ours), ready, 5)
     bench = Bench(ranks.remote)
     bench.submit("a", max_tokens=1)

@@ -16,7 +16,7 @@ from autotp_serving.head.supervisor import Supervisor, start_groups
 from autotp_serving.head.wire import Ready
 from tests.engine.test_engine import wait_for
 
-READY = Ready(8, 16, 1, False, 512, 257)
+READY = Ready(8, 16, 1, False, False, 512, 257)
 
 
 class Group:

@@ -54,6 +54,9 @@ class CpuMatmul:
 
     Several weights have one format and as many columns; `x` is then made ready once for all.
 
+    Attributes:
+        is_exact_at_any_width: whether a token's result never depends on how many there are.
+
     Raises:
         LowBitError: weights that differ in format or columns.
     """
@@ -61,6 +64,9 @@ class CpuMatmul:
     def __init__(self, library: ctypes.CDLL, *weights: LowBitTensor) -> None:
         if len({(weight.format, weight.shape[1]) for weight in weights}) != 1:
             raise LowBitError("weights multiplied together must be alike in format and columns")
+        format = weights[0].format
+        is_float = format.kind == "minifloat" and format.code_bits > 4
+        self.is_exact_at_any_width = not is_float or best_isa() != "amx"
         self._multiply = library.autotp_linear
         self.rows = sum(weight.shape[0] for weight in weights)
         self.cols = weights[0].shape[1]

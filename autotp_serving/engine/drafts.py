@@ -1,0 +1,251 @@
+"""Which sequences run guessed tokens along with their next one, and how many. Rank 0 only.
+
+Speculative decoding after Leviathan et al. 2023, with guesses that cost nothing to make. A step
+verifies a sequence's drafts beside each other and keeps those that it would have chosen anyway, so
+text does not depend on them; what they cost is a wider step. So a draft runs where the tokens that
+it is expected to bring are worth that, by what was measured of both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from autotp_serving.engine.batch_builder import Step
+from autotp_serving.engine.ngram_index import NgramIndex
+from autotp_serving.engine.sequence import Sequence
+
+DEFAULT_NUM_DRAFTS = 4
+
+FIRST_ACCEPTANCE = 0.5
+"""Share of drafts that are accepted, as long as nobody knows."""
+
+MEMORY = 0.95
+"""Weight of what a sequence's drafts came to so far, from one time to the next."""
+
+MARGIN = 1.15
+"""By how much a draft must be worth more than its cost, as both are estimates."""
+
+PLAIN_INTERVAL = 32
+"""Steps with drafts after which one without is measured."""
+
+MIN_INTERVAL, MAX_INTERVAL = 8, 256
+"""Steps after which a sequence whose drafts are not worth it has one all the same, as texts change:
+at first and at last, for it grows with each that is refused."""
+
+NUM_PLAIN = 3
+"""Steps of so many sequences that are measured before any has drafts."""
+
+PLAIN_SHARE, DRAFT_SHARE = 0.3, 0.1
+"""Weights of a measured time, and of what drafts cost in it, beside those before."""
+
+LARGEST_GROWTH = 1.25
+"""Of a step's time over what was expected; more is taken for a pause of the machine."""
+
+FIRST_COST = 0.5
+"""What a draft is taken to cost of a sequence's share of a step, as long as nobody knows: so much
+that only one is tried."""
+
+
+TRIAL = -1
+"""For a number of drafts: one, if no sequence was tried in MIN_INTERVAL steps."""
+
+
+class DraftHistory:
+    """What became of one sequence's drafts.
+
+    Args:
+        acceptance: share of drafts that is expected to be accepted.
+
+    Attributes:
+        index: where drafts are looked up; None before the first time.
+        num_steps_without: steps since it had drafts.
+        interval: after how many it is to have one.
+    """
+
+    def __init__(self, acceptance: float) -> None:
+        self.index: NgramIndex | None = None
+        self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
+        self._accepted, self._refused = acceptance, 1.0 - acceptance
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts that is expected to be accepted, each after those before it."""
+        return self._accepted / (self._accepted + self._refused)
+
+    def add(self, num_drafts: int, num_accepted: int) -> None:
+        """Take note of a step; drafts after the first that was refused tell nothing."""
+        self._accepted = MEMORY * self._accepted + num_accepted
+        self._refused = MEMORY * self._refused + (num_accepted < num_drafts)
+        if num_accepted:
+            self.interval = max(MIN_INTERVAL, self.interval // 2)
+        else:
+            self.interval = min(MAX_INTERVAL, 2 * self.interval)
+
+
+class StepCosts:
+    """What steps of so many sequences take without drafts, and what a draft adds to any."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, float] = {}
+        self._num_plain: Counter[int] = Counter()
+        self._draft = 0.0
+        self._num_drafted = 0
+
+    def add(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
+        """Take note of a step in which all sequences decoded."""
+        plain = self._plain.get(num_seqs)
+        if plain is not None and self._num_drafted:
+            expected = plain + num_drafts * self._draft
+            seconds = min(seconds, LARGEST_GROWTH * expected)
+        if num_drafts == 0:
+            self._num_plain[num_seqs] += 1
+            share = max(PLAIN_SHARE, 1 / self._num_plain[num_seqs])
+            self._plain[num_seqs] = seconds * share + (plain or 0.0) * (1 - share)
+        elif plain is not None:
+            self._num_drafted += 1
+            share = max(DRAFT_SHARE, 1 / self._num_drafted)
+            cost = (seconds - plain) / num_drafts
+            self._draft = max(0.0, cost * share + self._draft * (1 - share))
+
+    def find(self, num_seqs: int) -> tuple[float, float] | None:
+        """Seconds of a step without drafts, and of each draft; None if the first is not known."""
+        if self._num_plain[num_seqs] < NUM_PLAIN:
+            return None
+        plain = self._plain[num_seqs]
+        return plain, self._draft if self._num_drafted else FIRST_COST * plain / num_seqs
+
+
+class Drafter:
+    """Proposes drafts for the sequences of a step, and learns from what came of them.
+
+    Args:
+        max_drafts: most drafts of one sequence in a step; 0 for none ever.
+
+    Attributes:
+        num_drafts: times that a sequence had drafts.
+        num_draft_tokens, num_accepted_tokens: drafts that ran, and those that were accepted.
+        look_up: gives up to so many drafts for a sequence.
+    """
+
+    def __init__(self, max_drafts: int) -> None:
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.look_up: Callable[[Sequence, int], list[int]] = _look_up
+        self._max_drafts = max_drafts
+        self._costs = StepCosts()
+        self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
+        self._num_steps_with = self._num_until_trial = 0
+
+    def propose(
+        self,
+        sequences: list[Sequence],
+        num_left: int,
+        has_room: Callable[[Sequence, int], bool],
+    ) -> dict[Sequence, list[int]]:
+        """Choose drafts for some of the sequences that decode in the next step.
+
+        None in the first step of a new sequence, which is measured: those before it may have had
+        longer contexts, and so slower steps.
+
+        Args:
+            num_left: most drafts in all.
+            has_room: finds blocks for so many drafts of a sequence, or says that there are none.
+        """
+        if not self._max_drafts:
+            return {}
+        new = [sequence for sequence in sequences if sequence.drafts is None]
+        for sequence in new:
+            sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
+        costs = self._costs.find(len(sequences))
+        if costs is None or new or self._num_steps_with >= PLAIN_INTERVAL:
+            self._num_steps_with = 0
+            return {}
+        self._num_until_trial -= 1
+        drafts: dict[Sequence, list[int]] = {}
+        for sequence, wanted in self._choose_lens(sequences, *costs):
+            is_trial = wanted == TRIAL
+            if is_trial and self._num_until_trial > 0:
+                continue
+            wanted = min(abs(wanted), num_left)
+            found = self.look_up(sequence, wanted) if wanted else []
+            if found and has_room(sequence, len(found)):
+                _history_of(sequence).num_steps_without = 0
+                drafts[sequence] = found
+                if is_trial:
+                    self._num_until_trial = MIN_INTERVAL
+                num_left -= len(found)
+        self._num_steps_with = self._num_steps_with + 1 if drafts else 0
+        return drafts
+
+    def add_outcome(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """Take note of what a step did with a sequence's drafts."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        _history_of(sequence).add(num_drafts, num_accepted)
+        self._accepted = 0.98 * self._accepted + 0.02 * num_accepted
+        self._refused = 0.98 * self._refused + 0.02 * (num_accepted < num_drafts)
+
+    def add_step(self, step: Step, seconds: float) -> None:
+        """Take note of how long a step lasted, unless it ran more of a prompt."""
+        if not self._max_drafts:
+            return
+        num_seqs, num_drafts = len(step.sampled), sum(step.batch.num_drafts)
+        if step.num_tokens == num_seqs + num_drafts:
+            self._costs.add(num_seqs, num_drafts, seconds)
+
+    def _choose_lens(
+        self, sequences: list[Sequence], plain: float, cost: float
+    ) -> Iterable[tuple[Sequence, int]]:
+        """How many drafts are worth it for each; the first of an interval is only a trial.
+
+        The drafts with the best prospects come first. Each is worth it while the tokens that it is
+        expected to bring, in the time that it takes, are more than the step gives without it.
+        """
+        lens: dict[Sequence, int] = {}
+        prospects: list[tuple[float, int, Sequence]] = []
+        worth_it = MARGIN * cost * len(sequences) / plain
+        for place, sequence in enumerate(sequences):
+            most = self._find_most(sequence)
+            if most <= 0:
+                continue
+            history = _history_of(sequence)
+            chance = acceptance = history.acceptance
+            if acceptance > worth_it:
+                for _ in range(most):
+                    prospects.append((chance, -place, sequence))
+                    chance *= acceptance
+            elif history.num_steps_without >= history.interval:
+                lens[sequence] = TRIAL
+            history.num_steps_without += 1
+        num_tokens, seconds = float(len(sequences)), plain
+        for chance, _, sequence in sorted(prospects, key=lambda one: one[:2], reverse=True):
+            if chance * seconds <= MARGIN * cost * num_tokens:
+                break
+            lens[sequence] = lens.get(sequence, 0) + 1
+            num_tokens += chance
+            seconds += cost
+        return lens.items()
+
+    def _find_most(self, sequence: Sequence) -> int:
+        """Most drafts that can be verified and used, of the sequence as it is now.
+
+        A choice that depends on the tokens before it, as with penalties and structured output,
+        would need what the sampler keeps of them to be taken back.
+        """
+        params = sequence.params
+        if sequence.guide is not None or params.has_penalties:
+            return 0
+        return min(self._max_drafts, params.max_tokens - sequence.num_output_tokens - 1)
+
+
+def _history_of(sequence: Sequence) -> DraftHistory:
+    assert sequence.drafts is not None, "its first step had no drafts"
+    return sequence.drafts
+
+
+def _look_up(sequence: Sequence, count: int) -> list[int]:
+    history = _history_of(sequence)
+    if history.index is None:
+        history.index = NgramIndex(sequence.num_prompt_tokens + sequence.params.max_tokens)
+    return history.index.look_up(sequence.token_ids, count)

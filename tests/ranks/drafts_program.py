@@ -1,0 +1,49 @@
+"""Run under mpirun: answer the prompts of a JSON file with `LLM`, without drafts and with them.
+
+    mpirun -np N python tests/ranks/drafts_program.py MODEL IN.json OUT.json
+
+IN.json: {"prompts": [text], "params": [{SamplingParams fields}], "settings": {ServingConfig
+fields}}. OUT.json: token ids, logprobs and ends of both, and how many drafts ran and were accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+from autotp_serving import LLM, SamplingParams
+from autotp_serving.engine.drafts import Drafter
+
+
+class EagerDrafter(Drafter):
+    """As many drafts as there are, whatever they cost; of its first requests none."""
+
+    is_on = False
+
+    def _choose_lens(self, sequences, *_):
+        """Of each sequence."""
+        return [(one, max(0, self.is_on * self._find_most(one))) for one in sequences]
+
+
+def main() -> None:
+    """Answer and write."""
+    model_path, in_path, out_path = sys.argv[1:]
+    job = json.loads(Path(in_path).read_text())
+    params = []
+    for fields in job["params"]:
+        bias = {int(token): value for token, value in fields.pop("logit_bias", {}).items()}
+        params.append(SamplingParams(**fields, logit_bias=bias))
+    found = []
+    with LLM(model_path, **job["settings"]) as llm:
+        drafter = llm._engine.scheduler.drafter = EagerDrafter(6)
+        for EagerDrafter.is_on in (False, True):
+            completions = llm.generate(job["prompts"], params, show_progress=False)
+            found.append([(one.token_ids, one.logprobs, one.finish_reason) for one in completions])
+        found.append((drafter.num_draft_tokens, drafter.num_accepted_tokens))
+    Path(out_path).write_text(json.dumps(found, default=astuple))
+
+
+if __name__ == "__main__":
+    main()
