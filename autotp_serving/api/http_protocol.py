@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 256 * 2**10
 """Of address and headers, and of whatever else comes without being part of a body."""
 
-LINGER_SECONDS = 2.0
+LINGER_SECONDS = 10.0
 MAX_LINGER_SECONDS = 30.0
 """For a client that was refused while it was sending to read why: until it pauses so long, and at
 most."""

@@ -24,8 +24,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from autotp_serving.api import http_protocol
 from autotp_serving.api.connections import WAIT_SECONDS, Acceptor, Place, Places
-from autotp_serving.api.http_protocol import LINGER_SECONDS, HttpProtocol
+from autotp_serving.api.http_protocol import HttpProtocol
 from tests.api.conftest import LiveServer
 
 pytestmark = pytest.mark.live
@@ -502,15 +503,16 @@ def test_too_large_a_body_is_refused_while_it_comes(
 
 
 def test_who_sends_slowly_what_is_refused_can_still_read_why(
-    start_server: Callable[..., LiveServer],
+    start_server: Callable[..., LiveServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For longer than a client that sends nothing is waited for."""
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 1.0)
     server = start_server(config={"max_body_size": 1000})
     data = request(b"x" * 100_000)
     with connect(server) as client:
         for start in range(0, len(data), len(data) // 8):
             client.sendall(data[start : start + len(data) // 8])
-            time.sleep(1.4 * LINGER_SECONDS / 7)
+            time.sleep(1.4 / 7)
         [(status, _)] = parse(read_all(client))
     assert status == 413
 
