@@ -2,7 +2,7 @@
 // for any number.
 //
 // Runs on every rank, in the thread that calls and in the OpenMP threads it shares with torch. Each
-// result is summed as oneDNN sums bfloat16 for many tokens, in pieces of 1,024 columns and in each
+// result is summed as oneDNN sums bfloat16 for many tokens, in pieces of 1,024 or 512 columns and in each
 // from the first pair to the last: so it does not matter which of the two multiplies a token. The
 // weights need no order of their own; 16 rows at a time are turned in registers as they come.
 #include <omp.h>
@@ -29,7 +29,8 @@ constexpr int kPanel = kRows * kCols / 2;  // words of a panel as it was turned
 // Panels made before tokens are multiplied with them: one while memory sets the pace, so that
 // reading goes on meanwhile; for many tokens as many as stay in the nearest cache.
 constexpr int kManyPanels = 4;
-constexpr int64_t kPiece = 1024;     // columns that are summed apart
+// Columns that are summed apart: oneDNN takes fewer at once where there are fewer.
+constexpr int64_t piece_of(int64_t cols) { return cols <= 1024 ? 512 : 1024; }
 constexpr int64_t kMostTokens = 64;  // for which a weight is turned once
 constexpr int64_t kAhead = 512;      // columns asked for before they are needed
 
@@ -146,7 +147,8 @@ void add_products(const uint32_t* panel, int64_t panels, const typename T::Numbe
 template <class T, int kPanels>
 void multiply_rows(const AutotpDense& weight, int64_t row, const typename T::Number* x,
                    int64_t tokens, uint16_t* out, int64_t out_stride) {
-    static_assert(kPiece % (kPanels * kCols) == 0);
+    static_assert(piece_of(1) % (kPanels * kCols) == 0);
+    const int64_t piece = piece_of(weight.cols);
     const int64_t all_panels = (weight.cols + kCols - 1) / kCols;
     constexpr int kSize = T::kWords * kPanel;
     alignas(64) uint32_t panels[kPanels * kSize];
@@ -173,9 +175,9 @@ void multiply_rows(const AutotpDense& weight, int64_t row, const typename T::Num
             add_products<T, kMaxTokens>(panels, count, chunk, together, sums + m);
         }
         const int64_t end = (first + count) * kCols;
-        if (end % kPiece == 0 || first + count == all_panels) {
+        if (end % piece == 0 || first + count == all_panels) {
             for (int64_t m = 0; m < tokens; ++m) {
-                totals[m] = end <= kPiece ? sums[m] : add(totals[m], sums[m]);
+                totals[m] = end <= piece ? sums[m] : add(totals[m], sums[m]);
                 sums[m] = same_float(0);
             }
         }
