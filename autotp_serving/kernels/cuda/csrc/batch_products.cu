@@ -231,16 +231,7 @@ __device__ __forceinline__ void multiply_stage(const uint8_t* stage, const Table
         } else {
             const uint4 high =
                 *reinterpret_cast<const uint4*>(values + (kBlockTokens + n * kTokens) * kBlock);
-            float total[4] = {0, 0, 0, 0};
-            float(&to)[4] = kScaleBytes ? total : sums[n];
-            multiply_pairs(to, a.words[0], low.x, low.y);
-            multiply_pairs(to, a.words[1], low.z, low.w);
-            multiply_pairs(to, a.words[2], high.x, high.y);
-            multiply_pairs(to, a.words[3], high.z, high.w);
-            if constexpr (kScaleBytes != 0) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[n][i] = fmaf(total[i], a.scale[i >> 1], sums[n][i]);
-            }
+            multiply_floats(a, low, high, sums[n]);
         }
     }
 }

@@ -136,17 +136,7 @@ __device__ __forceinline__ void multiply_tiles(const Operand& a, const Fragments
             if constexpr (kMins) sums[i] = fmaf(a.min[i >> 1], sum[i & 1], sums[i]);
         }
     } else {
-        float total[4] = {0, 0, 0, 0};
-        float(&to)[4] = kScaleBytes ? total : sums;
-        const uint4 low = x.words[0], high = x.words[1];
-        multiply_pairs(to, a.words[0], low.x, low.y);
-        multiply_pairs(to, a.words[1], low.z, low.w);
-        multiply_pairs(to, a.words[2], high.x, high.y);
-        multiply_pairs(to, a.words[3], high.z, high.w);
-        if constexpr (kScaleBytes != 0) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[i] = fmaf(total[i], a.scale[i >> 1], sums[i]);
-        }
+        multiply_floats(a, x.words[0], x.words[1], sums);
     }
 }
 

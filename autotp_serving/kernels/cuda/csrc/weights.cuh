@@ -230,3 +230,18 @@ __device__ __forceinline__ void prepare(const Tile& tile, const Table& table, fl
         }
     }
 }
+
+// sums += a tile of small floats times a tile of tokens, of which `low` and `high` are two halves.
+__device__ __forceinline__ void multiply_floats(const Operand& a, uint4 low, uint4 high,
+                                                float (&sums)[4]) {
+    float total[4] = {0, 0, 0, 0};
+    float(&to)[4] = kScaleBytes ? total : sums;
+    multiply_pairs(to, a.words[0], low.x, low.y);
+    multiply_pairs(to, a.words[1], low.z, low.w);
+    multiply_pairs(to, a.words[2], high.x, high.y);
+    multiply_pairs(to, a.words[3], high.z, high.w);
+    if constexpr (kScaleBytes != 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] = fmaf(total[i], a.scale[i >> 1], sums[i]);
+    }
+}
