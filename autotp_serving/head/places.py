@@ -50,11 +50,16 @@ def find_places(
         topology: of the CPUs that this process may use.
 
     Raises:
-        ConfigError: fewer cards are visible than all groups need.
+        ConfigError: fewer cards are visible, or CPUs here, than all groups need.
     """
     if num_groups == 1:
         return [ANYWHERE]
     cpus = frozenset(cpu for _, cores in topology.nodes for core in cores for cpu in core)
+    if num_groups > len(cpus):
+        raise ConfigError(
+            f"--data-parallel-size {num_groups}: each group needs a CPU of its own, and this "
+            f"process may use {len(cpus)}: lower it"
+        )
     places = []
     for group in range(num_groups):
         placement = find_placement(topology, [cpus] * num_groups, group)

@@ -41,3 +41,8 @@ def test_cores_are_shared_out():
     assert [place.cpus for place in places] == [(0, 1), (2, 3)]
     assert not any(place.environ for place in places)
     assert [place.name for place in places] == ["0", "1"]
+
+
+def test_more_groups_than_cpus_are_refused():
+    with pytest.raises(ConfigError, match="--data-parallel-size 5: .* may use 4: lower it"):
+        find_places(5, 1, "cpu", {}, FOUR_CORES)
