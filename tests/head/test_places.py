@@ -44,5 +44,5 @@ def test_cores_are_shared_out():
 
 
 def test_more_groups_than_cpus_are_refused():
-    with pytest.raises(ConfigError, match="--data-parallel-size 5: .* may use 4: lower it"):
+    with pytest.raises(ConfigError, match=r"--data-parallel-size 5: .* may use 4: lower it"):
         find_places(5, 1, "cpu", {}, FOUR_CORES)
