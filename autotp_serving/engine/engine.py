@@ -278,8 +278,8 @@ class Engine:
                 finally:
                     self.watchdog.end()
             self._output_processor.publish()
-            self._last_step_seconds = time.perf_counter() - started
             if oldest is not None:
+                self._last_step_seconds = time.perf_counter() - started
                 self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
         except ENDS_OF_PROCESS:
             raise

@@ -125,6 +125,15 @@ def test_each_request_has_its_own_length_and_one_output_per_token():
     bench.assert_clean()
 
 
+def test_a_turn_without_a_step_is_not_the_last_step():
+    bench = Bench()
+    bench.submit("a", max_tokens=2)
+    bench.run()
+    lasted = bench.engine.stats().last_step_seconds
+    bench.engine.step()
+    assert lasted > 0 and bench.engine.stats().last_step_seconds == lasted
+
+
 def test_end_token_ends_the_text_and_is_counted_but_has_no_text():
     bench = Bench(FakeRunner(next_token=answers({"hi": "né 🎉"})))
     bench.submit("a", max_tokens=50)
