@@ -1,9 +1,10 @@
-"""All-reduce between CUDA cards inside a CUDA graph: NCCL beside symmetric memory. Every rank.
+"""All-reduce between CUDA cards inside a CUDA graph, alone and with the norm. Every rank.
 
     torchrun --nproc-per-node 2 benchmarks/gpu_all_reduce.py
 
 Checks each sum on random numbers, then times replays of a graph of 64 sums, as a 7 B model's decode
-step has them. The last line is JSON.
+step has them: by NCCL, by symmetric memory, and by either with a norm of rows of 4,096 after it,
+beside one kernel that does both. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +23,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from autotp_serving.distributed.symmetric_memory import LARGEST_BYTES, SymmetricAllReduce
+from autotp_serving.distributed.symmetric_memory import (
+    LARGEST_BYTES,
+    SymmetricAllReduce,
+    share,
+)
+from autotp_serving.kernels.cuda.activations import Rounding
+from autotp_serving.kernels.cuda.norms import TURNS, Inboxes, add_rms_norm
 
 SUMS = 64
 REPLAYS = 20
-SIZES = [2**n for n in range(13, 22)]
+SIZE = 4096
+SIZES = [2**n for n in range(13, 24)]
 
 
 def time_graph(all_reduce: Callable[[Tensor], Tensor], tensor: Tensor) -> float:
@@ -75,6 +84,10 @@ def main() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
     symmetric = SymmetricAllReduce(dist.group.WORLD, device, torch.bfloat16)
+    shape = (TURNS, size, SIZES[-1] // (2 * SIZE), SIZE)
+    inboxes = Inboxes.make(*share(shape, torch.bfloat16, device, dist.group.WORLD), rank)
+    weight = torch.ones(SIZE, dtype=torch.bfloat16, device=device)
+    dist.barrier()
 
     def nccl(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
@@ -88,6 +101,24 @@ def main() -> None:
             assert symmetric.takes(tensor)
             row["error"] = check(symmetric, num_bytes // 2, rank, size)
             row["symmetric_us"] = round(time_graph(symmetric, tensor), 2)
+        tensor = tensor.view(-1, SIZE)
+        hidden = torch.zeros_like(tensor)
+
+        def add_norm(
+            part: Tensor,
+            reduce: Callable[[Tensor], Tensor] | None,
+            inboxes: Inboxes | None = None,
+            hidden: Tensor = hidden,
+        ) -> Tensor:
+            part = part if reduce is None else reduce(part)
+            add_rms_norm(hidden, part, weight, 1e-5, Rounding.NONE, None, inboxes)
+            return part
+
+        quickest = symmetric if num_bytes <= LARGEST_BYTES else nccl
+        row["sum_and_norm_us"] = round(time_graph(partial(add_norm, reduce=quickest), tensor), 2)
+        fused = partial(add_norm, reduce=None, inboxes=inboxes)
+        row["one_kernel_us"] = round(time_graph(fused, tensor), 2)
+        row["norm_us"] = round(time_graph(partial(add_norm, reduce=None), tensor), 2)
         rows.append(row)
         if rank == 0:
             print(row, flush=True)

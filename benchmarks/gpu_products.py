@@ -30,7 +30,6 @@ from autotp_serving.kernels.cuda.activations import (
     Activations,
     Rotation,
     Rounding,
-    add_rms_norm,
     quantize_tokens,
     rotate_and_store,
     silu_multiply,
@@ -41,6 +40,7 @@ from autotp_serving.kernels.cuda.batch_products import (
     multiply_batch,
 )
 from autotp_serving.kernels.cuda.batch_products import make_defines as make_batch_defines
+from autotp_serving.kernels.cuda.norms import add_rms_norm
 from autotp_serving.kernels.cuda.nvrtc import compile_source
 from autotp_serving.kernels.cuda.ops import low_bit_linear, register_ops
 from autotp_serving.kernels.cuda.products import (

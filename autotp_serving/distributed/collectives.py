@@ -7,6 +7,7 @@ Every rank. The only all-reduces that cross ranks inside a forward pass go throu
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autotp_serving.devices.build import (
     BuildError,
@@ -31,7 +32,10 @@ from autotp_serving.distributed.store import has_store, prepare_store
 from autotp_serving.step_times import StepTimes
 
 if TYPE_CHECKING:
-    from autotp_serving.distributed.symmetric_memory import SymmetricAllReduce
+    import torch
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ def join_collectives(
     on_one_host, has_nccl = group.local_size == group.size, backend == "nccl"
     if on_one_host:
         listeners.keep_to_loopback(os.environ)
+    import torch
     import torch.distributed
 
     # A program that makes a second LLM has joined for the first.
@@ -94,7 +99,12 @@ def join_collectives(
     backend = deepspeed.comm.comm.cdb
     if is_host and getattr(backend, "shm_vector_kernel_level", 0) >= ANY_TYPE_LEVEL:
         return _all_reduce_in_shared_memory(times)
-    symmetric = _open_symmetric_memory(group) if on_one_host and has_nccl else None
+    symmetric = None
+    if on_one_host and has_nccl:
+        from autotp_serving.distributed.symmetric_memory import SymmetricAllReduce
+
+        make = functools.partial(SymmetricAllReduce, dtype=torch.bfloat16)
+        symmetric = open_between_cards(group, make, "small sums take NCCL")
 
     def all_reduce(tensor: Any) -> Any:
         started = time.perf_counter()
@@ -133,27 +143,28 @@ def broadcast_tokens(token_ids: Any) -> None:
     torch.distributed.broadcast(token_ids, src=0)
 
 
-def _open_symmetric_memory(group: RankGroup) -> SymmetricAllReduce | None:
-    """The quicker sum of small tensors between cards, if they all reach each other's memory."""
+def open_between_cards(
+    group: RankGroup, make: Callable[[ProcessGroup, torch.device], T], without: str
+) -> T | None:
+    """What ranks of one host make of their cards' memory together, if all reach each other's.
+
+    Args:
+        without: what becomes of it else, for the log.
+    """
     import torch
     import torch.distributed
 
-    from autotp_serving.distributed.symmetric_memory import SymmetricAllReduce
-
-    symmetric = reason = None
+    made = reason = None
     try:
-        symmetric = SymmetricAllReduce(
-            torch.distributed.group.WORLD,
-            torch.device("cuda", torch.cuda.current_device()),
-            torch.bfloat16,
-        )
+        device = torch.device("cuda", torch.cuda.current_device())
+        made = make(torch.distributed.group.WORLD, device)
     except (RuntimeError, ImportError, AttributeError) as error:  # it is young in torch
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     reason = next(filter(None, group.all_gather(reason)), None)
     if reason is None:
-        return symmetric
+        return made
     if group.rank == 0:
-        logger.warning("The cards' memory cannot be shared (%s): small sums take NCCL", reason)
+        logger.warning("The cards' memory cannot be shared (%s): %s", reason, without)
     return None
 
 

@@ -25,6 +25,27 @@ ALIGNMENT = 16
 """Bytes that the kernels move at once: sizes must be multiples of it."""
 
 
+def share(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+) -> tuple[Tensor, list[int]]:
+    """Memory of this card that the others of the group can reach, and everyone's addresses here.
+
+    Every rank must ask for the same; each keeps the tensor as long as any uses the memory.
+
+    Raises:
+        RuntimeError: the cards cannot reach one another's memory; the same on every rank, since
+            they rendezvous.
+    """
+    # Before the first allocation: torch would try multicast where the driver offers it.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    own = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    handle = symmetric_memory.rendezvous(own, group.group_name)
+    parts = [handle.get_buffer(rank, shape, dtype) for rank in range(group.size())]
+    return own, [part.data_ptr() for part in parts]
+
+
 class SymmetricAllReduce:
     """Sums tensors over the ranks, in place, up to `LARGEST_BYTES` of one type.
 
@@ -32,21 +53,13 @@ class SymmetricAllReduce:
         group: of ranks that are all on this host.
 
     Raises:
-        RuntimeError: the cards cannot reach one another's memory; the same on every rank, since
-            they rendezvous.
+        RuntimeError: see `share`.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype) -> None:
-        # Before the first allocation: torch would try multicast where the driver offers it.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        import torch.distributed._symmetric_memory as symmetric_memory
-
         self._group_name = group.group_name
         self._num_ranks = group.size()
-        self._buffer = symmetric_memory.empty(
-            LARGEST_BYTES // dtype.itemsize, dtype=dtype, device=device
-        )
-        symmetric_memory.rendezvous(self._buffer, self._group_name)
+        self._buffer, _ = share((LARGEST_BYTES // dtype.itemsize,), dtype, device, group)
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether the tensor is small enough, contiguous and of the right type."""

@@ -19,15 +19,16 @@ from torch.nn import functional
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import RankGroup
-from autotp_serving.kernels.cuda.activations import Rounding, add_rms_norm
+from autotp_serving.kernels.cuda.activations import Rounding
 from autotp_serving.kernels.cuda.products import can_multiply
 from autotp_serving.kernels.triton import attention as triton_attention
 from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.fused_layers import FAMILIES, Norm
-from autotp_serving.model.gpu_layers import AllReduce, GpuLayer, check_sizes
+from autotp_serving.model.gpu_layers import GpuLayer, check_sizes
 from autotp_serving.model.gpu_mlp import MIXTURE_FAMILIES
 from autotp_serving.model.gpu_products import Product, UnfitLayer, join_linears
+from autotp_serving.model.gpu_sums import AddNorm, AllReduce, open_inboxes
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.step_inputs import StepInputs
 from autotp_serving.progress import Progress
@@ -73,8 +74,9 @@ def open_gpu_forward(
     if model.config.model_type not in (*FAMILIES, *MIXTURE_FAMILIES):
         return None
     reduce = all_reduce if group.size > 1 else None
+    add_norm = AddNorm(reduce, open_inboxes(group, model.config.hidden_size))
     try:
-        forward = GpuForward(model, cache, state, config, max_model_len, reduce)
+        forward = GpuForward(model, cache, state, config, max_model_len, add_norm)
         reason = None
     except UnfitLayer as error:
         reason = str(error)
@@ -105,7 +107,7 @@ class GpuForward:
         state: BatchState,
         config: ServingConfig,
         max_model_len: int,
-        reduce: AllReduce | None,
+        add_norm: AddNorm,
     ) -> None:
         decoder, device = model.model, cache.device
         first = decoder.layers[0].self_attn
@@ -127,9 +129,10 @@ class GpuForward:
             )
             self._layers = []
             for layer in decoder.layers:
-                self._layers.append(GpuLayer.of(layer, cache, rotary, reduce, workspace))
+                self._layers.append(GpuLayer.of(layer, cache, rotary, add_norm, workspace))
                 torch.cuda.empty_cache()  # the parts of joined weights, none of which fits again
         self._embedding = decoder.embed_tokens
+        self._add_norm = add_norm
         self._norm = Norm.of(decoder.norm)
         self._head = model.get_output_embeddings()
         self._head_product = _find_head_product(self._head)
@@ -249,12 +252,12 @@ class GpuForward:
             return hidden.new_empty(0, self._vocab_size)
         if not inputs.is_padded:  # a padded step has logits of all tokens
             hidden = hidden.index_select(0, inputs.logit_rows)
-            added = added.index_select(0, inputs.logit_rows)
+            added = added.select(inputs.logit_rows)
         if self._head_product is None:
-            x = add_rms_norm(hidden, added, self._norm.weight, self._norm.epsilon, Rounding.NONE)
+            x = self._add_norm(hidden, added, self._norm, Rounding.NONE)
             return self._head(x.plain)
         rounding = self._head_product.rounding(len(hidden))
-        x = add_rms_norm(hidden, added, self._norm.weight, self._norm.epsilon, rounding)
+        x = self._add_norm(hidden, added, self._norm, rounding)
         logits = self._head_product(x)
         if self._head_product.bias is not None:
             logits = logits.add_(self._head_product.bias)

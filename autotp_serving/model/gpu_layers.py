@@ -9,7 +9,6 @@ transformers' code rounds, and write 8-bit activations where those are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from autotp_serving.kernels.cuda.activations import (
     Activations,
     Rotation,
-    add_rms_norm,
+    Rounding,
     quantize_tokens,
     rotate_and_store,
 )
@@ -29,10 +28,9 @@ from autotp_serving.low_bit.formats import BLOCK
 from autotp_serving.model.fused_layers import Norm, find_window
 from autotp_serving.model.gpu_mlp import GatedMlp, Mixture
 from autotp_serving.model.gpu_products import Product, UnfitLayer, join_linears
+from autotp_serving.model.gpu_sums import Addend, AddNorm
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.step_inputs import StepInputs
-
-AllReduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class GpuLayer:
     """One decoder layer.
 
     Attributes:
-        reduce: sums a product that was split by columns over the ranks, in place; None: one rank.
+        add_norm: the norms, with the sums over the ranks before them.
         workspace: of attention.
     """
 
@@ -56,7 +54,7 @@ class GpuLayer:
     head_dim: int
     scaling: float
     sliding_window: int | None
-    reduce: AllReduce | None
+    add_norm: AddNorm
     workspace: triton_attention.Workspace
 
     @staticmethod
@@ -64,7 +62,7 @@ class GpuLayer:
         layer: nn.Module,
         cache: KVCache,
         rotary: tuple[Tensor, Tensor],
-        reduce: AllReduce | None,
+        add_norm: AddNorm,
         workspace: triton_attention.Workspace,
     ) -> GpuLayer:
         """Read it from a decoder layer of transformers, whose weights are joined.
@@ -97,11 +95,11 @@ class GpuLayer:
             head_dim=head_dim,
             scaling=attention.scaling,
             sliding_window=find_window(attention),
-            reduce=reduce,
+            add_norm=add_norm,
             workspace=workspace,
         )
 
-    def run(self, hidden: Tensor, added: Tensor | None, inputs: StepInputs) -> Tensor:
+    def run(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> Addend:
         """Run the step's tokens through the layer.
 
         Args:
@@ -112,14 +110,17 @@ class GpuLayer:
             What is to be added to it next.
         """
         attended = self._attend(self._make_heads(hidden, added, inputs), inputs)
-        added = self._sum(self.output(attended), self.output.bias)
-        return self._sum(self.mlp.run(hidden, added, self.mlp_norm), self.mlp.bias)
+        added = Addend(self.output(attended), self.output.bias)
 
-    def _make_heads(self, hidden: Tensor, added: Tensor | None, inputs: StepInputs) -> Tensor:
+        def add_norm(rounding: Rounding) -> Activations:
+            return self.add_norm(hidden, added, self.mlp_norm, rounding)
+
+        return Addend(self.mlp.run(add_norm, len(hidden)), self.mlp.bias)
+
+    def _make_heads(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> Tensor:
         """[num_tokens, all heads, head_dim]: queries, rotated; keys and values are in the cache."""
         rounding = self.qkv.rounding(len(hidden))
-        x = add_rms_norm(hidden, added, self.input_norm.weight, self.input_norm.epsilon, rounding)
-        qkv = self.qkv(x)
+        qkv = self.qkv(self.add_norm(hidden, added, self.input_norm, rounding))
         pools = self.pools
         is_plain = pools.key_scales is None
         rotate_and_store(
@@ -155,11 +156,6 @@ class GpuLayer:
             self.workspace,
         )
         return quantize_tokens(out.view(num_tokens, -1), self.output.rounding(num_tokens))
-
-    def _sum(self, out: Tensor, bias: Tensor | None) -> Tensor:
-        if self.reduce is not None:
-            out = self.reduce(out)
-        return out if bias is None else out.add_(bias)
 
 
 def check_sizes(model: Any, head_dim: int, longest_rotary: Tensor) -> None:

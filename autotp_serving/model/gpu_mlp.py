@@ -5,6 +5,7 @@ Ranks on CUDA. See gpu_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autotp_serving.kernels.cuda.activations import (
+    Activations,
     Rounding,
-    add_rms_norm,
     quantize_tokens,
     silu_multiply,
 )
@@ -22,8 +23,10 @@ from autotp_serving.kernels.cuda.products import rounding_of
 from autotp_serving.kernels.cuda.tiles import ROWS
 from autotp_serving.layers.unfuse import AbsentExpert
 from autotp_serving.low_bit.formats import BLOCK
-from autotp_serving.model.fused_layers import Norm
 from autotp_serving.model.gpu_products import Product, UnfitLayer, join_linears
+
+MakeInput = Callable[[Rounding], Activations]
+"""Norms a layer's hidden state as a product takes it."""
 
 MIXTURE_FAMILIES = ("mixtral", "qwen3_moe")
 """Whose router is a module that gives logits, weights and numbers of experts, and nothing else of
@@ -55,15 +58,13 @@ class GatedMlp:
         """What is still to be added to the result, once for all ranks."""
         return self.down.bias
 
-    def run(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
-        """Of norm(hidden + added), which `hidden` becomes, all [num_tokens, size] bfloat16.
+    def run(self, make_input: MakeInput, num_tokens: int) -> Tensor:
+        """Of what `make_input` gives, [num_tokens, size].
 
         Returns:
-            This rank's part of the sum, without the bias.
+            This rank's part of the sum, without the bias, [num_tokens, size] bfloat16.
         """
-        num_tokens = len(hidden)
-        rounding = self.gate_up.rounding(num_tokens)
-        gate_up = self.gate_up(add_rms_norm(hidden, added, norm.weight, norm.epsilon, rounding))
+        gate_up = self.gate_up(make_input(self.gate_up.rounding(num_tokens)))
         rounding = self.down.rounding(num_tokens)
         return self.down(silu_multiply(gate_up, self.gate_up.bias, rounding))
 
@@ -103,9 +104,9 @@ class Mixture:
         gate_up, down = join_linears(*halves), join_linears(*(e.down_proj for e in experts))
         return Mixture(mixture.gate, gate_up, down, len(experts))
 
-    def run(self, hidden: Tensor, added: Tensor, norm: Norm) -> Tensor:
+    def run(self, make_input: MakeInput, num_tokens: int) -> Tensor:
         """See GatedMlp."""
-        x = add_rms_norm(hidden, added, norm.weight, norm.epsilon, Rounding.NONE)
+        x = make_input(Rounding.NONE)
         _, weights, chosen = self.router(x.plain)
         groups = group_pairs(chosen, self.num_experts)
         x = quantize_tokens(x.plain, rounding_of(self.gate_up.format, 1))

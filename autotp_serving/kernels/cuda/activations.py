@@ -98,32 +98,6 @@ def quantize_tokens(x: Tensor, rounding: Rounding) -> Activations:
     return to
 
 
-def add_rms_norm(
-    hidden: Tensor, added: Tensor | None, weight: Tensor, epsilon: float, rounding: Rounding
-) -> Activations:
-    """`hidden += added` in place, then its RMS norm times `weight`.
-
-    Args:
-        hidden: [num_tokens, size] bfloat16.
-        added: of the same shape, or None.
-        weight: [size] bfloat16.
-    """
-    num_tokens, columns = hidden.shape
-    to = Activations.empty(num_tokens, columns, rounding, hidden.device)
-    # A whole number of warps: a block of 64 then never spans two passes of the loop.
-    threads = min(1024, -(-columns // CHUNK // 32) * 32)
-    _kernel("add_rms_norm", hidden)(
-        (num_tokens, 1),
-        threads,
-        (
-            *(hidden, added, weight, float(epsilon), Long(columns)),
-            *(to.codes, to.scales, to.sums, to.plain, int(rounding is Rounding.VALUES)),
-        ),
-        shared_bytes=columns * 2,
-    )
-    return to
-
-
 def silu_multiply(gate_up: Tensor, bias: Tensor | None, rounding: Rounding) -> Activations:
     """silu(gate) * up of [num_tokens, 2 * size] bfloat16, plus `bias` [2 * size] before."""
     num_tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2

@@ -12,10 +12,10 @@ import functools
 import hashlib
 import logging
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +32,11 @@ PLAIN_SHARED_MEMORY = 40 * 2**10
 OVERLAP_CAPABILITY = (9, 0)
 
 
-class Words(ctypes.Structure):
-    """Four 32-bit words by value, CUDA's uint4."""
-
-    _fields_ = (("words", ctypes.c_uint32 * 4),)
-
-
 class Long(int):
     """An integer that a kernel takes in 64 bits."""
 
 
-Argument = Tensor | int | float | Words | None
+Argument = Tensor | int | float | bytes | None
 
 
 class _Attribute(ctypes.Structure):
@@ -66,7 +60,11 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class Kernel:
-    """One compiled function on the card it was loaded on."""
+    """One compiled function on the card it was loaded on; for one thread at a time.
+
+    The host's time for a launch is what a step without a graph is made of, so that everything the
+    driver is given is written into memory that is kept.
+    """
 
     def __init__(self, function: ctypes.c_void_p, device_index: int, overlaps: bool) -> None:
         self._function = function
@@ -75,6 +73,9 @@ class Kernel:
         self._overlap = (_Attribute * 1)(_Attribute(OVERLAP_ATTRIBUTE, b"", 1, b""))
         self._overlaps = overlaps
         self._shared_bytes = PLAIN_SHARED_MEMORY
+        self._config = _LaunchConfig(attributes=self._overlap)
+        self._config_pointer = ctypes.byref(self._config)
+        self._packings: dict[tuple[object, ...], _Packing] = {}
 
     def __call__(
         self,
@@ -91,7 +92,7 @@ class Kernel:
             grid: thread blocks in x, y and z; 1 where it is shorter.
             block: threads in each.
             arguments: as the kernel declares them; integers are 32-bit unless `Long`, None is a
-                null pointer.
+                null pointer, bytes are a structure by value.
             overlaps: the kernel waits for its inputs by itself.
 
         Raises:
@@ -104,28 +105,54 @@ class Kernel:
                 )
             )
             self._shared_bytes = shared_bytes
-        values = [_C_TYPES[type(argument)](argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        overlaps = overlaps and self._overlaps
-        config = _LaunchConfig(
-            (*grid, 1, 1)[:3],
-            (block, 1, 1),
-            shared_bytes,
-            torch._C._cuda_getCurrentRawStream(self._device_index),
-            self._overlap,
-            1 if overlaps else 0,
-        )
-        _check(self._launch(ctypes.byref(config), self._function, pointers, None))
+        kinds = tuple(len(value) if type(value) is bytes else type(value) for value in arguments)
+        packing = self._packings.get(kinds)
+        if packing is None:
+            packing = self._packings[kinds] = _Packing(kinds)
+        packing.write(arguments)
+        config = self._config
+        config.grid[:] = (*grid, 1, 1)[:3]
+        config.block[:] = (block, 1, 1)
+        config.shared_bytes = shared_bytes
+        config.stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        config.num_attributes = overlaps and self._overlaps
+        _check(self._launch(self._config_pointer, self._function, packing.pointers, None))
 
 
-_C_TYPES: dict[type, Callable[[Any], Any]] = {
-    type(None): ctypes.c_void_p,
-    Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
-    nn.Parameter: lambda tensor: ctypes.c_void_p(tensor.data_ptr()),
-    Long: ctypes.c_int64,
-    int: ctypes.c_int32,
-    float: ctypes.c_float,
-    Words: lambda words: words,
+class _Packing:
+    """Memory for arguments of given types, or lengths of bytes, one after another.
+
+    Attributes:
+        pointers: to each of them, as the driver wants it.
+    """
+
+    def __init__(self, kinds: Sequence[object]) -> None:
+        layout, offsets = "", []
+        for kind in kinds:
+            code = f"{kind}s" if isinstance(kind, int) else _CODES[kind]
+            layout += code  # native: aligned as in C
+            offsets.append(struct.calcsize(layout) - struct.calcsize(code))
+        self._pack = struct.Struct(layout).pack_into
+        self._values = ctypes.create_string_buffer(struct.calcsize(layout))
+        start = ctypes.addressof(self._values)
+        self.pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+
+    def write(self, arguments: Sequence[Argument]) -> None:
+        """Put values in; the driver copies them at the launch."""
+        values = [
+            value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
+            for value in arguments
+        ]
+        self._pack(self._values, 0, *values)
+
+
+_CODES: dict[object, str] = {
+    type(None): "P",
+    Tensor: "P",
+    nn.Parameter: "P",
+    Long: "q",
+    int: "i",
+    float: "f",
 }
 
 

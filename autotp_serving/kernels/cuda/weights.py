@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autotp_serving.kernels.cpu.linear import find_levels
 from autotp_serving.kernels.cuda.activations import Activations
-from autotp_serving.kernels.cuda.nvrtc import Argument, Long, Words
+from autotp_serving.kernels.cuda.nvrtc import Argument, Long
 from autotp_serving.kernels.cuda.tiles import CudaTensor
 from autotp_serving.low_bit.formats import FORMATS, Format, num_blocks, split_code_bits
 
@@ -53,17 +53,13 @@ def write_defines(values: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
 
 
 @functools.cache
-def find_table(format_name: str | None) -> tuple[float, Words]:
+def find_table(format_name: str | None) -> tuple[float, bytes]:
     """What a step of a format's codes is worth, and its table of 16 signed bytes, if it has one."""
-    words = Words()
     if format_name is None or find_kind(FORMATS[format_name]) != 1:
-        return 1.0, words
+        return 1.0, bytes(16)
     table, unit, offset = find_levels(FORMATS[format_name])
     signed = [int(level) - offset & 0xFF for level in table.tolist()]
-    signed += [0] * (16 - len(signed))
-    for index in range(4):
-        words.words[index] = int.from_bytes(bytes(signed[4 * index : 4 * index + 4]), "little")
-    return unit, words
+    return unit, bytes(signed).ljust(16, b"\0")
 
 
 def list_arguments(
@@ -71,9 +67,9 @@ def list_arguments(
 ) -> tuple[Argument, ...]:
     """What every such kernel is given first: weight, activations, result, sizes, table."""
     planes = {"codes": weight} if isinstance(weight, Tensor) else weight.planes
-    unit, words = find_table(find_format_name(weight))
+    unit, table = find_table(find_format_name(weight))
     return (
         *(planes.get(name) for name in ("codes", "high", "scales", "mins")),
         *(x.plain if x.codes is None else x.codes, x.scales, x.sums),
-        *(out, Long(num_blocks(weight.shape[1])), rows, x.num_tokens, unit, words),
+        *(out, Long(num_blocks(weight.shape[1])), rows, x.num_tokens, unit, table),
     )

@@ -1,77 +1,8 @@
-// What lies between the products of a layer: norms, rotation, the gated activation, and rounding
+// What lies between the products of a layer but for norms: rotation, the gated activation, rounding
 // to 8-bit integers where a product takes those. bfloat16 in and out, rounded where transformers'
 // own code rounds. Grids have a token in x.
 #include "common.cuh"
-
-// Where quantized activations of a row go; `codes` null: they stay bfloat16.
-struct Quantized {
-    uint8_t* codes;
-    float* scales;
-    float* sums;
-    int64_t blocks;
-};
-
-// Rounds the 64 numbers that 8 neighbouring lanes hold, 8 each, by the rule of the CPU's kernels:
-// a scale of largest magnitude / 127, halves to even. Tiles of 8 tokens by 64, and within a token's
-// 64 bytes column h * 32 + t * 8 + i lies at t * 16 + h * 8 + i: as products.cu reads them.
-//
-// A block with infinity or NaN gives NaN, one whose numbers are all below 2**-119 zeros.
-__device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t token, int64_t block,
-                                                int part, const Quantized& to, int8_t (&codes)[8]) {
-    const uint32_t group = 0xffu << (threadIdx.x % kLanes / 8 * 8);  // others may have left
-    uint32_t largest = 0;  // as integers, magnitudes keep their order and NaN is the largest
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) {
-        largest = max(largest, __shfl_xor_sync(group, largest, step));
-    }
-    const float peak = __uint_as_float(largest);
-    const bool finite = largest < 0x7f800000u, tiny = peak < 0x1p-119f;
-    const float scale = tiny ? 0.0f : finite ? __fdiv_rn(peak, 127.0f) : __int_as_float(0x7fc00000);
-    const float inverse = tiny || !finite ? 0.0f : __fdiv_rn(127.0f, peak);
-    int32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        codes[i] = finite ? static_cast<int8_t>(__float2int_rn(__fmul_rn(v[i], inverse))) : 0;
-        sum += codes[i];
-    }
-    if (to.codes != nullptr) {
-        const int64_t index = token / kTokens * to.blocks + block;
-        const int row = static_cast<int>(token % kTokens);
-        uint8_t* bytes = to.codes + index * (kTokens * kBlock) + row * kBlock + part % 4 * 16 +
-                         part / 4 * 8;
-        uint2 packed;
-        packed.x = (codes[0] & 0xff) | (codes[1] & 0xff) << 8 | (codes[2] & 0xff) << 16 |
-                   static_cast<uint32_t>(codes[3] & 0xff) << 24;
-        packed.y = (codes[4] & 0xff) | (codes[5] & 0xff) << 8 | (codes[6] & 0xff) << 16 |
-                   static_cast<uint32_t>(codes[7] & 0xff) << 24;
-        *reinterpret_cast<uint2*>(bytes) = packed;
-#pragma unroll
-        for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(group, sum, step);
-        if (part == 0) {
-            to.scales[index * kTokens + row] = scale;
-            to.sums[index * kTokens + row] = scale * static_cast<float>(sum);
-        }
-    }
-    return scale;
-}
-
-// Writes 8 numbers of a row: rounded to integers, or as bfloat16 (`rounds`: what the integers
-// stand for, in bfloat16: for products of many tokens, which then see the same activations).
-__device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t chunk,
-                                              int64_t columns, const Quantized& to, uint16_t* plain,
-                                              bool rounds) {
-    if (to.codes != nullptr || rounds) {
-        int8_t codes[8];
-        const int part = static_cast<int>(chunk % 8);
-        const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
-        if (to.codes != nullptr) return;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = scale * static_cast<float>(codes[i]);
-    }
-    *reinterpret_cast<uint4*>(plain + token * columns + chunk * 8) = pack_bfloat16(v);
-}
+#include "quantize.cuh"
 
 // x [tokens, columns] to integers, or to bfloat16 of what they stand for. Grid y: 256 chunks of 8.
 extern "C" __global__ void __launch_bounds__(256)
@@ -86,56 +17,6 @@ quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* cod
     float v[8];
     unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
     write_numbers(v, token, chunk, columns, to, plain, true);
-}
-
-// hidden += added (where there is any); out = norm of hidden, times weight. One thread block a
-// token; `columns` is a multiple of 64. Shared memory: columns * 2 bytes.
-extern "C" __global__ void __launch_bounds__(1024)
-add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* weight, float epsilon,
-             int64_t columns, uint8_t* codes, float* scales, float* sums, uint16_t* plain,
-             int rounds) {
-    extern __shared__ uint4 row[];
-    __shared__ float parts[32];
-    const Quantized to{codes, scales, sums, columns / kBlock};
-    const int64_t token = blockIdx.x, chunks = columns / 8;
-    uint4* from = reinterpret_cast<uint4*>(hidden + token * columns);
-    let_next_begin();
-    wait_for_inputs();
-    float square = 0;
-    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-        uint4 packed = from[chunk];
-        float v[8];
-        unpack_bfloat16(packed, v);
-        if (added != nullptr) {
-            float more[8];
-            unpack_bfloat16(reinterpret_cast<const uint4*>(added + token * columns)[chunk], more);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[i] += more[i];
-            packed = pack_bfloat16(v);
-            from[chunk] = packed;
-            unpack_bfloat16(packed, v);
-        }
-        row[chunk] = packed;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) square = fmaf(v[i], v[i], square);
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-    if (threadIdx.x % kLanes == 0) parts[threadIdx.x / kLanes] = square;
-    __syncthreads();
-    float total = 0;
-    for (int i = 0; i < static_cast<int>(blockDim.x) / kLanes; ++i) total += parts[i];
-    const float factor = __frsqrt_rn(__fdiv_rn(total, static_cast<float>(columns)) + epsilon);
-    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-        float v[8], w[8];
-        unpack_bfloat16(row[chunk], v);
-        unpack_bfloat16(reinterpret_cast<const uint4*>(weight)[chunk], w);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            v[i] = round_to_bfloat16(round_to_bfloat16(v[i] * factor) * w[i]);
-        }
-        write_numbers(v, token, chunk, columns, to, plain, rounds != 0);
-    }
 }
 
 // gate_up [tokens, 2 * columns] (+ bias [2 * columns]): silu(gate) * up. Grid y: 256 chunks of 8.

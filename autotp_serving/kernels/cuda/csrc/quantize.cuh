@@ -1,0 +1,72 @@
+// Rounding of activations to 8-bit integers where they are made. Include common.cuh before.
+#pragma once
+
+// Where quantized activations of a row go; `codes` null: they stay bfloat16.
+struct Quantized {
+    uint8_t* codes;
+    float* scales;
+    float* sums;
+    int64_t blocks;
+};
+
+// Rounds the 64 numbers that 8 neighbouring lanes hold, 8 each, by the rule of the CPU's kernels:
+// a scale of largest magnitude / 127, halves to even. Tiles of 8 tokens by 64, and within a token's
+// 64 bytes column h * 32 + t * 8 + i lies at t * 16 + h * 8 + i: as products.cu reads them.
+//
+// A block with infinity or NaN gives NaN, one whose numbers are all below 2**-119 zeros.
+__device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t token, int64_t block,
+                                                int part, const Quantized& to, int8_t (&codes)[8]) {
+    const uint32_t group = 0xffu << (threadIdx.x % kLanes / 8 * 8);  // others may have left
+    uint32_t largest = 0;  // as integers, magnitudes keep their order and NaN is the largest
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(v[i]) & 0x7fffffffu);
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) {
+        largest = max(largest, __shfl_xor_sync(group, largest, step));
+    }
+    const float peak = __uint_as_float(largest);
+    const bool finite = largest < 0x7f800000u, tiny = peak < 0x1p-119f;
+    const float scale = tiny ? 0.0f : finite ? __fdiv_rn(peak, 127.0f) : __int_as_float(0x7fc00000);
+    const float inverse = tiny || !finite ? 0.0f : __fdiv_rn(127.0f, peak);
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        codes[i] = finite ? static_cast<int8_t>(__float2int_rn(__fmul_rn(v[i], inverse))) : 0;
+        sum += codes[i];
+    }
+    if (to.codes != nullptr) {
+        const int64_t index = token / kTokens * to.blocks + block;
+        const int row = static_cast<int>(token % kTokens);
+        uint8_t* bytes = to.codes + index * (kTokens * kBlock) + row * kBlock + part % 4 * 16 +
+                         part / 4 * 8;
+        uint2 packed;
+        packed.x = (codes[0] & 0xff) | (codes[1] & 0xff) << 8 | (codes[2] & 0xff) << 16 |
+                   static_cast<uint32_t>(codes[3] & 0xff) << 24;
+        packed.y = (codes[4] & 0xff) | (codes[5] & 0xff) << 8 | (codes[6] & 0xff) << 16 |
+                   static_cast<uint32_t>(codes[7] & 0xff) << 24;
+        *reinterpret_cast<uint2*>(bytes) = packed;
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(group, sum, step);
+        if (part == 0) {
+            to.scales[index * kTokens + row] = scale;
+            to.sums[index * kTokens + row] = scale * static_cast<float>(sum);
+        }
+    }
+    return scale;
+}
+
+// Writes 8 numbers of a row: rounded to integers, or as bfloat16 (`rounds`: what the integers
+// stand for, in bfloat16: for products of many tokens, which then see the same activations).
+__device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t chunk,
+                                              int64_t columns, const Quantized& to, uint16_t* plain,
+                                              bool rounds) {
+    if (to.codes != nullptr || rounds) {
+        int8_t codes[8];
+        const int part = static_cast<int>(chunk % 8);
+        const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
+        if (to.codes != nullptr) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = scale * static_cast<float>(codes[i]);
+    }
+    *reinterpret_cast<uint4*>(plain + token * columns + chunk * 8) = pack_bfloat16(v);
+}
