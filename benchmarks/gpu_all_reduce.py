@@ -34,7 +34,7 @@ from autotp_serving.kernels.cuda.norms import TURNS, Inboxes, add_rms_norm
 SUMS = 64
 REPLAYS = 20
 SIZE = 4096
-SIZES = [2**n for n in range(13, 24)]
+SIZES = [2**n for n in range(13, 25)]
 
 
 def time_graph(all_reduce: Callable[[Tensor], Tensor], tensor: Tensor) -> float:

@@ -74,8 +74,8 @@ def open_gpu_forward(
     if model.config.model_type not in (*FAMILIES, *MIXTURE_FAMILIES):
         return None
     reduce = all_reduce if group.size > 1 else None
-    most_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
-    add_norm = AddNorm(reduce, open_inboxes(group, model.config.hidden_size, most_tokens))
+    inboxes = open_inboxes(group, model.config.hidden_size, config.max_num_batched_tokens)
+    add_norm = AddNorm(reduce, inboxes)
     try:
         forward = GpuForward(model, cache, state, config, max_model_len, add_norm)
         reason = None

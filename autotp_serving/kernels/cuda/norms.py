@@ -102,6 +102,6 @@ def add_rms_norm(
 
 @functools.cache
 def _count_running(device_index: int, threads: int) -> int:
-    """Thread blocks that a card runs at once, however many registers they take."""
+    """Thread blocks that any card with so many multiprocessors runs at once."""
     processors = torch.cuda.get_device_properties(device_index).multi_processor_count
-    return processors * (MOST_THREADS // threads)
+    return processors * min(16, MOST_THREADS // threads)
