@@ -1,7 +1,7 @@
 """DeepSpeed's collectives for the model: shared memory on CPU, NCCL on CUDA, xccl on XPU.
 
-Every rank. The only all-reduces that cross ranks inside a forward pass go through
-`join_collectives`'s result.
+Every rank. The all-reduces that cross ranks inside a forward pass go through `join_collectives`'s
+result, but for those that a CUDA kernel takes together with the norm after them.
 """
 
 from __future__ import annotations

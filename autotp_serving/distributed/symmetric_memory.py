@@ -1,4 +1,4 @@
-"""All-reduce over the CUDA cards of one host by symmetric memory. Every rank of a CUDA server.
+"""Memory that the CUDA cards of one host share, and all-reduce by it. Every rank of a CUDA server.
 
 Each card reads what the others hold straight over NVLink, in one kernel that also waits for them:
 for the few kilobytes of a decode step that is half of what NCCL takes, and a CUDA graph can hold
