@@ -13,7 +13,7 @@ def test_arguments_lie_where_the_pointers_say():
     tensor = torch.empty(4)
     table = bytes(range(16))
     arguments = (7, tensor, None, 0.5, Long(2**40), table, -1)
-    packing = _Packing((int, torch.Tensor, type(None), float, Long, 16, int))
+    packing = _Packing(arguments)
     for number in (7, 8):  # the memory is used again
         packing.write((number, *arguments[1:]))
         read = [

@@ -75,7 +75,7 @@ class Kernel:
         self._shared_bytes = PLAIN_SHARED_MEMORY
         self._config = _LaunchConfig(attributes=self._overlap)
         self._config_pointer = ctypes.byref(self._config)
-        self._packings: dict[tuple[object, ...], _Packing] = {}
+        self._packings: dict[tuple[type, ...], _Packing] = {}
 
     def __call__(
         self,
@@ -105,10 +105,10 @@ class Kernel:
                 )
             )
             self._shared_bytes = shared_bytes
-        kinds = tuple(len(value) if type(value) is bytes else type(value) for value in arguments)
+        kinds = tuple(map(type, arguments))
         packing = self._packings.get(kinds)
         if packing is None:
-            packing = self._packings[kinds] = _Packing(kinds)
+            packing = self._packings[kinds] = _Packing(arguments)
         packing.write(arguments)
         config = self._config
         config.grid[:] = (*grid, 1, 1)[:3]
@@ -120,16 +120,16 @@ class Kernel:
 
 
 class _Packing:
-    """Memory for arguments of given types, or lengths of bytes, one after another.
+    """Memory for arguments of the same types and lengths as those given, one after another.
 
     Attributes:
         pointers: to each of them, as the driver wants it.
     """
 
-    def __init__(self, kinds: Sequence[object]) -> None:
+    def __init__(self, arguments: Sequence[Argument]) -> None:
         layout, offsets = "", []
-        for kind in kinds:
-            code = f"{kind}s" if isinstance(kind, int) else _CODES[kind]
+        for value in arguments:
+            code = f"{len(value)}s" if isinstance(value, bytes) else _CODES[type(value)]
             layout += code  # native: aligned as in C
             offsets.append(struct.calcsize(layout) - struct.calcsize(code))
         self._pack = struct.Struct(layout).pack_into
@@ -146,7 +146,7 @@ class _Packing:
         self._pack(self._values, 0, *values)
 
 
-_CODES: dict[object, str] = {
+_CODES: dict[type, str] = {
     type(None): "P",
     Tensor: "P",
     nn.Parameter: "P",
