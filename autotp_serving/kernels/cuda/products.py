@@ -81,6 +81,13 @@ class Tiling:
 
 DEQUANTIZE = Tiling(8, 1, 1, 1)
 
+STAGED_FORMATS = ("sym_int8", "asym_int4")
+"""Formats in which it is quicker to keep activations in shared memory than to read them from the
+caches, by benchmarks/gpu_step.py on an H200."""
+
+MOST_STAGED = 64 * 2**10
+"""Bytes of activations in a thread block's shared memory: two blocks have room for theirs."""
+
 
 @functools.cache
 def choose_tiling(num_tokens: int, rows: int, format_name: str | None) -> Tiling:
@@ -184,12 +191,23 @@ def _multiply_part(
     format_name = find_format_name(weight)
     tiling = tiling or choose_tiling(x.num_tokens, rows, format_name)
     row_tiles = -(-rows // ROWS)
-    kernel = load_product("multiply_few", format_name, tiling, out.device.index)
+    staged_bytes = count_staged_bytes(x, format_name, tiling)
+    is_staged = staged_bytes > 0
+    kernel = load_product("multiply_few", format_name, tiling, out.device.index, False, is_staged)
     kernel(
         (-(-row_tiles // tiling.row_tiles), 1),
         tiling.warps * LANES,
         (*list_arguments(x, weight, out, rows), None, None, 1),
+        shared_bytes=staged_bytes,
     )
+
+
+def count_staged_bytes(x: Activations, format_name: str | None, tiling: Tiling) -> int:
+    """What `stage` of csrc/fragments.cuh takes; 0: activations stay where they are."""
+    if tiling.token_tiles > 1 or format_name not in STAGED_FORMATS:
+        return 0
+    size = num_blocks(x.columns) * (x.num_tokens * BLOCK + 2 * TOKENS * 4)
+    return size if size <= MOST_STAGED else 0
 
 
 def multiply_many(x: Tensor, weight: CudaTensor, chunk_rows: int | None = None) -> Tensor:
@@ -226,11 +244,12 @@ def dequantize_rows(weight: CudaTensor, start: int, stop: int, to: Tensor) -> No
 
 
 def make_defines(
-    format: Format | None, tiling: Tiling, *, is_grouped: bool = False
+    format: Format | None, tiling: Tiling, *, is_grouped: bool = False, is_staged: bool = False
 ) -> tuple[tuple[str, str], ...]:
     """What csrc/products.cu is told of a format (None: bfloat16) and a tiling."""
     defines = {
         "GROUPED": "true" if is_grouped else "false",
+        "STAGED": "true" if is_staged else "false",
         "WARPS": tiling.warps,
         "TOKEN_TILES": tiling.token_tiles,
         "ROW_TILES": tiling.row_tiles,
@@ -246,10 +265,11 @@ def load_product(
     tiling: Tiling,
     device_index: int,
     is_grouped: bool = False,
+    is_staged: bool = False,
 ) -> Kernel:
     """`format_name` stands for the format, which takes long to hash; None: bfloat16."""
     format = None if format_name is None else FORMATS[format_name]
-    defines = make_defines(format, tiling, is_grouped=is_grouped)
+    defines = make_defines(format, tiling, is_grouped=is_grouped, is_staged=is_staged)
     return load_kernel(SOURCE, name, defines, device_index)
 
 

@@ -5,18 +5,22 @@
 // block share the columns; their sums are added in a fixed order. So a token's result is bitwise
 // the same whatever stands beside it, and however many rows of tiles a warp takes at once.
 //
-// Of the shape, the compiler is told: WARPS, TOKEN_TILES, ROW_TILES, DEPTH (tiles of a step).
+// Of the shape, the compiler is told: WARPS, TOKEN_TILES, ROW_TILES, DEPTH (tiles of a step), and
+// whether integer activations of one tile of tokens are STAGED in shared memory.
 //
 // GROUPED: the weight is that of many experts, one after another, and each thread block multiplies
 // the tokens of one of them.
 #include "common.cuh"
 #include "weights.cuh"
+#include "fragments.cuh"
 
 constexpr int kWarps = WARPS;
 constexpr int kTokenTiles = TOKEN_TILES;
 constexpr int kRowTiles = ROW_TILES;
 constexpr int kDepth = DEPTH;
 constexpr bool kGrouped = GROUPED;
+constexpr bool kStaged = STAGED;
+static_assert(kIntegers || !kStaged, "integers alone are staged");
 // Thread blocks of a multiprocessor at a time: two of 512 threads have 64 registers each.
 constexpr int kThreadBlocks = kWarps == 16 && kTokenTiles * kRowTiles == 1 && kKind != 3 ? 2 : 1;
 
@@ -35,24 +39,10 @@ __device__ __forceinline__ void load_tiles(const Weight& w, int64_t first_row_ti
     }
 }
 
-// Activations: integers as `quantize_tokens` writes them, or bfloat16 in plain rows.
-struct Activations {
-    const uint8_t* values;
-    const float* scales;
-    const float* sums;
-    int tokens;
-};
-
 // Where a lane finds its token of a tile, and the two whose scales it needs; -1: there is none.
 struct Places {
     int token;
     int scaled[2];
-};
-
-struct Fragments {
-    uint4 words[kIntegers ? 1 : 2];
-    float2 scale;
-    float2 sum;
 };
 
 __device__ __forceinline__ void gather_fragments(const Activations& x, int64_t blocks,
@@ -88,60 +78,9 @@ __device__ __forceinline__ void gather_fragments(const Activations& x, int64_t b
     }
 }
 
-__device__ __forceinline__ void load_fragments(const Activations& x, int64_t blocks, int64_t block,
-                                               int token_tile, int lane, Fragments& to) {
-    const int token = token_tile * kTokens + lane / 4;
-    if constexpr (kIntegers) {
-        const int64_t index = token_tile * blocks + block;
-        to.words[0] = make_uint4(0, 0, 0, 0);
-        if (token < x.tokens) {
-            to.words[0] =
-                *reinterpret_cast<const uint4*>(x.values + index * (kTokens * kBlock) + lane * 16);
-        }
-        to.scale = to.sum = make_float2(0, 0);
-        if (token_tile * kTokens < x.tokens) {
-            to.scale = *reinterpret_cast<const float2*>(x.scales + index * kTokens + lane % 4 * 2);
-            if constexpr (kMins) {
-                to.sum = *reinterpret_cast<const float2*>(x.sums + index * kTokens + lane % 4 * 2);
-            }
-        }
-    } else {
-        to.words[0] = to.words[1] = make_uint4(0, 0, 0, 0);
-        if (token < x.tokens) {
-            const uint8_t* from =
-                x.values + ((token * blocks + block) * kBlock + lane % 4 * 8) * 2;
-            to.words[0] = *reinterpret_cast<const uint4*>(from);
-            to.words[1] = *reinterpret_cast<const uint4*>(from + 64);
-        }
-    }
-}
-
-// sums += a tile of weights times a tile of tokens, in one block of columns.
-__device__ __forceinline__ void multiply_tiles(const Operand& a, const Fragments& x,
-                                               float (&sums)[4]) {
-    if constexpr (kIntegers) {
-        // As float32 these bits are 1.5 * 2**23, and adding an integer to them adds it to that: a
-        // subtraction then is the conversion.
-        constexpr int32_t kRounder = 0x4b400000;
-        int32_t total[4] = {kRounder, kRounder, kRounder, kRounder};
-        const uint4 w = x.words[0];
-        multiply_bytes<kUnsignedCodes>(total, a.words[0], w.x, w.y);
-        multiply_bytes<kUnsignedCodes>(total, a.words[1], w.z, w.w);
-        const float scale[2] = {x.scale.x, x.scale.y};
-        const float sum[2] = {x.sum.x, x.sum.y};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float value = __int_as_float(total[i]) - 12582912.0f;
-            sums[i] = fmaf(value, a.scale[i >> 1] * scale[i & 1], sums[i]);
-            if constexpr (kMins) sums[i] = fmaf(a.min[i >> 1], sum[i & 1], sums[i]);
-        }
-    } else {
-        multiply_floats(a, x.words[0], x.words[1], sums);
-    }
-}
-
 // Grid: row tiles / ROW_TILES, rounded up. `out` is bfloat16 [tokens, rows]; rows in a last tile
-// beyond `rows` are not written. `unit` is what a step of a table stands for.
+// beyond `rows` are not written. `unit` is what a step of a table stands for. Dynamic shared memory:
+// what `stage` writes.
 //
 // GROUPED: `rows` are those of one expert. Grid y: groups of pairs of a token and an expert, each
 // {expert, first of its `pairs`, how many}; the activations of a pair are those of token
@@ -151,6 +90,7 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
              const uint8_t* mins, const uint8_t* values, const float* x_scales, const float* x_sums,
              uint16_t* out, int64_t blocks, int rows, int tokens, float unit, uint4 table_words,
              const uint4* groups, const int* pairs, int share) {
+    extern __shared__ uint4 memory[];
     const Weight w{codes, high, scales, mins, blocks};
     let_next_begin();
     const int64_t row_tiles = (rows + kRows - 1) / kRows;
@@ -186,6 +126,8 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
     load_tiles(w, first, last_tile, warp, lane, now);
     if (warp + kStep < blocks) load_tiles(w, first, last_tile, warp + kStep, lane, next);
     if constexpr (!kGrouped) wait_for_inputs();
+    Staged staged;
+    if constexpr (kStaged) staged = stage(x, static_cast<int>(blocks), memory);
     for (int64_t start = warp; start < blocks; start += kStep) {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
@@ -202,6 +144,8 @@ multiply_few(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
                     Fragments fragments;
                     if constexpr (kGrouped) {
                         gather_fragments(x, blocks, block, places[n], lane, fragments);
+                    } else if constexpr (kStaged) {
+                        read_fragments(staged, static_cast<int>(block), lane, fragments);
                     } else {
                         load_fragments(x, blocks, block, n, lane, fragments);
                     }
