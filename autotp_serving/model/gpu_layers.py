@@ -1,4 +1,4 @@
-"""Llama-like layers on a CUDA card: two pieces around attention, ten launches in all.
+"""Llama-like layers on a CUDA card: two pieces around attention, ten launches, eight of few tokens.
 
 Ranks on CUDA. The modules are those that transformers built, AutoTP sharded and the loader filled;
 the weights of queries, keys and values, and of gate and up, are joined, and the modules keep views
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from autotp_serving.kernels.cuda.activations import (
     Activations,
+    HeadsEnd,
     Rotation,
     Rounding,
     quantize_tokens,
     rotate_and_store,
 )
+from autotp_serving.kernels.cuda.fused_products import can_rotate, multiply_heads
 from autotp_serving.kernels.kv_pools import Pools
 from autotp_serving.kernels.triton import attention as triton_attention
 from autotp_serving.low_bit.formats import BLOCK
@@ -119,12 +121,10 @@ class GpuLayer:
 
     def _make_heads(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> Tensor:
         """[num_tokens, all heads, head_dim]: queries, rotated; keys and values are in the cache."""
-        rounding = self.qkv.rounding(len(hidden))
-        qkv = self.qkv(self.add_norm(hidden, added, self.input_norm, rounding))
+        x = self.add_norm(hidden, added, self.input_norm, self.qkv.rounding(len(hidden)))
         pools = self.pools
         is_plain = pools.key_scales is None
-        rotate_and_store(
-            qkv,
+        end = HeadsEnd(
             self.rotation,
             inputs.positions,
             self.num_heads,
@@ -132,6 +132,11 @@ class GpuLayer:
             inputs.slots if is_plain else None,
             (pools.keys, pools.values) if is_plain else None,
         )
+        if can_rotate(self.qkv.weight, len(hidden), self.rotation):
+            qkv = multiply_heads(x, self.qkv.weight, end)
+        else:
+            qkv = self.qkv(x)
+            rotate_and_store(qkv, end)
         qkv = qkv.view(len(qkv), -1, self.head_dim)
         if not is_plain:
             key = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]

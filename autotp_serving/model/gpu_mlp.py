@@ -19,6 +19,7 @@ from autotp_serving.kernels.cuda.activations import (
     silu_multiply,
 )
 from autotp_serving.kernels.cuda.experts import MOST_EXPERTS, group_pairs, multiply_experts
+from autotp_serving.kernels.cuda.fused_products import can_gate, multiply_gated
 from autotp_serving.kernels.cuda.products import rounding_of
 from autotp_serving.kernels.cuda.tiles import ROWS
 from autotp_serving.layers.unfuse import AbsentExpert
@@ -64,9 +65,11 @@ class GatedMlp:
         Returns:
             This rank's part of the sum, without the bias, [num_tokens, size] bfloat16.
         """
-        gate_up = self.gate_up(make_input(self.gate_up.rounding(num_tokens)))
+        x, bias = make_input(self.gate_up.rounding(num_tokens)), self.gate_up.bias
+        if can_gate(self.gate_up.weight, num_tokens):
+            return self.down(multiply_gated(x, self.gate_up.weight, bias))
         rounding = self.down.rounding(num_tokens)
-        return self.down(silu_multiply(gate_up, self.gate_up.bias, rounding))
+        return self.down(silu_multiply(self.gate_up(x), bias, rounding))
 
 
 @dataclass(frozen=True)

@@ -131,33 +131,41 @@ class Rotation:
     bias: Tensor | None
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    rotation: Rotation,
-    positions: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    slots: Tensor | None,
-    pools: tuple[Tensor, Tensor] | None,
-) -> None:
+@dataclass(frozen=True)
+class HeadsEnd:
+    """What queries, keys and values are subject to after their product.
+
+    Attributes:
+        positions: [num_tokens] int64.
+        slots: [num_tokens] int64; None with `pools` None, and -1: keys and values stay in place.
+        pools: keys and values [num_slots, num_kv_heads, head_dim] bfloat16.
+    """
+
+    rotation: Rotation
+    positions: Tensor
+    num_heads: int
+    num_kv_heads: int
+    slots: Tensor | None
+    pools: tuple[Tensor, Tensor] | None
+
+
+def rotate_and_store(qkv: Tensor, end: HeadsEnd) -> None:
     """Bias, norms and rotation: queries in place, keys and values to their slots of the cache.
 
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] bfloat16.
-        positions: [num_tokens] int64.
-        slots: [num_tokens] int64; None with `pools` None, and -1: they stay in place.
-        pools: keys and values [num_slots, num_kv_heads, head_dim] bfloat16.
     """
+    rotation = end.rotation
     head_dim = rotation.cos.shape[1]
-    all_heads = num_heads + 2 * num_kv_heads
-    keys, values = pools or (None, None)
+    all_heads = end.num_heads + 2 * end.num_kv_heads
+    keys, values = end.pools or (None, None)
     _kernel("rotate_and_store", qkv)(
         (qkv.shape[0], -(-all_heads // HEADS)),
         THREADS,
         (
             *(qkv, rotation.bias, rotation.query_norm, rotation.key_norm, float(rotation.epsilon)),
-            *(positions, rotation.cos, rotation.sin, slots, keys, values),
-            *(num_heads, num_kv_heads, head_dim),
+            *(end.positions, rotation.cos, rotation.sin, end.slots, keys, values),
+            *(end.num_heads, end.num_kv_heads, head_dim),
         ),
     )
 

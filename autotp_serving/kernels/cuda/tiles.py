@@ -43,6 +43,11 @@ class CudaTensor(LowBitTensor):
         """Planes are made by `tile` only: nothing to check."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.planes["codes"].device
+
+    @property
     def padded_rows(self) -> int:
         """Rows of all tiles."""
         return -(-self.shape[0] // ROWS) * ROWS

@@ -44,10 +44,7 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
         }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float silu = round_to_bfloat16(gate[i] / (1.0f + expf(-gate[i])));
-        gate[i] = round_to_bfloat16(silu * up[i]);
-    }
+    for (int i = 0; i < 8; ++i) gate[i] = multiply_gated(gate[i], up[i]);
     write_numbers(gate, token, chunk, columns, to, plain, rounds != 0);
 }
 
@@ -148,8 +145,8 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
             for (int j = 0; j < 2; ++j) {
                 const float a = low[i][j], b = high[i][j];
                 if (is_value) continue;
-                low[i][j] = round_to_bfloat16(a * c[i][0][j]) + round_to_bfloat16(-b * s[i][0][j]);
-                high[i][j] = round_to_bfloat16(b * c[i][1][j]) + round_to_bfloat16(a * s[i][1][j]);
+                low[i][j] = rotate(a, -b, c[i][0][j], s[i][0][j]);
+                high[i][j] = rotate(b, a, c[i][1][j], s[i][1][j]);
             }
             *reinterpret_cast<uint32_t*>(to + column) = pair_bfloat16(low[i][0], low[i][1]);
             *reinterpret_cast<uint32_t*>(to + column + half) =

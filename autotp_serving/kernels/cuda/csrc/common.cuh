@@ -84,6 +84,17 @@ __device__ __forceinline__ uint4 pack_bfloat16(const float* from) {
                       pair_bfloat16(from[4], from[5]), pair_bfloat16(from[6], from[7]));
 }
 
+// silu(gate) * up, rounded where transformers' own code rounds.
+__device__ __forceinline__ float multiply_gated(float gate, float up) {
+    const float silu = round_to_bfloat16(gate / (1.0f + expf(-gate)));
+    return round_to_bfloat16(silu * up);
+}
+
+// One number of a rotated pair, still to be rounded.
+__device__ __forceinline__ float rotate(float own, float other, float cosine, float sine) {
+    return round_to_bfloat16(own * cosine) + round_to_bfloat16(other * sine);
+}
+
 // sums[16 x 8] += a[16 x 32] * b[32 x 8] in 8-bit integers.
 template <bool kUnsigned>
 __device__ __forceinline__ void multiply_bytes(int32_t (&c)[4], const uint32_t (&a)[4],
