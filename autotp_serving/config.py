@@ -206,6 +206,13 @@ class ServingConfig:
     max_queue_len: int = setting(
         1024, "most requests that wait; one more is answered 503", unit="REQUESTS"
     )
+    scheduling_policy: str = setting(
+        "fcfs",
+        "who runs first, and is preempted last: fcfs: who came first; priority: requests whose "
+        "`priority` is lower, and at every eighth turn who has waited longest; strict-priority: "
+        "lower ones alone, so that others may wait for ever",
+        choices=("fcfs", "priority", "strict-priority"),
+    )
     request_timeout: float | None = setting(
         None,
         "seconds after which a request ends with an error, whatever has come of it (504); "
