@@ -49,7 +49,7 @@ SECTIONS = {
         *("allowed_host", "ssl_certfile", "ssl_keyfile"),
     ),
     "what completions hold": ("tool_call_parser", "reasoning_parser"),
-    "logs": ("log_level", "log_format", "profile"),
+    "logs and traces": ("log_level", "log_format", "otlp_traces_endpoint", "profile"),
 }
 """Of --help: fields of `ServingConfig`, each in one of them."""
 

@@ -346,6 +346,13 @@ class ServingConfig:
         parse=int,
         unit="TOKENS",
     )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "where OpenTelemetry traces of requests are sent by OTLP, as "
+        "http://collector:4318/v1/traces; they hold no prompts; default: there are none",
+        parse=str,
+        unit="URL",
+    )
     profile: str | None = setting(
         None,
         "folder for a breakdown and a torch profiler trace of a few decode steps, taken once after "
@@ -421,6 +428,12 @@ class ServingConfig:
                 raise ConfigError(
                     f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
                 )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+\S*", endpoint):
+            raise ConfigError(
+                f"--otlp-traces-endpoint {endpoint} is no URL: write "
+                "http://collector:4318/v1/traces"
+            )
         for name in self.allowed_host:
             if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
                 raise ConfigError(
