@@ -150,8 +150,10 @@ class Traces:
                 attributes["gen_ai.request.top_k"] = float(min(params.top_k, 2**31))
             if params.seed is not None and params.seed < 2**63:  # OTLP has no larger ones
                 attributes["gen_ai.request.seed"] = params.seed
-            if len(requests) > 1:
-                attributes["gen_ai.request.choice.count"] = len(requests)
+            prompt = requests[0].prompt_token_ids
+            num_choices = sum(one.prompt_token_ids is prompt for one in requests)
+            if num_choices > 1:
+                attributes["gen_ai.request.choice.count"] = num_choices
         trace.span.set_attributes(attributes)
 
     def finish(
