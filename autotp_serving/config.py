@@ -25,6 +25,8 @@ TASKS = ("auto", "generate", "embed", "rerank")
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
+SCHEDULING_POLICIES = ("fcfs", "priority", "strict-priority")
+
 MIN_STEP_TIMEOUT = 1.0
 
 MIN_KEPT_STATES = 4
@@ -211,7 +213,7 @@ class ServingConfig:
         "who runs first, and is preempted last: fcfs: who came first; priority: requests whose "
         "`priority` is lower, and at every eighth turn who has waited longest; strict-priority: "
         "lower ones alone, so that others may wait for ever",
-        choices=("fcfs", "priority", "strict-priority"),
+        choices=SCHEDULING_POLICIES,
     )
     request_timeout: float | None = setting(
         None,
@@ -386,6 +388,11 @@ class ServingConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.task not in TASKS:
             raise ConfigError(f"--task must be one of {', '.join(TASKS)}, not {self.task}")
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            raise ConfigError(
+                f"--scheduling-policy must be one of {', '.join(SCHEDULING_POLICIES)}, not "
+                f"{self.scheduling_policy}"
+            )
         if self.pools and self.save_low_bit is not None:
             raise ConfigError(
                 "--save-low-bit is for models that generate: leave it out, --low-bit converts "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.engine.priority_queue import TURN_LEN, PriorityQueue
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.request import Request, SamplingParams
@@ -154,3 +155,8 @@ def test_the_field_reaches_the_scheduler_or_is_refused_by_name(policy: str):
             assert reply.status_code == 400
 
     asyncio.run(go())
+
+
+def test_a_policy_that_is_not_there_is_refused_in_scripts_too():
+    with pytest.raises(ConfigError, match="--scheduling-policy must be one of fcfs, priority"):
+        ServingConfig(model_path="m", scheduling_policy="sjf")
