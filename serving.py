@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from autotp_serving.api.api_keys import ApiKeys
     from autotp_serving.api.engine_client import EngineClient, OutputSink
+    from autotp_serving.api.traces import Traces
     from autotp_serving.batch import Runner
     from autotp_serving.worker.runner import LeadRunner
 
@@ -200,13 +201,13 @@ def load(
     from autotp_serving.api.server import reserve_port
     from autotp_serving.worker.worker import start_worker
 
-    api_keys = check_http(config)
+    api_keys, traces = prepare_http(config)
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, group)
     runner = worker.lead
     assert runner is not None, "only rank 0 leads"
     app, engine = build_server(
-        config, [runner], worker.max_model_len, worker.vocab_size, api_keys,
+        config, [runner], worker.max_model_len, worker.vocab_size, api_keys, traces,
         find_late_ranks=runner.find_late_ranks,
     )  # fmt: skip
     spare_collector()
@@ -239,7 +240,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     topology = read_topology(os.sched_getaffinity(0))
     places = find_places(num_groups, num_ranks, kind, os.environ, topology)
     config = resolve_model(config, LocalRankGroup())
-    api_keys = check_http(config)
+    api_keys, traces = prepare_http(config)
     sock = reserve_port(config.host, config.port)
     do_without_torch(config)
     launcher = find_launcher(num_ranks)
@@ -254,7 +255,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
         ready = start_groups(supervisors, in_turn=in_turn)
         app, engine = build_server(
             config, [one.runner for one in supervisors], ready.max_model_len, ready.vocab_size,
-            api_keys, on_stalls=[one.end_group for one in supervisors],
+            api_keys, traces, on_stalls=[one.end_group for one in supervisors],
         )  # fmt: skip
         for supervisor, one in zip(supervisors, engine.engines, strict=True):
             supervisor.give_engine(one)
@@ -309,14 +310,15 @@ def obey(head: HeadLine, group: RankGroup) -> int:
     return 0
 
 
-def check_http(config: ServingConfig) -> ApiKeys:
+def prepare_http(config: ServingConfig) -> tuple[ApiKeys, Traces | None]:
     """Read what HTTP needs before minutes go into loading a model."""
     from autotp_serving.api.api_keys import load_api_keys
     from autotp_serving.api.server import check_tls
+    from autotp_serving.api.traces import open_traces
 
     api_keys = load_api_keys(config, os.environ)
     check_tls(config)
-    return api_keys
+    return api_keys, open_traces(config)
 
 
 def build_server(
@@ -325,6 +327,7 @@ def build_server(
     max_model_len: int,
     vocab_size: int,
     api_keys: ApiKeys,
+    traces: Traces | None,
     *,
     on_stalls: Sequence[Callable[[str], None]] = (),
     find_late_ranks: Callable[[], str] = lambda: "a rank hangs",
@@ -361,7 +364,8 @@ def build_server(
         )
 
     engine = EngineClient(make_engine, config.request_timeout)
-    return build_app(engine, tokenizer, config, max_model_len, api_keys, sandbox), engine
+    app = build_app(engine, tokenizer, config, max_model_len, api_keys, sandbox, traces)
+    return app, engine
 
 
 def plan(config: ServingConfig, group: RankGroup, num_ranks: int) -> int:

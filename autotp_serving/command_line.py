@@ -40,7 +40,7 @@ SECTIONS = {
     ),
     "batches and limits": (
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),
-        "speculative_tokens",
+        *("speculative_tokens", "scheduling_policy"),
         *("max_queue_len", "request_timeout", "compile_timeout", "template_timeout"),
         *("step_timeout", "max_restarts", "recovery_timeout", "drain_seconds", "seed"),
     ),
@@ -49,7 +49,7 @@ SECTIONS = {
         *("allowed_host", "ssl_certfile", "ssl_keyfile"),
     ),
     "what completions hold": ("tool_call_parser", "reasoning_parser"),
-    "logs": ("log_level", "log_format", "profile"),
+    "logs and traces": ("log_level", "log_format", "otlp_traces_endpoint", "profile"),
 }
 """Of --help: fields of `ServingConfig`, each in one of them."""
 

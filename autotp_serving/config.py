@@ -25,6 +25,8 @@ TASKS = ("auto", "generate", "embed", "rerank")
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
+SCHEDULING_POLICIES = ("fcfs", "priority", "strict-priority")
+
 MIN_STEP_TIMEOUT = 1.0
 
 MIN_KEPT_STATES = 4
@@ -206,6 +208,13 @@ class ServingConfig:
     max_queue_len: int = setting(
         1024, "most requests that wait; one more is answered 503", unit="REQUESTS"
     )
+    scheduling_policy: str = setting(
+        "fcfs",
+        "who runs first, and is preempted last: fcfs: who came first; priority: requests whose "
+        "`priority` is lower, and at every eighth turn who has waited longest; strict-priority: "
+        "lower ones alone, so that others may wait for ever",
+        choices=SCHEDULING_POLICIES,
+    )
     request_timeout: float | None = setting(
         None,
         "seconds after which a request ends with an error, whatever has come of it (504); "
@@ -339,6 +348,13 @@ class ServingConfig:
         parse=int,
         unit="TOKENS",
     )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "where OpenTelemetry traces of requests are sent by OTLP, as "
+        "http://collector:4318/v1/traces; they hold no prompts; default: there are none",
+        parse=str,
+        unit="URL",
+    )
     profile: str | None = setting(
         None,
         "folder for a breakdown and a torch profiler trace of a few decode steps, taken once after "
@@ -372,6 +388,11 @@ class ServingConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.task not in TASKS:
             raise ConfigError(f"--task must be one of {', '.join(TASKS)}, not {self.task}")
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            raise ConfigError(
+                f"--scheduling-policy must be one of {', '.join(SCHEDULING_POLICIES)}, not "
+                f"{self.scheduling_policy}"
+            )
         if self.pools and self.save_low_bit is not None:
             raise ConfigError(
                 "--save-low-bit is for models that generate: leave it out, --low-bit converts "
@@ -414,6 +435,12 @@ class ServingConfig:
                 raise ConfigError(
                     f"--cors-origin {origin} is no origin: write https://host, or *, without a path"
                 )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not re.fullmatch(r"https?://[^/\s]+\S*", endpoint):
+            raise ConfigError(
+                f"--otlp-traces-endpoint {endpoint} is no URL: write "
+                "http://collector:4318/v1/traces"
+            )
         for name in self.allowed_host:
             if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
                 raise ConfigError(

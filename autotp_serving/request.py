@@ -241,6 +241,7 @@ class Request:
         arrival_time: `time.monotonic()` seconds at which the server received it.
         tenant: whose request it is; those who share a server get turns. "" where all are one.
         grammar: `params.structured_output`, compiled, and what else the tokens have to follow.
+        priority: lower ones run earlier, where the server heeds it (--scheduling-policy).
     """
 
     request_id: str
@@ -249,6 +250,7 @@ class Request:
     arrival_time: float
     tenant: str = ""
     grammar: Grammar | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt_token_ids, tuple) or not self.prompt_token_ids:
@@ -260,6 +262,7 @@ class Request:
         for name in ("request_id", "tenant"):
             _check_type(name, getattr(self, name), str)
         _check_type("arrival_time", self.arrival_time, Real)
+        _check_type("priority", self.priority, Integral)
         if not isinstance(self.params, SamplingParams):
             raise RequestError("params", "must be SamplingParams")
         if self.grammar is None and self.params.structured_output is not None:

@@ -31,6 +31,7 @@ class Admission:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.max_listed_tokens = max(max_model_len, MIN_LISTED_TOKENS)
+        self._heeds_priority = config.scheduling_policy != "fcfs"
         self.max_num_completions = config.max_num_seqs + config.max_queue_len
         self._prompts = PromptEncoder(tokenizer, max_model_len, sandbox, config.template_timeout)
         self.large_bodies = LargeBodies(self._prompts, max_model_len, sandbox)
@@ -149,6 +150,7 @@ class Admission:
         prompt_field: str = "prompt",
         length_field: str = "max_tokens",
         grammar: Grammar | None = None,
+        priority: int | None = None,
     ) -> list[Request]:
         """Make the engine's requests, one for each completion wanted to one prompt.
 
@@ -159,11 +161,18 @@ class Admission:
             prompt_field: the client's word for the prompt.
             length_field: the client's word for max_tokens.
             grammar: the structured output that `choices` name, compiled, and what else they follow.
+            priority: see Request; None is 0.
 
         Raises:
             ApiError: 400 when prompt and completion together exceed the model's length.
-            RequestError: when the prompt has no tokens.
+            RequestError: when the prompt has no tokens, or a priority would not be heeded.
         """
+        if priority and not self._heeds_priority:
+            raise RequestError(
+                "priority",
+                "is not heeded here, where who comes first is served first: leave it out, or start "
+                "the server with --scheduling-policy priority",
+            )
         num_prompt_tokens = len(prompt_token_ids)
         max_tokens = choices[0].max_tokens
         total = num_prompt_tokens + max_tokens
@@ -190,6 +199,7 @@ class Admission:
                 record.arrival_time,
                 record.tenant,
                 grammar,
+                priority or 0,
             )
             for number, params in enumerate(choices, first_choice)
         ]

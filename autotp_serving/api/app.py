@@ -34,6 +34,7 @@ from autotp_serving.api.responses.routes import responses_routes
 from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
+from autotp_serving.api.traces import Traces
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.sampling_defaults import read_sampling_defaults
 from autotp_serving.engine.sandbox import Sandbox
@@ -54,19 +55,24 @@ def build_app(
     max_model_len: int,
     api_keys: ApiKeys,
     sandbox: Sandbox | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """Put the application together around a running engine.
 
     Args:
         sandbox: tries out what clients send; None makes one that starts when it is needed.
+        traces: told of every request; None makes none.
     """
     sandbox = sandbox or Sandbox(tokenizer)
+    engine.traces = traces
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.bind(asyncio.get_running_loop())
         yield
         sandbox.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="AutoTP Serving",
@@ -108,6 +114,7 @@ def build_app(
         large_bodies=admission.large_bodies,
         api_keys=api_keys,
         allowed_hosts=find_allowed_hosts(config),
+        traces=traces,
     )
     if config.cors_origin:  # around the guard: pages may read its refusals, and ask without a key
         app.add_middleware(

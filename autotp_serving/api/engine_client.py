@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.metrics import Latencies, Progress
@@ -26,6 +27,9 @@ from autotp_serving.engine import (
     ShareFullError,
 )
 from autotp_serving.request import Request, RequestOutput
+
+if TYPE_CHECKING:
+    from autotp_serving.api.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ class EngineClient:
         self._request_timeout = request_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self.latencies = Latencies()
+        self.traces: Traces | None = None
         self._streams: dict[str, tuple[TokenStream, Progress | None]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -150,6 +155,8 @@ class EngineClient:
         for request in requests:
             progress = Progress(request.arrival_time) if is_measured else None
             self._streams[request.request_id] = stream, progress
+        if self.traces is not None and is_measured:
+            self.traces.submit(requests)
         timer = self._start_timer(stream, requests[0].arrival_time)
         try:
             for request in requests:
@@ -198,13 +205,12 @@ class EngineClient:
             )
 
     def _end(self, request_id: str, stream: TokenStream, message: str, code: str) -> None:
-        self._forget(request_id)
-        self.engine.abort(request_id)
-        stream.push(
-            RequestOutput(
-                request_id, text="", finish_reason="error", error=message, error_code=code
-            )
+        output = RequestOutput(
+            request_id, text="", finish_reason="error", error=message, error_code=code
         )
+        self._forget(request_id, output)
+        self.engine.abort(request_id)
+        stream.push(output)
 
     def _start_timer(self, stream: TokenStream, arrival_time: float) -> asyncio.TimerHandle | None:
         """End what is unfinished of a stream when its time is over."""
@@ -252,11 +258,13 @@ class EngineClient:
             if progress is not None:
                 self.latencies.observe(progress, output, now)
             if output.finish_reason is not None:
-                self._forget(output.request_id)
+                self._forget(output.request_id, output)
             stream.push(output)
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+    def _forget(self, request_id: str, output: RequestOutput | None = None) -> None:
+        _, progress = self._streams.pop(request_id, (None, None))
+        if self.traces is not None and progress is not None:
+            self.traces.finish(request_id, progress, output, time.monotonic())
         self._pace.close(request_id)
         if not self._streams:
             self._idle.set()

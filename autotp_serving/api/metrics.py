@@ -47,6 +47,7 @@ class Progress:
     arrival_time: float
     first_time: float | None = None
     latest_time: float | None = None
+    queue_seconds: float | None = None  # None until then
 
 
 class Latencies:
@@ -68,6 +69,7 @@ class Latencies:
         if num_tokens:
             if progress.latest_time is None:
                 progress.first_time = now
+                progress.queue_seconds = output.queue_seconds
                 wait = now - progress.arrival_time
                 self.time_to_first_token.observe(wait)
                 self.request_queue_time.observe(output.queue_seconds)
@@ -81,6 +83,7 @@ class Latencies:
             self.e2e_request_latency.observe(seconds)
             self.request_prompt_tokens.observe(output.num_prompt_tokens)
             if output.pooled:  # there are no tokens
+                progress.queue_seconds = output.queue_seconds
                 self.request_queue_time.observe(output.queue_seconds)
                 self.request_prefill_time.observe(max(0.0, seconds - output.queue_seconds))
                 return

@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +26,9 @@ from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
 from autotp_serving.api.route_paths import RoutePaths
+
+if TYPE_CHECKING:
+    from autotp_serving.api.traces import Traces
 
 logger = logging.getLogger("autotp_serving.access")
 
@@ -45,6 +49,7 @@ class RequestRecord:
         client_id: the name that the client gave it, "" for none.
         tenant: whose it is; see `ApiKeys`.
         headers: of the reply, whatever it is.
+        streams: the reply comes in pieces, as they are made.
     """
 
     request_id: str
@@ -55,6 +60,7 @@ class RequestRecord:
     usage: Usage = field(default_factory=Usage)
     client_id: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+    streams: bool = False
 
 
 class RequestGuard:
@@ -68,6 +74,7 @@ class RequestGuard:
         large_bodies: LargeBodies,
         api_keys: ApiKeys,
         allowed_hosts: AllowedHosts,
+        traces: Traces | None = None,
     ) -> None:
         self.app = app
         self.paths = paths
@@ -75,6 +82,7 @@ class RequestGuard:
         self.large_bodies = large_bodies
         self.api_keys = api_keys
         self.allowed_hosts = allowed_hosts
+        self.traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,6 +94,10 @@ class RequestGuard:
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8")}
         record.client_id = _find_client_id(scope)
         record.headers["X-Request-Id"] = record.client_id or record.request_id
+
+        traces = None if scope["path"] in QUIET_PATHS else self.traces
+        if traces is not None:
+            traces.begin(scope, record, self.paths)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -106,6 +118,8 @@ class RequestGuard:
             raise
         finally:
             _log(scope, record)
+            if traces is not None:
+                traces.end(record)
 
     def _find_refusal(self, scope: Scope, tenant: str | None) -> Response | None:
         """What is answered to a request whose body need not be read."""

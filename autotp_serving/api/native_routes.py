@@ -90,6 +90,7 @@ class NativeRoutes:
             request.state.record,
             length_field="n_predict",
             grammar=grammar,
+            priority=body.priority,
         )
 
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from autotp_serving.api.sampling_fields import SamplingFields
-from autotp_serving.api.schemas import NonEmptyText, Seed, Stop, StrictModel, as_tuple, only
+from autotp_serving.api.schemas import (
+    PRIORITY,
+    NonEmptyText,
+    Priority,
+    Seed,
+    Stop,
+    StrictModel,
+    as_tuple,
+    only,
+)
 from autotp_serving.request import MAX_LOGPROBS, SamplingParams
 from autotp_serving.structured_output import StructuredOutput
 
@@ -25,6 +34,7 @@ class GenerateRequest(SamplingFields):
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool = Field(False, description="go on past the model's end token")
+    priority: Priority | None = Field(None, description=PRIORITY)
     logprobs: int | None = Field(
         None,
         ge=0,

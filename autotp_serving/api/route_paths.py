@@ -23,6 +23,12 @@ class RoutePaths:
         """The route's own path for a spelling of it; what is none stays as it is."""
         return next(filter(self._is_known, self._spellings(path)), path)
 
+    def find_route(self, path: str) -> str | None:
+        """What serves a path, with a variable it may end with left out; None if nothing does."""
+        if path in self._paths:
+            return path
+        return next(filter(path.startswith, self._prefixes), None)
+
     def _is_known(self, path: str) -> bool:
         return path in self._paths or path.startswith(self._prefixes)
 

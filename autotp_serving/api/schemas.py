@@ -57,6 +57,8 @@ StopText = Annotated[
 ]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+PRIORITY = "lower ones run earlier; other than 0 only with --scheduling-policy priority; default 0"
 
 
 class StrictModel(BaseModel):

@@ -57,7 +57,9 @@ class TokenStreamResponse(Response):
                 await send(message)
                 patience.end()
 
-            with self._engine.open(self._requests, scope["state"]["record"].usage) as stream:
+            record = scope["state"]["record"]
+            record.streams = True
+            with self._engine.open(self._requests, record.usage) as stream:
                 await send(
                     {
                         "type": "http.response.start",

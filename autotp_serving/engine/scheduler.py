@@ -1,13 +1,15 @@
 """Continuous batching: which sequences run in the next step, and what becomes of them. Rank 0 only.
 
 Iteration-level scheduling after Yu et al. 2022, "Orca"; chunked prefill after Agrawal et al. 2024,
-"Sarathi-Serve". First come, first served, in turns between API keys (see `WaitingQueue`).
+"Sarathi-Serve". First come, first served, in turns between API keys (see `WaitingQueue`), or by
+priority (see `PriorityQueue`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from bisect import insort
 from collections import deque
 
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
@@ -15,6 +17,7 @@ from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.priority_queue import PriorityQueue
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
 from autotp_serving.engine.state_slots import StateSlots
 from autotp_serving.engine.waiting_queue import WaitingQueue
@@ -35,9 +38,10 @@ INVALID_NUMBERS = "the model produced invalid numbers (NaN or infinity) for this
 class Scheduler:
     """Owns the waiting and the running sequences, their rows and their blocks.
 
-    The running list is in order of admission: that takes the head of the queue, and preemption
-    puts the latest back there. So only the latest can be in the middle of its prompt, and
-    preempting from the end never hits one that is already scheduled.
+    The running list is in order of priority and, within one, of admission: that takes the head of
+    the queue, and preemption puts the last back there. So preempting from the end never hits one
+    that is already scheduled. Nobody is admitted while one is in the middle of its prompt, so only
+    one can be.
 
     Steps may be begun before the last is collected. What such a step brings for a sequence that
     has ended meanwhile is dropped, and the blocks that it may still write are free only then.
@@ -64,7 +68,7 @@ class Scheduler:
         self._has_states = has_states
         self.blocks = self._make_blocks(num_blocks, block_size)
         self.drafter = Drafter(config.speculative_tokens or 0)
-        self.waiting = WaitingQueue()
+        self.waiting = _make_queue(config.scheduling_policy)
         self.running: list[Sequence] = []
         self.num_arrivals = 0
         self.num_preemptions = 0
@@ -153,8 +157,12 @@ class Scheduler:
         chunks: list[tuple[Sequence, int]] = []
         # A completion's next token goes first, so a long prompt never stops those that stream.
         # Preemption shortens the list at its end while this loop walks towards it.
+        prefilling = None
         for sequence in self.running:
-            if sequence.num_unscheduled_tokens != 1 or not sequence.is_ready:
+            num_tokens = sequence.num_unscheduled_tokens
+            if num_tokens > 1:
+                prefilling = sequence
+            if num_tokens != 1 or not sequence.is_ready:
                 continue
             if self._make_room(sequence):
                 chunks.append((sequence, 1))
@@ -162,8 +170,8 @@ class Scheduler:
             elif self._in_flight:
                 return []  # what is in flight may give blocks back; else someone has to go
         self._num_score_rows_left = MAX_SCORED_ROWS
-        if self.running and self.running[-1].num_unscheduled_tokens > 1:
-            budget = self._add_prefill(chunks, self.running[-1], budget)
+        if prefilling is not None:
+            budget = self._add_prefill(chunks, prefilling, budget)
         while budget > 0 and (admitted := self._admit()):
             budget = self._add_prefill(chunks, admitted, budget)
         return chunks
@@ -364,7 +372,7 @@ class Scheduler:
         return True
 
     def _preempt(self) -> Sequence:
-        """Send the latest back to the head of the queue, to be computed anew."""
+        """Send the last back to the head of the queue, to be computed anew."""
         victim = self.running.pop()
         self.blocks.release(victim.block_table)
         self._return_row(victim)
@@ -395,7 +403,7 @@ class Scheduler:
         num_needed = self.blocks.num_needed(sequence.num_tokens, matched) + len(self.running)
         if num_needed > self.blocks.num_available:
             return None
-        self.running.append(self.waiting.pop())
+        insort(self.running, self.waiting.pop(), key=lambda one: one.priority)
         sequence.row = self._free_rows.pop()
         self.blocks.take(sequence.block_table, matched)
         self.blocks.grow(sequence.block_table, sequence.num_tokens)
@@ -526,3 +534,9 @@ class Scheduler:
         sequence.error = error
         sequence.ends_in_text = False
         self.finish(sequence, "error")
+
+
+def _make_queue(policy: str) -> WaitingQueue | PriorityQueue:
+    if policy == "fcfs":
+        return WaitingQueue()
+    return PriorityQueue(is_strict=policy == "strict-priority")

@@ -88,6 +88,7 @@ class Sequence:
         request: what was asked, never changed.
         draw_key: what its samples depend on beside the output position; see `draw_uniform`.
         end_token_ids: tokens that end the text.
+        priority: lower ones run earlier and are preempted later; see `PriorityQueue`.
         token_ids: prompt, then output.
         block_table: blocks that hold or will hold keys and values, in order of position.
         row: where the ranks keep its block table and latest tokens; NO_ROW unless it runs.
@@ -117,6 +118,7 @@ class Sequence:
     draw_key: int
     end_token_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(init=False)
+    priority: float = field(init=False)
     block_table: list[int] = field(default_factory=list)
     row: int = NO_ROW
     num_sent_blocks: int = 0
@@ -143,6 +145,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.priority = self.request.priority
         if self.request.grammar is not None:
             self.guide = GuardedGuide(self.request.grammar)
         assert self.num_prompt_tokens >= 1 and self.params.max_tokens >= 0

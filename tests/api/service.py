@@ -57,6 +57,7 @@ def build_service(
     config: dict[str, Any] | None = None,
     book: dict[str, str] | None = None,
     model_path: str = "fake/letters",
+    traces: Any = None,
 ) -> Service:
     """Wire application, engine and fake runner as serving.py wires the real ones."""
     serving_config = ServingConfig(model_path=model_path, **(config or {}))
@@ -70,7 +71,7 @@ def build_service(
         serving_config.request_timeout,
     )
     api_keys = load_api_keys(serving_config, {})
-    app = build_app(engine, tokenizer, serving_config, max_model_len, api_keys)
+    app = build_app(engine, tokenizer, serving_config, max_model_len, api_keys, traces=traces)
     return Service(app, engine, runner, serving_config)
 
 

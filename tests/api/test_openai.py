@@ -112,6 +112,7 @@ def test_what_is_ignored_is_told(path: str, model: Any) -> None:
 SHOWN_ELSEWHERE = {
     "model", "chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "thinking_budget", "max_thinking_tokens", "thinking_token_budget",
+    "priority",
 }  # fmt: skip
 
 # A value for each field that must show in the reply or in what reaches the sampler.

@@ -4,8 +4,9 @@
 
 starts the embedded model on two ranks, has 20 streams of all kinds answered undisturbed, then again
 and again while each rank in turn is ended by SIGKILL or stopped by SIGSTOP. It prints a line a
-kill: the rank, the signal, and the seconds from there to the next token. Exit code 1 if a stream is
-not complete, or not equal to the undisturbed one in text, tokens, logprobs and end.
+kill: the rank, the signal, the seconds from there to the next token, and the machine's load by
+then. Exit code 1 if a stream is not complete, or not equal to the undisturbed one in text, tokens,
+logprobs and end.
 """
 
 from __future__ import annotations
@@ -160,14 +161,15 @@ def report(server: Launch, num_kills: int, num_streams: int, num_tokens: int) ->
     expected = read_all(server, num_streams, num_tokens)
     is_right = True
     seconds: dict[str, list[float]] = {}
-    print("kill  rank  signal   equal  seconds to go on")
+    print("kill  rank  signal   equal  seconds to go on  load")
     for number in range(num_kills):
         rank, sign = number % 2, (signal.SIGKILL, signal.SIGSTOP)[number // 2 % 2]
         streams, to_go_on = strike(server, rank, sign, num_streams, num_tokens)
         num_equal = count_equal(expected, streams)
         seconds.setdefault(sign.name, []).append(to_go_on)
         print(
-            f"{number:4}  {rank:4}  {sign.name}  {num_equal:2}/{num_streams}  {to_go_on:16.1f}",
+            f"{number:4}  {rank:4}  {sign.name}  {num_equal:2}/{num_streams}  {to_go_on:16.1f}"
+            f"  {os.getloadavg()[0]:4.0f}",
             flush=True,
         )
         is_right &= num_equal == num_streams

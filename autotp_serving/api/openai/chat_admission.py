@@ -113,6 +113,7 @@ class ChatAdmission:
             length_field=length_field
             or ("max_tokens" if body.max_tokens else "max_completion_tokens"),
             grammar=grammar,
+            priority=body.priority,
         )
         tools = {tool.function.name: tool.function.parameters for tool in body.callable_tools}
         max_calls = 1 if body.allows_one_call else None

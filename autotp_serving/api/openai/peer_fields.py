@@ -12,7 +12,7 @@ from pydantic import Field
 
 from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.sampling_fields import SamplingFields
-from autotp_serving.api.schemas import only
+from autotp_serving.api.schemas import PRIORITY, Priority, only
 
 
 class PeerFields(SamplingFields):
@@ -41,7 +41,7 @@ class PeerFields(SamplingFields):
     guided_decoding_backend: Annotated[Any, only()] = None
     guided_whitespace_pattern: Annotated[Any, only()] = None
     lora_path: Annotated[Any, only()] = None
-    priority: Annotated[Any, only(0)] = None
+    priority: Priority | None = Field(None, description=PRIORITY)
     cache_salt: Annotated[Any, only()] = None
     cache_prompt: Annotated[Any, only(True)] = None
     id_slot: Annotated[Any, only(-1)] = None

@@ -82,6 +82,7 @@ class OpenAIRoutes:
                 record,
                 first_choice=len(requests),
                 grammar=grammar,
+                priority=body.priority,
             )
             echo = self._text_of(prompt) if body.echo else ""
             echoes += [echo] * body.num_sampled

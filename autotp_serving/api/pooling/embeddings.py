@@ -71,6 +71,7 @@ class EmbeddingRoutes:
             self._find_pooling(body),
             record,
             "input",
+            body.priority,
         )
         write = encode_base64 if body.encoding_format == "base64" else write_numbers
         data = []

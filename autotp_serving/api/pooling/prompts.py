@@ -46,6 +46,7 @@ class PromptPooler:
         pooling: Pooling,
         record: RequestRecord,
         field_name: str,
+        priority: int | None,
     ) -> list[array[float]]:
         """Run inputs; only as many as fill a few steps are tokenized, and in the queue, at once.
 
@@ -53,6 +54,7 @@ class PromptPooler:
             encode: tokenizes one.
             record: of the HTTP request; its usage counts their tokens.
             field_name: the client's word for them.
+            priority: see Request.
 
         Returns:
             Vectors of float32.
@@ -73,6 +75,7 @@ class PromptPooler:
                     first_choice=start + len(requests),
                     prompt_field=field_name,
                     length_field=field_name,
+                    priority=priority,
                 )
             found += await self._run(requests, record)
         return found

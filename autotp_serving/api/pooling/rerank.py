@@ -121,7 +121,7 @@ class RerankRoutes:
             raise RequestError("instruction", "this model takes none: leave it out")
         encode = partial(self._encode, body.instruction or QWEN3_INSTRUCTION, field_name)
         pooling = Pooling(self._settings.method, whole=not self._settings.is_causal)
-        vectors = await self._pooler.pool(pairs, encode, pooling, record, field_name)
+        vectors = await self._pooler.pool(pairs, encode, pooling, record, field_name, body.priority)
         return [self._find_score(vector) for vector in vectors]
 
     async def _encode(self, instruction: str, field_name: str, pair: Pair) -> list[int]:

@@ -8,7 +8,16 @@ from pydantic import Field, model_validator
 
 from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.openai.schemas import LABEL, Prompts
-from autotp_serving.api.schemas import GenerousModel, NonEmptyText, StrictModel, Text, at_most, only
+from autotp_serving.api.schemas import (
+    PRIORITY,
+    GenerousModel,
+    NonEmptyText,
+    Priority,
+    StrictModel,
+    Text,
+    at_most,
+    only,
+)
 from autotp_serving.request import RequestError
 
 MAX_INPUTS = 2048
@@ -27,7 +36,7 @@ class PoolingRequest(StrictModel):
     model: Text | None = Field(None, description=MODEL)
     user: Ignored = Field(None, description=LABEL)
     truncate_prompt_tokens: Annotated[Any, only()] = None
-    priority: Annotated[Any, only(0)] = None
+    priority: Priority | None = Field(None, description=PRIORITY)
 
 
 class EmbeddingRequest(PoolingRequest):

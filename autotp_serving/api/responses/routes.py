@@ -116,6 +116,7 @@ class ResponsesRoutes:
             "tools": tools.tools or None,
             "tool_choice": tools.choice,
             "parallel_tool_calls": body.parallel_tool_calls,
+            "priority": body.priority,
             "response_format": _response_format(body),
             "chat_template_kwargs": self._reasoning.for_template(
                 is_wanted, effort if is_wanted else None

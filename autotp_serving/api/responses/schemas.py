@@ -13,7 +13,15 @@ from autotp_serving.api.history import HistoryModel
 from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.openai.schemas import LABEL
 from autotp_serving.api.openai.tool_schemas import MAX_TOOLS
-from autotp_serving.api.schemas import StrictModel, Text, at_most, bounded, only
+from autotp_serving.api.schemas import (
+    PRIORITY,
+    Priority,
+    StrictModel,
+    Text,
+    at_most,
+    bounded,
+    only,
+)
 from autotp_serving.api.structured_output import JsonSchema
 from autotp_serving.request import RequestError
 
@@ -167,6 +175,7 @@ class ResponsesRequest(StrictModel):
     include: Annotated[list[Text], Field(max_length=MAX_INCLUDES)] | None = Field(
         None, description=f"what else to tell: nothing that there is here; `{LOGPROBS}` is refused"
     )
+    priority: Priority | None = Field(None, description=PRIORITY)
     truncation: Annotated[Any, only("disabled")] = None
     metadata: Metadata | None = Field(None, description=LABEL)
     user: Text | None = Field(None, description=LABEL)
