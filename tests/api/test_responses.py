@@ -12,6 +12,7 @@ import pytest
 from autotp_serving.api.responses.item_memory import ItemMemory
 from tests.api import service
 from tests.api.dialects import ARGUMENTS, BOOK, CONFIG, SCHEMA, post, read_events
+from tests.fakes import ByteTokenizer
 
 TOOL = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
 ASK = {"input": "weather?", "tools": [TOOL], "temperature": 0}
@@ -148,18 +149,51 @@ def test_tools_in_a_namespace_keep_their_names():
     assert (call["name"], call["namespace"]) == ("get_weather", "group")
 
 
-def test_penalties_reach_the_sampler_and_are_told():
+def test_sampling_fields_reach_the_sampler_and_are_told():
     given = {"frequency_penalty": 0.5, "presence_penalty": 0.25}
+    untold = {"top_k": 3, "min_p": 0.5, "repetition_penalty": 1.5, "seed": 7, "ignore_eos": True}
 
     async def go() -> None:
         async with service.client() as (http, served):
-            reply = await http.post("/v1/responses", json={"input": "a"} | given)
+            body = {"input": "a", "stop": "x", "max_output_tokens": 3} | given | untold
+            reply = await http.post("/v1/responses", json=body)
             told, params = reply.json(), served.runner.samples[0].params
             assert {name: (told[name], getattr(params, name)) for name in given} == {
                 name: (value, value) for name, value in given.items()
             }
+            assert {name: getattr(params, name) for name in untold} == untold
+            assert params.stop == ("x",)
 
     asyncio.run(go())
+
+
+def test_variables_of_the_template_go_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def render(self: ByteTokenizer, messages: Any, options: dict[str, Any]) -> str:
+        seen.append(options.get("said"))
+        return "a"
+
+    monkeypatch.setattr(ByteTokenizer, "render_chat", render)
+    create({"input": "a", "max_output_tokens": 1, "chat_template_kwargs": {"said": "b"}})
+    assert seen == ["b"]
+
+
+def test_logprobs_are_those_of_the_text():
+    wants = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    body = ASK | {"input": "weather?"} | wants
+    response = create(body)
+    assert response["top_logprobs"] == 2
+    told = response["output"][1]["content"][0]["logprobs"]
+    assert "".join(one["token"] for one in told).endswith("Let me see.")
+    assert {len(one["top_logprobs"]) for one in told} == {2}
+    events = stream(body)
+    deltas = [one for one in events if one["type"] == "response.output_text.delta"]
+    assert [one for delta in deltas for one in delta["logprobs"]] == told
+    assert all(delta["logprobs"] for delta in deltas)
+    (done,) = [one for one in events if one["type"] == "response.output_text.done"]
+    assert done["logprobs"] == told
+    assert create(ASK)["output"][1]["content"][0]["logprobs"] == []
 
 
 def test_a_custom_tool_takes_text():
@@ -207,8 +241,11 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+        ({"regex": "a", "text": {"format": {"type": "json_object"}}}, "regex"),
+        ({"response_format": {"type": "json_object"}, "text": {"format": {"type": "text"}}},
+         "response_format"),
         ({"temprature": 1}, "temprature"),
         ({"input": []}, "input"),
         ({"input": [{"content": "x"}]}, "input.0.role"),
