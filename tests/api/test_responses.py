@@ -134,13 +134,52 @@ def test_items_may_be_referred_to_unless_nothing_was_to_be_stored(store: bool | 
 def test_the_memory_of_items_is_bounded_and_apart_by_key():
     memory = ItemMemory(max_items=2, max_chars=1000)
     for number in range(3):
-        memory.keep("a", [{"id": f"m{number}", "type": "message", "content": "x"}])
+        memory.keep_all("a", [{"id": f"m{number}", "type": "message", "content": "x"}])
     assert memory.find("a", "m0") is None and memory.find("b", "m2") is None
     assert memory.find("a", "m2").content == "x"
-    memory.keep("a", [{"id": "long", "type": "message", "content": "x" * 2000}])
+    memory.keep_all("a", [{"id": "long", "type": "message", "content": "x" * 2000}])
     assert memory.find("a", "long") is None and memory.find("a", "m2") is None
-    memory.keep("a", [{"id": "m3", "type": "message", "content": "x"}])
+    memory.keep_all("a", [{"id": "m3", "type": "message", "content": "x"}])
     assert memory.find("a", "m3") is not None
+
+
+def test_a_store_keeps_responses_to_read_and_to_go_on_from():
+    async def go() -> None:
+        options = {
+            "book": BOOK,
+            "config": CONFIG | {"responses_store": True, "api_key": ["a", "b"]},
+        }
+        async with service.client(**options) as (http, _):
+            http.headers["Authorization"] = "Bearer a"
+            streamed = await http.post("/v1/responses", json=ASK | {"stream": True, "store": True})
+            assert "x-ignored-fields" not in streamed.headers
+            first = read_events(streamed.text)[-1]["response"]
+            where = f"/v1/responses/{first['id']}"
+            assert first["store"] and (await http.get(where)).json() == first
+            output = {"type": "function_call_output", "output": "sunny"}
+            output["call_id"] = first["output"][-1]["call_id"]
+            more = ASK | {"input": [output], "previous_response_id": first["id"]}
+            second = (await http.post("/v1/responses", json=more | {"store": False})).json()
+            assert second["output"][-1]["content"][0]["text"] == "Sunny."
+            assert second["previous_response_id"] == first["id"] and not second["store"]
+            assert (await http.get(f"/v1/responses/{second['id']}")).status_code == 404
+            assert (await http.get(where, params={"stream": "true"})).status_code == 400
+            other = {"headers": {"Authorization": "Bearer b"}}
+            assert (await http.get(where, **other)).status_code == 404
+            assert (await http.delete(where, **other)).status_code == 404
+            third = await http.post(
+                "/v1/responses", json=ASK | {"previous_response_id": first["id"]}
+            )
+            assert third.status_code == 200
+            assert (await http.delete(where)).json()["deleted"]
+            assert (await http.get(where)).status_code == 404
+            # What goes on from it lacks its beginning now.
+            last = await http.post(
+                "/v1/responses", json=more | {"previous_response_id": third.json()["id"]}
+            )
+            assert last.json()["error"]["param"] == "previous_response_id"
+
+    asyncio.run(go())
 
 
 def test_tools_in_a_namespace_keep_their_names():
@@ -238,6 +277,7 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
     ("body", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"store": 1}, "store"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),

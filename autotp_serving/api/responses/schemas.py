@@ -171,8 +171,13 @@ class ResponsesRequest(SampledRequest):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    store: Ignored = Field(
-        None, description="nothing is stored; false: items of this response cannot be referred to"
+    store: bool | None = Field(
+        None,
+        description="keep the response, with --responses-store; false: its items cannot be "
+        "referred to either",
+    )
+    previous_response_id: Text | None = Field(
+        None, description="go on from that response, with --responses-store"
     )
     service_tier: Ignored = Field(None, description=BOOKKEEPING)
     client_metadata: Ignored = Field(None, description=BOOKKEEPING)
@@ -180,7 +185,6 @@ class ResponsesRequest(SampledRequest):
     prompt_cache_retention: Ignored = Field(None, description=BOOKKEEPING)
     max_tool_calls: Ignored = Field(None, description="about tools that the server runs: none")
 
-    previous_response_id: Annotated[Any, only()] = None
     conversation: Annotated[Any, only()] = None
     background: Annotated[Any, only(False)] = None
     prompt: Annotated[Any, only()] = None

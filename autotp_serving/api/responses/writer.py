@@ -28,7 +28,7 @@ class ResponsesWriter:
         names: what the client calls its tools, by the name that the model knows.
         logprobs: writes those of the text.
         shows_summary: reasoning comes as a summary, not as content.
-        keep: takes the items of a response that has ended.
+        keep: takes a response that has ended.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ResponsesWriter:
         logprobs: ListedLogprobs,
         *,
         shows_summary: bool,
-        keep: Callable[[Sequence[Mapping[str, Any]]], None],
+        keep: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._head = dict(head)
         self._usage = usage
@@ -61,14 +61,15 @@ class ResponsesWriter:
         """See Writer."""
         is_incomplete = self._reader.reason == "length"
         output = [self._item(part, self._status_of(part)) for part in self._reader.parts]
-        self._keep(output)
-        return self._head | {
+        response = self._head | {
             "status": "incomplete" if is_incomplete else "completed",
             "completed_at": None if is_incomplete else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_incomplete else None,
             "output": output,
             "usage": self._usage_object(),
         }
+        self._keep(response)
+        return response
 
     def begin(self) -> bytes:
         """See Writer."""
