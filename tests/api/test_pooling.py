@@ -70,7 +70,7 @@ def test_the_openai_client_embeds_as_it_does_elsewhere(
         # More than run and wait at once, and longer than a step.
         texts = ["x" * count for count in range(1, 100)]
         reply = await known.embeddings.create(
-            model=tmp_path.name, input=texts, extra_body={"normalize": False}
+            model=tmp_path.name, input=texts, extra_body={"use_activation": False}
         )
         assert [one.embedding[0] for one in reply.data] == list(range(1, 100))
         assert [one.index for one in reply.data] == list(range(99))

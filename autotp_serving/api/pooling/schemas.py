@@ -47,7 +47,10 @@ class EmbeddingRequest(PoolingRequest):
         None, description="which of the model's own prompts to put before each text"
     )
     normalize: bool | None = Field(
-        None, description="give vectors of length 1; default: as the model's files have it, or true"
+        None,
+        validation_alias=AliasChoices("normalize", "use_activation"),
+        description="give vectors of length 1; also `use_activation`; default: as the model's "
+        "files have it, or true",
     )
 
     @model_validator(mode="after")
