@@ -92,8 +92,11 @@ if [[ ${1:-} == --clients ]]; then
     clients_venv=$VENV
     for kind in aider older proxy webui; do
         VENV=$clients_venv-$kind
-        (setup_venv "requirements/clients-$kind.txt")
-        CLIENT_PYTHONS+=("$VENV/bin/python")
+        if (setup_venv "requirements/clients-$kind.txt"); then
+            CLIENT_PYTHONS+=("$VENV/bin/python")
+        else
+            warn "requirements/clients-$kind.txt could not be installed: its clients are left out"
+        fi
     done
     VENV=$clients_venv
     setup_venv requirements/clients.txt
