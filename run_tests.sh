@@ -4,7 +4,7 @@
 #     bash run_tests.sh                           # all tests
 #     bash run_tests.sh tests/scripts -k demo     # anything further goes to pytest
 #     bash run_tests.sh --clients                 # the clients of docs/clients.md, from environments of
-#                                                 # their own (2 GB; npm where it is)
+#                                                 # their own (5 GB; npm where it is)
 #     bash run_tests.sh --ipex-llm                # the core of them beside ipex-llm 2.2.0, which needs
 #                                                 # transformers 4.53, from an environment of its own
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
@@ -90,10 +90,13 @@ if [[ ${1:-} == --clients ]]; then
     fi
     # Each environment runs what it has; the rest is skipped there.
     clients_venv=$VENV
-    for kind in aider older; do
+    for kind in aider older proxy webui; do
         VENV=$clients_venv-$kind
-        (setup_venv "requirements/clients-$kind.txt")
-        CLIENT_PYTHONS+=("$VENV/bin/python")
+        if (setup_venv "requirements/clients-$kind.txt"); then
+            CLIENT_PYTHONS+=("$VENV/bin/python")
+        else
+            warn "requirements/clients-$kind.txt could not be installed: its clients are left out"
+        fi
     done
     VENV=$clients_venv
     setup_venv requirements/clients.txt
@@ -130,6 +133,8 @@ run_job() {
 for client_python in "${CLIENT_PYTHONS[@]}"; do
     run_job "$job, ${client_python%/bin/python}" "$client_python" -m pytest \
         --timeout="${TEST_TIMEOUT:-600}" -p no:cacheprovider tests/clients/test_libraries.py \
-        tests/clients/test_commands.py -k "aider or instructor or llama_index or crewai"
+        tests/clients/test_commands.py tests/clients/test_litellm_proxy.py \
+        tests/clients/test_open_webui.py \
+        -k "aider or instructor or llama_index or crewai or proxy or webui"
 done
 run_job "$job" python -m pytest --timeout="${TEST_TIMEOUT:-600}" --durations=10 "$@"

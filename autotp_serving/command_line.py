@@ -48,7 +48,7 @@ SECTIONS = {
         *("host", "port", "max_body_size", "api_key", "api_key_file", "cors_origin"),
         *("allowed_host", "ssl_certfile", "ssl_keyfile"),
     ),
-    "what completions hold": ("tool_call_parser", "reasoning_parser"),
+    "what completions hold": ("tool_call_parser", "reasoning_parser", "responses_store"),
     "logs and traces": ("log_level", "log_format", "otlp_traces_endpoint", "profile"),
 }
 """Of --help: fields of `ServingConfig`, each in one of them."""

@@ -311,6 +311,11 @@ class ServingConfig:
         "chat template has it",
         choices=("auto", "none", *get_args(ReasoningFormat)),
     )
+    responses_store: bool = setting(
+        False,
+        "keep the latest 1,024 responses of /v1/responses in memory, up to 64 million characters, "
+        "for previous_response_id and to be read again",
+    )
     log_level: str = setting(
         "info",
         "least important lines to log; none holds the text of a prompt or a completion",

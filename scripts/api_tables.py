@@ -23,7 +23,12 @@ from autotp_serving.api.anthropic.schemas import (
 from autotp_serving.api.native_schemas import GenerateRequest
 from autotp_serving.api.openai.chat_schemas import ChatMessage, ChatRequest, TextPart
 from autotp_serving.api.openai.peer_fields import PeerFields
-from autotp_serving.api.openai.schemas import CompletionRequest, OpenAIRequest, StreamOptions
+from autotp_serving.api.openai.schemas import (
+    CompletionRequest,
+    OpenAIRequest,
+    SampledRequest,
+    StreamOptions,
+)
 from autotp_serving.api.openai.tool_schemas import (
     AllowedTools,
     AllowedToolsChoice,
@@ -59,8 +64,8 @@ from autotp_serving.api.tokenize_routes import DetokenizeRequest, TokenizeReques
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 MODELS: tuple[type[BaseModel], ...] = (
-    GenerateRequest, OpenAIRequest, PeerFields, CompletionRequest, ChatRequest, ChatMessage,
-    TextPart, SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat,
+    GenerateRequest, SampledRequest, OpenAIRequest, PeerFields, CompletionRequest, ChatRequest,
+    ChatMessage, TextPart, SamplingFields, StructuredOutputFields, ResponseFormat, JsonSchemaFormat,
     StructuredOutputs, StreamOptions, ResponsesRequest, TextOptions, TextFormat, ReasoningConfig,
     ResponseStreamOptions, CountTokensRequest, MessagesRequest, Thinking, OutputConfig,
     OutputFormat, Tool, FunctionDefinition, NamedTool, NamedFunction,

@@ -31,6 +31,7 @@ from autotp_serving.api.pooling.embeddings import embedding_routes
 from autotp_serving.api.pooling.prompts import PromptPooler
 from autotp_serving.api.pooling.rerank import rerank_routes
 from autotp_serving.api.responses.routes import responses_routes
+from autotp_serving.api.responses.store import ResponseStore
 from autotp_serving.api.route_paths import RoutePaths
 from autotp_serving.api.schemas import ErrorReply
 from autotp_serving.api.tokenize_routes import token_routes
@@ -93,10 +94,11 @@ def build_app(
     pooling = PromptPooler(engine, admission, config), admission, names
     settings = read_pooling(config) or PoolingSettings()
     task = config.shown_task
+    store = ResponseStore() if config.responses_store else None
     routers = [
         (native_routes(engine, admission), "generate"),
         (openai_routes(engine, chats, names), "generate"),
-        (responses_routes(engine, chats, names, reasoning), "generate"),
+        (responses_routes(engine, chats, names, reasoning, store), "generate"),
         (anthropic_routes(engine, chats, names, reasoning), "generate"),
         (embedding_routes(*pooling, settings), "embed"),
         (rerank_routes(*pooling, settings), "rerank"),
@@ -120,7 +122,7 @@ def build_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origin,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", *(["DELETE"] if config.responses_store else [])],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Fields", "X-Warning", "Retry-After"],
         )

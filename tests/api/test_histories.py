@@ -9,8 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
+from autotp_serving.api.openai.chat_schemas import ChatRequest
+from autotp_serving.api.openai.completion_parser import CompletionParsers, join
+from autotp_serving.config import ServingConfig
 from autotp_serving.engine.chat_template import ChatTemplate
-from tests.api import service
+from autotp_serving.structured_output import ToolFormat
+from tests.api import service, tool_families
 from tests.api.histories import NEXT, RESULTS, SYSTEM, TOOLS, History, histories
 from tests.fakes import ByteTokenizer
 
@@ -99,6 +103,32 @@ FAMILIES = {
     "gemma": EACH + "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}" + ALTERNATE + "<start_of_turn>{{ m.role + '\n' + m['content'] | trim }}"
     + END + HEAD,
+    "deepseek v3.1": EACH + "{% if m['role'] == 'assistant' and m['tool_calls'] is defined and"
+    " m['tool_calls'] is not none %}{% for c in m['tool_calls'] %}"
+    "{{ (m['content'] if m['content'] is not none and loop.first else '') + '<call>' +"
+    " c['function']['name'] + '<sep>' + c['function']['arguments'] }}{% endfor %}"
+    "{% elif m['role'] == 'tool' %}{{ '<out>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{% set content = m['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>', 1)[1] %}{% endif %}"
+    "{{ '</think>' + content }}{% else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}"
+    + END + HEAD,
+    "granite": "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set said = 'Today.' %}{% set rest = messages %}"
+    "{% endif %}<system>{{ said }}{% for m in rest %}"
+    "{% if m['role'] == 'assistant' and m.tool_calls %}<assistant>"
+    "{{ m.content if m.content is string else '' }}{% for c in m.tool_calls %}<tool_call>"
+    '{"name": "{{ c.function.name }}", "arguments": {% if c.function.arguments is string %}'
+    "{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}}"
+    "{% endfor %}{% else %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}" + END + HEAD,
+    "functiongemma": EACH + "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{% if m.role == 'tool' %}{% if not m.name %}{{ raise_exception(\"'name' must be provided\") }}"
+    "{% endif %}<response>{{ m.name }}:{{ m.content | trim }}{% else %}<{{ role }}>"
+    "{% if m.content is string %}{{ m.content | trim }}{% elif m.content is iterable %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "{% for c in m.tool_calls or [] %}call:{{ c.function.name }}("
+    "{% if c.function.arguments is mapping %}{% for k, v in c.function.arguments | dictsort %}"
+    "{{ k }}:<escape>{{ v }}<escape>{% endfor %}{% else %}{{ c.function.arguments }}{% endif %})"
+    "{% endfor %}{% endif %}" + END + HEAD,
     "phi": EACH + "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}" + END + HEAD,
     "chatml": EACH + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     + END + HEAD,
@@ -220,6 +250,41 @@ def test_own_replies_come_back(
 
     for reply in asyncio.run(go()):
         assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("tool_format", tool_families.FAMILIES)
+def test_calls_of_every_format_come_back(tool_format: ToolFormat) -> None:
+    """As parsed whole or from pieces, and wherever max_tokens cuts them."""
+    family = tool_families.FAMILIES[tool_format]
+    template = ChatTemplate({"default": family.template}, {})
+    schemas = tool_families.TOOLS
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in schemas.items()
+    ]
+    config = ServingConfig(model_path="x", tool_call_parser=tool_format, reasoning_parser="none")
+    parsers = CompletionParsers(ByteTokenizer(), config)
+    for end in range(1, len(family.calls) + 1):
+        text = family.calls[:end]
+        piece_len = end if end % 2 else 7
+        parser = parsers.make(None, dict(schemas), None)
+        assert parser is not None
+        deltas = [
+            delta
+            for start in range(0, end, piece_len)
+            for delta in parser.add(
+                text[start : start + piece_len], is_last=start + piece_len >= end
+            )
+        ]
+        message = {"role": "assistant", **join(deltas)}
+        calls = message.get("tool_calls", [])
+        results = [{"role": "tool", "tool_call_id": one["id"], "content": "ok"} for one in calls]
+        messages = [{"role": "user", "content": "go"}, message, *results,
+                    {"role": "user", "content": NEXT}]  # fmt: skip
+        body = ChatRequest.model_validate({"messages": messages, "tools": tools})
+        prompt = template.render(*body.for_template())
+        assert NEXT in prompt and all(one["function"]["name"] in prompt for one in calls)
+    assert len(calls) == 2 and "2.5" in prompt
 
 
 def test_a_role_that_a_template_lacks_stays_refused(monkeypatch: pytest.MonkeyPatch) -> None:

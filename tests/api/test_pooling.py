@@ -70,7 +70,7 @@ def test_the_openai_client_embeds_as_it_does_elsewhere(
         # More than run and wait at once, and longer than a step.
         texts = ["x" * count for count in range(1, 100)]
         reply = await known.embeddings.create(
-            model=tmp_path.name, input=texts, extra_body={"normalize": False}
+            model=tmp_path.name, input=texts, extra_body={"use_activation": False}
         )
         assert [one.embedding[0] for one in reply.data] == list(range(1, 100))
         assert [one.index for one in reply.data] == list(range(99))
@@ -245,6 +245,12 @@ def test_pairs_are_scored_in_the_shape_of_vllm(tmp_path: Path) -> None:
         assert await score(text_1="a", text_2="b") == [sigmoid(3)]
         assert await score(text_1="a", text_2=["b", "bcd"]) == [sigmoid(3), sigmoid(5)]
         assert await score(text_1=["a", "ab"], text_2=["b", "bc"]) == [sigmoid(3), sigmoid(5)]
+        for names in (("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+            assert await score(**dict(zip(names, ("a", "b"), strict=True))) == [sigmoid(3)]
+        assert await score(text_1="a", text_2="b", use_activation=False) == [3.0]
+        twice = {"text_1": "a", "queries": "a", "text_2": "b"}
+        reply = await http.post("/v1/score", json=twice)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "queries"
         reply = await http.post("/v1/score", json={"text_1": ["a", "b"], "text_2": ["c"]})
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "text_1"
 

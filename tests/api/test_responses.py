@@ -12,6 +12,7 @@ import pytest
 from autotp_serving.api.responses.item_memory import ItemMemory
 from tests.api import service
 from tests.api.dialects import ARGUMENTS, BOOK, CONFIG, SCHEMA, post, read_events
+from tests.fakes import ByteTokenizer
 
 TOOL = {"type": "function", "name": "get_weather", "parameters": SCHEMA}
 ASK = {"input": "weather?", "tools": [TOOL], "temperature": 0}
@@ -133,13 +134,52 @@ def test_items_may_be_referred_to_unless_nothing_was_to_be_stored(store: bool | 
 def test_the_memory_of_items_is_bounded_and_apart_by_key():
     memory = ItemMemory(max_items=2, max_chars=1000)
     for number in range(3):
-        memory.keep("a", [{"id": f"m{number}", "type": "message", "content": "x"}])
+        memory.keep_all("a", [{"id": f"m{number}", "type": "message", "content": "x"}])
     assert memory.find("a", "m0") is None and memory.find("b", "m2") is None
     assert memory.find("a", "m2").content == "x"
-    memory.keep("a", [{"id": "long", "type": "message", "content": "x" * 2000}])
+    memory.keep_all("a", [{"id": "long", "type": "message", "content": "x" * 2000}])
     assert memory.find("a", "long") is None and memory.find("a", "m2") is None
-    memory.keep("a", [{"id": "m3", "type": "message", "content": "x"}])
+    memory.keep_all("a", [{"id": "m3", "type": "message", "content": "x"}])
     assert memory.find("a", "m3") is not None
+
+
+def test_a_store_keeps_responses_to_read_and_to_go_on_from():
+    async def go() -> None:
+        options = {
+            "book": BOOK,
+            "config": CONFIG | {"responses_store": True, "api_key": ["a", "b"]},
+        }
+        async with service.client(**options) as (http, _):
+            http.headers["Authorization"] = "Bearer a"
+            streamed = await http.post("/v1/responses", json=ASK | {"stream": True, "store": True})
+            assert "x-ignored-fields" not in streamed.headers
+            first = read_events(streamed.text)[-1]["response"]
+            where = f"/v1/responses/{first['id']}"
+            assert first["store"] and (await http.get(where)).json() == first
+            output = {"type": "function_call_output", "output": "sunny"}
+            output["call_id"] = first["output"][-1]["call_id"]
+            more = ASK | {"input": [output], "previous_response_id": first["id"]}
+            second = (await http.post("/v1/responses", json=more | {"store": False})).json()
+            assert second["output"][-1]["content"][0]["text"] == "Sunny."
+            assert second["previous_response_id"] == first["id"] and not second["store"]
+            assert (await http.get(f"/v1/responses/{second['id']}")).status_code == 404
+            assert (await http.get(where, params={"stream": "true"})).status_code == 400
+            other = {"headers": {"Authorization": "Bearer b"}}
+            assert (await http.get(where, **other)).status_code == 404
+            assert (await http.delete(where, **other)).status_code == 404
+            third = await http.post(
+                "/v1/responses", json=ASK | {"previous_response_id": first["id"]}
+            )
+            assert third.status_code == 200
+            assert (await http.delete(where)).json()["deleted"]
+            assert (await http.get(where)).status_code == 404
+            # What goes on from it lacks its beginning now.
+            last = await http.post(
+                "/v1/responses", json=more | {"previous_response_id": third.json()["id"]}
+            )
+            assert last.json()["error"]["param"] == "previous_response_id"
+
+    asyncio.run(go())
 
 
 def test_tools_in_a_namespace_keep_their_names():
@@ -148,18 +188,51 @@ def test_tools_in_a_namespace_keep_their_names():
     assert (call["name"], call["namespace"]) == ("get_weather", "group")
 
 
-def test_penalties_reach_the_sampler_and_are_told():
+def test_sampling_fields_reach_the_sampler_and_are_told():
     given = {"frequency_penalty": 0.5, "presence_penalty": 0.25}
+    untold = {"top_k": 3, "min_p": 0.5, "repetition_penalty": 1.5, "seed": 7, "ignore_eos": True}
 
     async def go() -> None:
         async with service.client() as (http, served):
-            reply = await http.post("/v1/responses", json={"input": "a"} | given)
+            body = {"input": "a", "stop": "x", "max_output_tokens": 3} | given | untold
+            reply = await http.post("/v1/responses", json=body)
             told, params = reply.json(), served.runner.samples[0].params
             assert {name: (told[name], getattr(params, name)) for name in given} == {
                 name: (value, value) for name, value in given.items()
             }
+            assert {name: getattr(params, name) for name in untold} == untold
+            assert params.stop == ("x",)
 
     asyncio.run(go())
+
+
+def test_variables_of_the_template_go_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def render(self: ByteTokenizer, messages: Any, options: dict[str, Any]) -> str:
+        seen.append(options.get("said"))
+        return "a"
+
+    monkeypatch.setattr(ByteTokenizer, "render_chat", render)
+    create({"input": "a", "max_output_tokens": 1, "chat_template_kwargs": {"said": "b"}})
+    assert seen == ["b"]
+
+
+def test_logprobs_are_those_of_the_text():
+    wants = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    body = ASK | {"input": "weather?"} | wants
+    response = create(body)
+    assert response["top_logprobs"] == 2
+    told = response["output"][1]["content"][0]["logprobs"]
+    assert "".join(one["token"] for one in told).endswith("Let me see.")
+    assert {len(one["top_logprobs"]) for one in told} == {2}
+    events = stream(body)
+    deltas = [one for one in events if one["type"] == "response.output_text.delta"]
+    assert [one for delta in deltas for one in delta["logprobs"]] == told
+    assert all(delta["logprobs"] for delta in deltas)
+    (done,) = [one for one in events if one["type"] == "response.output_text.done"]
+    assert done["logprobs"] == told
+    assert create(ASK)["output"][1]["content"][0]["logprobs"] == []
 
 
 def test_a_custom_tool_takes_text():
@@ -204,11 +277,15 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
     ("body", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"store": 1}, "store"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+        ({"regex": "a", "text": {"format": {"type": "json_object"}}}, "regex"),
+        ({"response_format": {"type": "json_object"}, "text": {"format": {"type": "text"}}},
+         "response_format"),
         ({"temprature": 1}, "temprature"),
         ({"input": []}, "input"),
         ({"input": [{"content": "x"}]}, "input.0.role"),

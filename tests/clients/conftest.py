@@ -56,6 +56,8 @@ def calling_url() -> Iterator[str]:
         "book": {
             "tool add\nuser: 1 + 2?\nassistant: ": CALL,
             "tool add\nuser: 1 + 2?\nassistant: \ntool: 3\nassistant: ": "It is 3.",
+            # As it reads a call that comes back without content.
+            "tool add\nuser: 1 + 2?\nassistant: None\ntool: 3\nassistant: ": "It is 3.",
         },
     }
     server = LiveServer(options, python=SERVER_PYTHON)

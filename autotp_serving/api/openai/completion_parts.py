@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autotp_serving.api.errors import check_reason
 from autotp_serving.api.openai.completion_parser import CompletionParser
-from autotp_serving.request import RequestOutput
+from autotp_serving.request import RequestOutput, TokenLogprobs
 
 PartKind = Literal["reasoning", "text", "call"]
 
@@ -23,6 +23,7 @@ class Part:
         name: of the tool that is called.
         call_id: of the call.
         pieces: of its text; of a call, of its arguments.
+        logprobs: of a text, where they were asked for: of the tokens that came with it.
     """
 
     kind: PartKind
@@ -30,6 +31,7 @@ class Part:
     name: str = ""
     call_id: str = ""
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -44,6 +46,7 @@ class PartChange:
     step: Literal["begin", "grow", "end"]
     part: Part
     text: str = ""
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class PartReader:
@@ -61,6 +64,7 @@ class PartReader:
         self.last_output: RequestOutput | None = None
         self._parser = parser
         self._open: Part | None = None
+        self._held_logprobs: list[TokenLogprobs] = []
 
     @property
     def reason(self) -> str | None:
@@ -78,13 +82,30 @@ class PartReader:
         for output in outputs:
             check_reason(output)
             self.last_output = output
-            changes += self._read(output.text, is_last=output.finish_reason is not None)
+            read = self._read(output.text, is_last=output.finish_reason is not None)
+            changes += self._add_logprobs(output, read)
             if self._open is not None and self._open.kind == "reasoning":
                 self.num_reasoning_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 if not self.parts:
                     changes.append(self._begin("text"))
                 changes += self._end()
+        return changes
+
+    def _add_logprobs(self, output: RequestOutput, changes: list[PartChange]) -> list[PartChange]:
+        """The changes that an output makes, its logprobs with the last text that grows.
+
+        Those of tokens whose text is held back wait for it; what turns out to be no text has none.
+        """
+        self._held_logprobs += output.logprobs
+        for number in reversed(range(len(changes))):
+            change = changes[number]
+            if change.step == "grow":
+                logprobs, self._held_logprobs = self._held_logprobs, []
+                if change.part.kind == "text":
+                    change.part.logprobs += logprobs
+                    changes[number] = replace(change, logprobs=logprobs)
+                break
         return changes
 
     def _read(self, text: str, *, is_last: bool) -> list[PartChange]:

@@ -78,19 +78,9 @@ class StreamOptions(StrictModel):
     )
 
 
-class OpenAIRequest(PeerFields):
-    """What both OpenAI routes take."""
+class SampledRequest(PeerFields):
+    """How OpenAI's routes may be told to sample."""
 
-    model: Text | None = Field(
-        None,
-        description="a name from /v1/models, or any other with --any-model-name; "
-        "default: the first",
-    )
-    n: int | None = Field(
-        None, ge=1, le=MAX_CHOICES, description="completions per prompt; default 1"
-    )
-    stream: bool | None = Field(None, description="answer in server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="only with stream")
     temperature: float | None = Field(
         None,
         ge=0.0,
@@ -111,6 +101,21 @@ class OpenAIRequest(PeerFields):
     seed: Seed | None = Field(None, description="same seed and prompt, same text")
     stop: Stop | None = Field(None, description="text at which to end; not returned")
     ignore_eos: bool | None = Field(None, description="go on past the model's end token")
+
+
+class OpenAIRequest(SampledRequest):
+    """What both OpenAI routes take."""
+
+    model: Text | None = Field(
+        None,
+        description="a name from /v1/models, or any other with --any-model-name; "
+        "default: the first",
+    )
+    n: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="completions per prompt; default 1"
+    )
+    stream: bool | None = Field(None, description="answer in server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
     max_tokens: int | None = Field(
         None,
         ge=1,

@@ -122,7 +122,10 @@ class RerankRoutes:
         encode = partial(self._encode, body.instruction or QWEN3_INSTRUCTION, field_name)
         pooling = Pooling(self._settings.method, whole=not self._settings.is_causal)
         vectors = await self._pooler.pool(pairs, encode, pooling, record, field_name, body.priority)
-        return [self._find_score(vector) for vector in vectors]
+        is_probability = body.use_activation
+        if is_probability is None:
+            is_probability = self._settings.sigmoid
+        return [_find_score(vector, is_probability) for vector in vectors]
 
     async def _encode(self, instruction: str, field_name: str, pair: Pair) -> list[int]:
         query, document = pair
@@ -132,10 +135,11 @@ class RerankRoutes:
         body = await self._admission.encode(text, field_name=field_name)
         return [*self._head, *body, *self._tail]
 
-    def _find_score(self, logits: array[float]) -> float:
-        """One logit, or that of yes against that of no, mostly as a probability."""
-        logit = logits[0] if len(logits) == 1 else logits[1] - logits[0]
-        if not self._settings.sigmoid:
-            return logit
-        tail = math.exp(-abs(logit))
-        return (1.0 if logit >= 0 else tail) / (1.0 + tail)
+
+def _find_score(logits: array[float], is_probability: bool) -> float:
+    """One logit, or that of yes against that of no, mostly as a probability."""
+    logit = logits[0] if len(logits) == 1 else logits[1] - logits[0]
+    if not is_probability:
+        return logit
+    tail = math.exp(-abs(logit))
+    return (1.0 if logit >= 0 else tail) / (1.0 + tail)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from autotp_serving.api.ignored_fields import Ignored
 from autotp_serving.api.openai.schemas import LABEL, Prompts
@@ -24,6 +24,9 @@ MAX_INPUTS = 2048
 """Of one call, as OpenAI has it."""
 
 MODEL = "a name from /v1/models; default: the first"
+ACTIVATION = (
+    "give probabilities (true) or the logits themselves; default: as the model's files have it"
+)
 INSTRUCTION = (
     "what the query is asked for; Qwen3-Reranker alone takes it; default: its makers' own, about "
     "web search"
@@ -53,7 +56,10 @@ class EmbeddingRequest(PoolingRequest):
         None, description="which of the model's own prompts to put before each text"
     )
     normalize: bool | None = Field(
-        None, description="give vectors of length 1; default: as the model's files have it, or true"
+        None,
+        validation_alias=AliasChoices("normalize", "use_activation"),
+        description="give vectors of length 1; also `use_activation`; default: as the model's "
+        "files have it, or true",
     )
 
     @model_validator(mode="after")
@@ -91,6 +97,7 @@ class RerankRequest(PoolingRequest):
         None, description="give each document's text too; default true"
     )
     instruction: NonEmptyText | None = Field(None, description=INSTRUCTION)
+    use_activation: bool | None = Field(None, description=ACTIVATION)
     max_tokens_per_doc: Annotated[Any, only()] = None
     max_chunks_per_doc: Annotated[Any, only()] = None
     rank_fields: Annotated[Any, only(["text"])] = None
@@ -99,9 +106,16 @@ class RerankRequest(PoolingRequest):
 class ScoreRequest(PoolingRequest):
     """Body of /score."""
 
-    text_1: Texts = Field(description="a query, or one for each of text_2")
-    text_2: Texts = Field(description="a document, or several")
+    text_1: Texts = Field(
+        validation_alias=AliasChoices("text_1", "queries", "data_1"),
+        description="a query, or one for each of text_2; also `queries` or `data_1`",
+    )
+    text_2: Texts = Field(
+        validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
+        description="a document, or several; also `documents`, `items` or `data_2`",
+    )
     instruction: NonEmptyText | None = Field(None, description=INSTRUCTION)
+    use_activation: bool | None = Field(None, description=ACTIVATION)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ScoreRequest:

@@ -6,7 +6,7 @@ A turn of the model comes as several items, reasoning, text and calls, and is on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autotp_serving.api.responses.schemas import InputItem, InputPart, ResponsesRequest
@@ -18,13 +18,16 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 def to_messages(
-    body: ResponsesRequest, find: Callable[[str], InputItem | None]
+    body: ResponsesRequest,
+    find: Callable[[str], InputItem | None],
+    earlier: Sequence[InputItem] = (),
 ) -> list[dict[str, Any]]:
     """The conversation as a chat's body has it.
 
     Args:
         body: of the request.
         find: an item of an earlier response by its id.
+        earlier: items of the conversation that the request goes on with.
 
     Raises:
         RequestError: naming an item that a model of text cannot be told of.
@@ -32,16 +35,23 @@ def to_messages(
     conversation = _Conversation()
     if body.instructions:
         conversation.add_text("system", body.instructions)
-    items = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else None
-    for number, item in enumerate(items or body.input):
-        assert isinstance(item, InputItem)
-        field = "input" if items else f"input.{number}"
+    fields = ["previous_response_id"] * len(earlier)
+    is_text = isinstance(body.input, str)
+    fields += [f"input.{number}" for number in range(len(body.input))] if not is_text else ["input"]
+    for item, field in zip((*earlier, *input_items(body)), fields, strict=True):
         if item.type == "item_reference":
             item = _recall(item, field, find)
         conversation.add(item, field)
     if not conversation.messages:
         raise RequestError("input", "must not be empty")
     return conversation.messages
+
+
+def input_items(body: ResponsesRequest) -> list[InputItem]:
+    """What a request brings of the conversation."""
+    if isinstance(body.input, str):
+        return [InputItem(role="user", content=body.input)]
+    return body.input
 
 
 class _Conversation:

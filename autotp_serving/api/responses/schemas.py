@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from autotp_serving.api.history import HistoryModel
 from autotp_serving.api.ignored_fields import Ignored
-from autotp_serving.api.openai.schemas import LABEL
+from autotp_serving.api.openai.chat_schemas import Variables
+from autotp_serving.api.openai.schemas import LABEL, SampledRequest
 from autotp_serving.api.openai.tool_schemas import MAX_TOOLS
 from autotp_serving.api.schemas import (
     PRIORITY,
@@ -23,7 +24,7 @@ from autotp_serving.api.schemas import (
     only,
 )
 from autotp_serving.api.structured_output import JsonSchema
-from autotp_serving.request import RequestError
+from autotp_serving.request import MAX_LOGPROBS, RequestError
 
 MAX_ITEMS = 2**14
 MAX_INCLUDES = 64
@@ -136,7 +137,7 @@ class ResponseStreamOptions(StrictModel):
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
-class ResponsesRequest(StrictModel):
+class ResponsesRequest(SampledRequest):
     """Body of /v1/responses."""
 
     model: Text | None = Field(None, description="a name from /v1/models; default: the first")
@@ -149,20 +150,11 @@ class ResponsesRequest(StrictModel):
     max_output_tokens: int | None = Field(
         None, ge=1, description="most tokens to generate, reasoning included; default: what fits"
     )
-    temperature: float | None = Field(
-        None, ge=0.0, le=100.0, description="what logits are divided by; 0 is greedy; default 1"
-    )
-    top_p: float | None = Field(
-        None, gt=0.0, le=1.0, description="keep the most likely tokens of this share; default 1"
-    )
-    frequency_penalty: float | None = Field(
-        None, ge=-2.0, le=2.0, description="as in chat completions; default 0"
-    )
-    presence_penalty: float | None = Field(
-        None, ge=-2.0, le=2.0, description="as in chat completions; default 0"
-    )
     text: TextOptions | None = Field(None, description="structured output")
     reasoning: ReasoningConfig | None = Field(None, description="how much, and how it is shown")
+    chat_template_kwargs: Variables | None = Field(
+        None, description="variables of the model's chat template; over what `reasoning` says"
+    )
     tools: (
         Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True), bounded()] | None
     ) = Field(None, description="what may be called")
@@ -173,7 +165,13 @@ class ResponsesRequest(StrictModel):
         None, description="more than one call in a response; default true"
     )
     include: Annotated[list[Text], Field(max_length=MAX_INCLUDES)] | None = Field(
-        None, description=f"what else to tell: nothing that there is here; `{LOGPROBS}` is refused"
+        None, description=f"what else to tell: `{LOGPROBS}`; there is nothing else here"
+    )
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="give the text's logprobs, with so many most likely tokens beside each",
     )
     priority: Priority | None = Field(None, description=PRIORITY)
     truncation: Annotated[Any, only("disabled")] = None
@@ -182,8 +180,13 @@ class ResponsesRequest(StrictModel):
     safety_identifier: Text | None = Field(None, description=LABEL)
     prompt_cache_key: Text | None = Field(None, description=LABEL)
 
-    store: Ignored = Field(
-        None, description="nothing is stored; false: items of this response cannot be referred to"
+    store: bool | None = Field(
+        None,
+        description="keep the response, with --responses-store; false: its items cannot be "
+        "referred to either",
+    )
+    previous_response_id: Text | None = Field(
+        None, description="go on from that response, with --responses-store"
     )
     service_tier: Ignored = Field(None, description=BOOKKEEPING)
     client_metadata: Ignored = Field(None, description=BOOKKEEPING)
@@ -191,11 +194,9 @@ class ResponsesRequest(StrictModel):
     prompt_cache_retention: Ignored = Field(None, description=BOOKKEEPING)
     max_tool_calls: Ignored = Field(None, description="about tools that the server runs: none")
 
-    previous_response_id: Annotated[Any, only()] = None
     conversation: Annotated[Any, only()] = None
     background: Annotated[Any, only(False)] = None
     prompt: Annotated[Any, only()] = None
-    top_logprobs: Annotated[Any, only(0)] = None
     context_management: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
 
@@ -203,9 +204,12 @@ class ResponsesRequest(StrictModel):
     def _check_fields_together(self) -> ResponsesRequest:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "is only allowed with stream: true")
-        if LOGPROBS in (self.include or ()):
-            raise RequestError("include", f"{LOGPROBS} is not supported yet: leave it out")
         return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True where the text's tokens are to be told with their logprobs."""
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
 
     @property
     def shows_summary(self) -> bool:

@@ -9,10 +9,11 @@ from typing import Any
 
 from autotp_serving.api.engine_client import Usage
 from autotp_serving.api.errors import ApiError
+from autotp_serving.api.logprobs import ListedLogprobs
 from autotp_serving.api.openai.completion_parser import CompletionParser
 from autotp_serving.api.openai.completion_parts import Part, PartChange, PartReader
 from autotp_serving.api.responses.tools import CallableName, read_arguments
-from autotp_serving.request import RequestOutput
+from autotp_serving.request import RequestOutput, TokenLogprobs
 
 PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 
@@ -25,8 +26,9 @@ class ResponsesWriter:
         usage: of the HTTP request; grows while its outputs come.
         parser: of the completion.
         names: what the client calls its tools, by the name that the model knows.
+        logprobs: writes those of the text.
         shows_summary: reasoning comes as a summary, not as content.
-        keep: takes the items of a response that has ended.
+        keep: takes a response that has ended.
     """
 
     def __init__(
@@ -35,14 +37,16 @@ class ResponsesWriter:
         usage: Usage,
         parser: CompletionParser | None,
         names: Mapping[str, CallableName],
+        logprobs: ListedLogprobs,
         *,
         shows_summary: bool,
-        keep: Callable[[Sequence[Mapping[str, Any]]], None],
+        keep: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._head = dict(head)
         self._usage = usage
         self._reader = PartReader(parser)
         self._names = names
+        self._logprobs = logprobs
         self._shows_summary = shows_summary
         self._keep = keep
         self._id_base = str(head["id"]).partition("_")[2]
@@ -57,14 +61,15 @@ class ResponsesWriter:
         """See Writer."""
         is_incomplete = self._reader.reason == "length"
         output = [self._item(part, self._status_of(part)) for part in self._reader.parts]
-        self._keep(output)
-        return self._head | {
+        response = self._head | {
             "status": "incomplete" if is_incomplete else "completed",
             "completed_at": None if is_incomplete else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_incomplete else None,
             "output": output,
             "usage": self._usage_object(),
         }
+        self._keep(response)
+        return response
 
     def begin(self) -> bytes:
         """See Writer."""
@@ -101,7 +106,7 @@ class ResponsesWriter:
             added = self._event("response.output_item.added", **place, item=item)
             return added + self._begin_content(part, within)
         if change.step == "grow":
-            return self._grow_content(part, within, change.text)
+            return self._grow_content(part, within, change)
         ended = self._end_content(part, within)
         item = self._item(part, self._status_of(part))
         return ended + self._event("response.output_item.done", **place, item=item)
@@ -109,15 +114,16 @@ class ResponsesWriter:
     def _begin_content(self, part: Part, within: dict[str, Any]) -> bytes:
         if part.kind == "call":
             return b""
-        name, index, content = self._content(part, "")
+        name, index, content = self._content(part, is_empty=True)
         return self._event(f"response.{name}.added", **within, **index, part=content)
 
-    def _grow_content(self, part: Part, within: dict[str, Any], text: str) -> bytes:
+    def _grow_content(self, part: Part, within: dict[str, Any], change: PartChange) -> bytes:
+        text = change.text
         if part.kind != "call":
-            _, index, _ = self._content(part, text)
+            _, index, _ = self._content(part, is_empty=True)
             return self._event(
                 f"response.{self._text_name(part)}.delta", **within, **index, delta=text,
-                **self._no_logprobs(part),
+                **self._write_logprobs(part, change.logprobs),
             )  # fmt: skip
         if self._find_name(part).is_custom:  # its text is known once all of it has come
             return b""
@@ -126,10 +132,10 @@ class ResponsesWriter:
     def _end_content(self, part: Part, within: dict[str, Any]) -> bytes:
         text = part.text
         if part.kind != "call":
-            name, index, content = self._content(part, text)
+            name, index, content = self._content(part)
             return self._event(
                 f"response.{self._text_name(part)}.done", **within, **index, text=text,
-                **self._no_logprobs(part),
+                **self._write_logprobs(part, part.logprobs),
             ) + self._event(f"response.{name}.done", **within, **index, part=content)  # fmt: skip
         called = self._find_name(part)
         if not called.is_custom:
@@ -140,10 +146,14 @@ class ResponsesWriter:
         delta = self._event(f"{kind}.delta", **within, delta=value)
         return delta + self._event(f"{kind}.done", **within, input=value)
 
-    def _content(self, part: Part, text: str) -> tuple[str, dict[str, int], dict[str, Any]]:
+    def _content(
+        self, part: Part, *, is_empty: bool = False
+    ) -> tuple[str, dict[str, int], dict[str, Any]]:
         """What events call the content of a text or of reasoning, its number, and itself."""
+        text = "" if is_empty else part.text
         if part.kind == "text":
-            content = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+            content = {"type": "output_text", "text": text, "annotations": []}
+            content |= self._write_logprobs(part, () if is_empty else part.logprobs)
             return "content_part", {"content_index": 0}, content
         if self._shows_summary:
             content = {"type": "summary_text", "text": text}
@@ -155,15 +165,14 @@ class ResponsesWriter:
             return "output_text"
         return "reasoning_summary_text" if self._shows_summary else "reasoning_text"
 
-    @staticmethod
-    def _no_logprobs(part: Part) -> dict[str, Any]:
-        return {"logprobs": []} if part.kind == "text" else {}
+    def _write_logprobs(self, part: Part, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return {"logprobs": self._logprobs.write(logprobs)} if part.kind == "text" else {}
 
     def _item(self, part: Part, status: str, *, is_empty: bool = False) -> dict[str, Any]:
         """One item of the output; as it begins, without content."""
         item: dict[str, Any] = {"id": self._item_id(part), "status": status}
         text = "" if is_empty else part.text
-        contents = [] if is_empty else [self._content(part, text)[2]]
+        contents = [] if is_empty or part.kind == "call" else [self._content(part)[2]]
         if part.kind == "text":
             return item | {"type": "message", "role": "assistant", "content": contents}
         if part.kind == "reasoning":
