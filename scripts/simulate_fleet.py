@@ -28,8 +28,8 @@ STEP_TIMES = Path(__file__).parents[1] / "docs/measured/step-times.json"
 GUESSED_TOKENS = 256
 """Of an answer, by a router that does not know how long it will be."""
 
-IMBALANCE, LEAST_MATCH = 8, 0.1
-"""Of Ray's rule: requests by which a replica may be ahead, and the least share that counts."""
+LEAST_MATCH = 0.1
+"""Of Ray's rule: the least share of a prompt that counts as a match."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Replica:
 Router = Callable[[Turn, Sequence[Replica]], int]
 
 
-def make_router(name: str, rng: random.Random, system_tokens: int) -> Router:
+def make_router(name: str, rng: random.Random, system_tokens: int, imbalance: int) -> Router:
     """A way to choose a replica for a request; returns its index."""
     turns = itertools.count()
     seen: list[dict[tuple[str, int], int]] = []  # prompts that each replica was sent, by Ray's rule
@@ -251,7 +251,7 @@ def make_router(name: str, rng: random.Random, system_tokens: int) -> Router:
         """As PrefixCacheAffinityRouter: where most was sent before, unless the load is uneven."""
         seen.extend({} for _ in range(len(replicas) - len(seen)))
         counts = [one.num_requests for one in replicas]
-        if max(counts) - min(counts) > IMBALANCE:
+        if max(counts) - min(counts) > imbalance:
             chosen = min(
                 rng.sample(range(len(replicas)), min(2, len(replicas))), key=counts.__getitem__
             )
@@ -294,12 +294,14 @@ def simulate(
     load: Load = Load(),
     limits: Limits = Limits(),
     seed: int = 0,
+    imbalance: int = 8,
 ) -> list[Turn]:
     """All turns that arrived within so many seconds and ended, in the order in which they ended.
 
-    The conversations are those of the seed, whatever the router.
+    The conversations are those of the seed, whatever the router. Ray's lets a replica be ahead of
+    another by so many requests.
     """
-    choose = make_router(router, random.Random(seed), load.system_tokens)
+    choose = make_router(router, random.Random(seed), load.system_tokens, imbalance)
     replicas = [Replica(times, load, limits) for _ in range(num_replicas)]
     serial = itertools.count()
     events: list[tuple[float, int, Turn | int]] = []  # a turn that arrives, or whose step ends
@@ -376,6 +378,8 @@ class Summary:
     @classmethod
     def of(cls, turns: list[Turn], warm_up: float, seconds: float, num_replicas: int) -> Summary:
         late = [turn for turn in turns if turn.arrival >= warm_up]
+        if not any(turn.num_answer > 1 for turn in late):
+            raise SystemExit("no answer is long enough to count: raise --seconds")
         window = seconds - warm_up
         done = sum(turn.num_answer for turn in turns if warm_up <= turn.end < seconds)
         first = sorted(turn.first_token - turn.arrival for turn in late)
@@ -406,6 +410,8 @@ def main() -> int:
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS)
     parser.add_argument("--seconds", type=float, default=300.0, help="simulated")
     parser.add_argument("--warm-up", type=float, default=150.0, help="of them, not counted")
+    parser.add_argument("--imbalance", type=int, default=8,
+                        help="requests by which Ray's rule lets a replica be ahead")  # fmt: skip
     parser.add_argument("--step-times", type=Path, default=STEP_TIMES)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -413,7 +419,10 @@ def main() -> int:
         parser.error("--warm-up must be less than --seconds, and --replicas at least 1")
     if min(options.turns_per_second) <= 0:
         parser.error("--turns-per-second must be above 0")
-    times = StepTimes.read(options.step_times)
+    try:
+        times = StepTimes.read(options.step_times)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"--step-times {options.step_times} cannot be read: {error!r}")
     print(
         "| replicas | turns/s each | router | tokens/s each | first token P50, P99, s "
         "| token P99, ms | prompts cached | busiest replica's work |\n" + "|---" * 8 + "|"
@@ -421,8 +430,9 @@ def main() -> int:
     for num_replicas, rate in itertools.product(options.replicas, options.turns_per_second):
         for router in options.routers:
             turns = simulate(
-                router, num_replicas, options.seconds, times, Load(rate), seed=options.seed
-            )
+                router, num_replicas, options.seconds, times, Load(rate),
+                seed=options.seed, imbalance=options.imbalance,
+            )  # fmt: skip
             one = Summary.of(turns, options.warm_up, options.seconds, num_replicas)
             print(
                 f"| {num_replicas} | {rate:g} | {router} | {one.output_rate:.0f} "
