@@ -10,7 +10,7 @@
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
 #                                                 # the cpu image (root, ten minutes, 3 GB)
 #     bash run_tests.sh --ray                     # deploy/ray on a cluster of two nodes made here, from
-#                                                 # an environment of its own (600 MB, ten minutes)
+#                                                 # an environment of its own (15 minutes)
 #     bash run_tests.sh --xpu-compile             # every Triton kernel compiled for Intel cards that
 #                                                 # need not be here, from an environment of its own
 #

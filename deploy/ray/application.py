@@ -290,7 +290,7 @@ class Group:
                 start = AnswerStart(
                     answer.status, keep_headers(answer.headers.items(), HOP_BY_HOP | SET_ANEW)
                 )
-                if answer.status == 503:
+                if answer.status == 503 and message.method == "POST":  # others ask how it is
                     raise GroupLost((await answer.text())[:1000])
                 whole = await answer.read() if answer.content_length is not None else None
                 yield start
