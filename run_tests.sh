@@ -9,11 +9,13 @@
 #                                                 # transformers 4.53, from an environment of its own
 #     bash run_tests.sh --deploy                  # docker/ and deploy/, with their checkers; makes
 #                                                 # the cpu image (root, ten minutes, 3 GB)
+#     bash run_tests.sh --ray                     # deploy/ray on a cluster of two nodes made here, from
+#                                                 # an environment of its own (15 minutes)
 #     bash run_tests.sh --xpu-compile             # every Triton kernel compiled for Intel cards that
 #                                                 # need not be here, from an environment of its own
 #
 # Environment: VENV (.venv), CLIENTS_VENV (.venv-clients), IPEX_LLM_VENV (.venv-ipex-llm),
-# DEPLOY_VENV (.venv-deploy), XPU_COMPILE_VENV (.venv-xpu-compile),
+# DEPLOY_VENV (.venv-deploy), RAY_VENV (.venv-ray), XPU_COMPILE_VENV (.venv-xpu-compile),
 # PYTHON (python3), TEST_TIMEOUT (seconds a test may take, 600).
 set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -101,6 +103,14 @@ if [[ ${1:-} == --clients ]]; then
     VENV=$clients_venv
     setup_venv requirements/clients.txt
     set -- tests/clients "$@"
+elif [[ ${1:-} == --ray ]]; then
+    shift
+    job="tests with ray"
+    export SERVER_PYTHON=$VENV/bin/python
+    VENV=${RAY_VENV:-$ROOT/.venv-ray}
+    setup_venv tests/deploy/requirements-ray.txt
+    TEST_TIMEOUT=${TEST_TIMEOUT:-3600}
+    set -- tests/deploy/test_ray.py -s "$@"
 elif [[ ${1:-} == --deploy ]]; then
     shift
     job="tests of deployment"
