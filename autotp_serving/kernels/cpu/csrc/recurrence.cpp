@@ -70,8 +70,9 @@ void convolve(const AutotpSpans& spans, const Number* inputs, const float* taps,
     }
 }
 
-// One head of one sequence, for `kWidth` columns of its values.
-template <int kWidth>
+// One head of one sequence, for `kWidth` columns of its values. kDecayByRow: each row of the state
+// has a decay of its own.
+template <int kWidth, bool kDecayByRow>
 void run_gated_delta(const float* query, const float* key, const float* value, const float* decay,
                      const float* beta, float* kept, float* out, bool is_new, int64_t len,
                      int64_t heads, int64_t key_heads, int64_t key_dim, int64_t value_dim) {
@@ -85,7 +86,7 @@ void run_gated_delta(const float* query, const float* key, const float* value, c
         Floats known[kParts] = {}, change[kParts], sums[kParts] = {};
         for (int64_t row = 0; row < key_dim; ++row)
             for (int part = 0; part < kParts; ++part) {
-                state[row][part] *= *decay;
+                state[row][part] *= decay[kDecayByRow ? row : 0];
                 known[part] += state[row][part] * key[row];
             }
         for (int part = 0; part < kParts; ++part)
@@ -100,7 +101,7 @@ void run_gated_delta(const float* query, const float* key, const float* value, c
         key += key_heads * key_dim;
         value += heads * value_dim;
         out += heads * value_dim;
-        decay += heads;
+        decay += kDecayByRow ? heads * key_dim : heads;
         beta += heads;
     }
     for (int64_t row = 0; row < key_dim; ++row)
@@ -124,11 +125,16 @@ void autotp_convolve(const AutotpSpans* spans, const void* inputs, const float* 
                  out, channels, num_taps);
 }
 
-// key_dim is at most kMaxRows, value_dim a multiple of kLanes.
+// key_dim is at most kMaxRows, value_dim a multiple of kLanes; `decay` is one of each head, or where
+// `decays_by_row`, of each dimension of its keys.
 void autotp_gated_delta(const AutotpSpans* spans, const float* query, const float* key,
                         const float* value, const float* decay, const float* beta, float* pool,
                         float* out, int64_t heads, int64_t key_heads, int64_t key_dim,
-                        int64_t value_dim) {
+                        int64_t value_dim, int64_t decays_by_row) {
+    const auto run_wide =
+        decays_by_row ? run_gated_delta<kBlock, true> : run_gated_delta<kBlock, false>;
+    const auto run_narrow =
+        decays_by_row ? run_gated_delta<kLanes, true> : run_gated_delta<kLanes, false>;
     const int64_t blocks = (value_dim + kBlock - 1) / kBlock;
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(spans->threads) \
     if (spans->threads > 1)
@@ -144,9 +150,9 @@ void autotp_gated_delta(const AutotpSpans* spans, const float* query, const floa
                 const int64_t at = token * heads + head, end = (block + 1) * kBlock;
                 for (int64_t column = block * kBlock; column < end && column < value_dim;) {
                     const bool is_wide = end <= value_dim;
-                    (is_wide ? run_gated_delta<kBlock> : run_gated_delta<kLanes>)(
-                        query + key_at, key + key_at, value + at * value_dim + column, decay + at,
-                        beta + at, kept + column, out + at * value_dim + column, is_new, len,
+                    (is_wide ? run_wide : run_narrow)(
+                        query + key_at, key + key_at, value + at * value_dim + column,
+                        decay + at * (decays_by_row ? key_dim : 1), beta + at, kept + column, out + at * value_dim + column, is_new, len,
                         heads, key_heads, key_dim, value_dim);
                     column += is_wide ? kBlock : kLanes;
                 }
