@@ -3,9 +3,9 @@
 Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, Ling 3), Mamba-2 (Granite 4,
 Falcon-H1, Nemotron-H, Bamba) and short convolutions (LFM2). They take the place of transformers'
 layers, whose matrices they keep, and run what mixes tokens over the flattened batch, from and to
-pools with a row for each running sequence. A sequence that begins finds zeros, whatever its row held, unless rank 0 has the
-state of an equal beginning copied there first. Heads are shared out evenly over ranks.
-Longer than other files, for the three kinds share what is around their mixing.
+pools with a row for each running sequence. A sequence that begins finds zeros, whatever its row
+held, unless rank 0 has the state of an equal beginning copied there first. Heads are shared out
+evenly over ranks. Longer than other files, for the three kinds share what is around their mixing.
 """
 
 from __future__ import annotations
