@@ -5,9 +5,9 @@
 
 Both models are in memory, in the same type (`--dtype`, BF16), and run the same prompts in one
 process, which takes turns: what else the machine does slows both. The prefill lasts until the
-first token; a decode step is the median of those that follow. Beside seconds by the clock stand
-seconds of processor time, which are steadier on a machine that is shared. Other flags are
-serving.py's. The last line is JSON.
+first token; a decode step is the median of those that follow. Beside time by the clock stands
+that of the processors, which is steadier on a machine that is shared. Other flags are serving.py's.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import random
 import statistics
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
-from autotp_serving import SamplingParams
+from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import ConfigError
-from autotp_serving.request import RequestError
-from benchmarks.latency import split_run
+from autotp_serving.request import RequestError, RequestOutput
 from benchmarks.offline import (
-    TimedLLM,
     add_flag,
     make_prompt,
     parse_serving_flags,
@@ -35,7 +34,9 @@ from benchmarks.offline import (
 )
 
 NAME = "benchmarks.beside_transformers"
-FIGURES = ("prefill_seconds", "step_seconds", "processor_seconds")
+FIGURES = ("prefill_seconds", "step_seconds", "prefill_processor_seconds", "step_processor_seconds")
+
+Moment = tuple[float, float]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,9 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     add_flag(parser, "input-len", type=positive, default=256, help="tokens of a prompt (256)")
-    add_flag(parser, "output-len", type=positive, default=32, help="tokens of an answer (32)")
+    add_flag(parser, "output-len", type=at_least_two, default=32, help="tokens of an answer (32)")
     add_flag(parser, "num-iters", type=positive, default=3, help="turns of each (3)")
     return parser
+
+
+def at_least_two(text: str) -> int:
+    """For argparse: a decode step follows the first token."""
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: the first token is the prefill's")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
     try:
         config = parse_serving_flags(words, NAME)
-        with TimedLLM(config.model_path, **settings_of(config)) as llm:
+        with ClockedLLM(config.model_path, **settings_of(config)) as llm:
             model = load_transformers(config.model_path, config.dtype)
             rng = random.Random(0)
             for turn in range(options.num_iters + 1):  # the first one warms up
@@ -78,9 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     for figure in FIGURES:
         ours, theirs = (medians[name][figure] for name in ("ours", "transformers"))
+        what = figure.removesuffix("_seconds").replace("_", ", ")
         print(
-            f"{figure.removesuffix('_seconds')}: ours {ours * 1e3:.1f} ms, transformers "
-            f"{theirs * 1e3:.1f} ms, {theirs / ours:.2f} times as long"
+            f"{what}: ours {ours * 1e3:.1f} ms, transformers {theirs * 1e3:.1f} ms, "
+            f"{theirs / ours:.2f} times as long"
         )
     print(json.dumps({"model": config.model_path, **vars(options), **medians}))
     return 0
@@ -97,13 +106,29 @@ def load_transformers(model_path: str, dtype: str) -> Any:
     return model.eval()
 
 
-def run_ours(llm: TimedLLM, prompt: list[int], num_tokens: int) -> dict[str, float]:
+class ClockedLLM(LLM):
+    """Notes the time of each token.
+
+    Attributes:
+        moments: see `describe`.
+    """
+
+    def __init__(self, model_path: str, **settings: Any) -> None:
+        self.moments: list[Moment] = []
+        super().__init__(model_path, **settings)
+
+    def _collect(self, outputs: list[RequestOutput]) -> None:
+        if any(output.token_ids for output in outputs):
+            self.moments.append(read_clocks())
+        super()._collect(outputs)
+
+
+def run_ours(llm: ClockedLLM, prompt: list[int], num_tokens: int) -> dict[str, float]:
     """Seconds of one answer."""
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    llm.arrivals.clear()
-    started, used = time.perf_counter(), time.process_time()
+    llm.moments = [read_clocks()]
     llm.generate([prompt], params, show_progress=False)
-    return describe(started, used, [moment for moment, _ in llm.arrivals])
+    return describe(llm.moments)
 
 
 def run_transformers(model: Any, prompt: list[int], num_tokens: int) -> dict[str, float]:
@@ -111,17 +136,16 @@ def run_transformers(model: Any, prompt: list[int], num_tokens: int) -> dict[str
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    moments: list[float] = []
+    moments: list[Moment] = []
 
     class Clock(BaseStreamer):
         def put(self, value: Any) -> None:
-            moments.append(time.perf_counter())
+            moments.append(read_clocks())  # first for the prompt, before anything is computed
 
         def end(self) -> None:
             """Nothing is left to show."""
 
     ids = torch.tensor([prompt])
-    started, used = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         model.generate(
             ids,
@@ -130,18 +154,27 @@ def run_transformers(model: Any, prompt: list[int], num_tokens: int) -> dict[str
             do_sample=False,
             streamer=Clock(),
         )
-    return describe(started, used, moments[1:])  # the first is the prompt
+    return describe(moments)
 
 
-def describe(started: float, used: float, moments: list[float]) -> dict[str, float]:
-    """Seconds of the prefill, of a decode step, and of the processors for both together."""
-    used = time.process_time() - used
-    run = split_run(started, [(moment, ("one",)) for moment in moments], 1)
-    return {
-        "prefill_seconds": run["prefill_seconds"],
-        "step_seconds": statistics.median(run["step_seconds"] or [0.0]),
-        "processor_seconds": used,
-    }
+def read_clocks() -> Moment:
+    """Seconds by the clock, and of this process on all processors."""
+    return time.perf_counter(), time.process_time()
+
+
+def describe(moments: list[Moment]) -> dict[str, float]:
+    """Seconds of the prefill and of a decode step, by both clocks.
+
+    Args:
+        moments: the beginning, and when each token came.
+    """
+    spans = [
+        [after - before for before, after in pairwise(times)]
+        for times in zip(*moments, strict=True)
+    ]
+    prefills = [span[0] for span in spans]
+    steps = [statistics.median(span[1:]) for span in spans]
+    return dict(zip(FIGURES, [prefills[0], steps[0], prefills[1], steps[1]], strict=True))
 
 
 if __name__ == "__main__":

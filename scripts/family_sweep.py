@@ -129,7 +129,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gptj": {"n_inner": None},
     # As many key as value dimensions, or transformers writes its convolutions in wrong parts.
     "olmo_hybrid": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    "lfm2_moe": {"num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
