@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import random
@@ -78,10 +79,14 @@ SMALL: dict[str, Any] = {
     "image_size": 28,
 }
 
+KINDS = ("layer_types", "mlp_layer_types")
+"""Settings that name the kind of each layer: a tiny model has all that the default one has."""
+
 SECOND_TRY = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 32}
 
 # What the names above do not say of a family.
 LATENT = {"head_dim": 16, "rope_interleave": True, "num_key_value_heads": 4}  # keys of every head
+KIMI_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 LLAMA4 = {
     "num_hidden_layers": 4,
     "attention_chunk_size": 32,
@@ -124,6 +129,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gptj": {"n_inner": None},
     # As many key as value dimensions, or transformers writes its convolutions in wrong parts.
     "olmo_hybrid": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32},
     "granitemoehybrid": {
@@ -149,13 +155,16 @@ EXTRA: dict[str, dict[str, Any]] = {
         "expert_ffn_hidden_size": 128,
         "zero_expert_num": 2,
     },
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "xmod": {"default_language": "en_XX"},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 24},
     "zaya": {"num_experts_per_tok": 1},
     "mamba2": {"num_heads": 8, "head_dim": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": LATENT
-    | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "kimi_linear": LATENT | {"linear_num_heads": 4, "linear_head_dim": 32},
+    "bailing_hybrid": LATENT | {"num_expert_group": 1, "layer_types": KIMI_LAYERS},
     "reformer": {"axial_pos_embds_dim": [32, 96], "axial_pos_shape": [16, 32]},
     **dict.fromkeys(("gemma4", "gemma4_text"), GEMMA4),
     **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), GEMMA4_UNIFIED),
@@ -225,9 +234,10 @@ def make_all(only: list[str] | None, root: Path) -> dict[str, Any]:
 def make_somehow(family: str, folder: Path) -> list[list[int]] | str:
     """Transformers' answers from the first way to make a tiny model that works."""
     found = ""
-    for changes, strength in (({}, 1.0), (SECOND_TRY, 1.0), ({}, 4.0), ({}, 16.0), ({}, 64.0)):
+    tries = (({}, 1.0), (SECOND_TRY, 1.0), ({}, 4.0), ({}, 16.0), ({}, 64.0))
+    for keeps_kinds, (changes, strength) in itertools.product((True, False), tries):
         try:
-            found = make_one(family, folder, changes, strength)
+            found = make_one(family, folder, changes, strength, keeps_kinds)
         except Exception as error:  # whatever a family says of sizes that it does not like
             found = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
         if isinstance(found, list):
@@ -236,17 +246,19 @@ def make_somehow(family: str, folder: Path) -> list[list[int]] | str:
 
 
 def make_one(
-    family: str, folder: Path, changes: dict[str, Any] | None = None, strength: float = 1.0
+    family: str, folder: Path, changes: dict[str, Any], strength: float, keeps_kinds: bool
 ) -> list[list[int]] | str:
     """Save one family's checkpoint, and return transformers' answers.
 
     Args:
+        changes: of SMALL.
         strength: of the embeddings, without which some models say the same of every prompt.
+        keeps_kinds: see `shrink`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = shrink(AutoConfig.for_model(family), SMALL | (changes or {}))
+    settings = shrink(AutoConfig.for_model(family), SMALL | changes, keeps_kinds)
     text = settings.get("text_config", settings)
     text |= EXTRA.get(family, {})
     config = AutoConfig.for_model(family, **settings)
@@ -291,17 +303,23 @@ def make_one(
     return answers
 
 
-def shrink(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Small values for the sizes that a config has, its parts included."""
+def shrink(config: Any, sizes: dict[str, Any], keeps_kinds: bool) -> dict[str, Any]:
+    """Small values for the sizes that a config has, its parts included.
+
+    Args:
+        keeps_kinds: all kinds of layers are among the few, by turns.
+    """
     found = {}
     settings = config.to_dict()
     for name, value in settings.items():
         if name in config.sub_configs and hasattr(getattr(config, name, None), "to_dict"):
-            found[name] = shrink(getattr(config, name), sizes)
+            found[name] = shrink(getattr(config, name), sizes, keeps_kinds)
         elif name in sizes and (value is not None or name.startswith("num_key")):
             found[name] = sizes[name]
-        elif name in ("layer_types", "mlp_layer_types"):
-            found[name] = None  # as long as the layers are many: let the class make it anew
+        elif name in KINDS:  # by turns, or as the class itself has it
+            kinds = list(dict.fromkeys(value or ()))
+            count = sizes["num_hidden_layers"]
+            found[name] = (kinds * count)[:count] if keeps_kinds and kinds else None
     return found
 
 

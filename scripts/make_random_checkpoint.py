@@ -42,6 +42,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {"model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
         "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3.5-0.8b": {"model_type": "qwen3_5_text", "hidden_size": 1024, "num_hidden_layers": 24,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
+        "intermediate_size": 3584, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+        "vocab_size": 248320, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    "gpt-oss-1b": {"model_type": "gpt_oss", "hidden_size": 1024, "num_hidden_layers": 12,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 1024,
+        "num_local_experts": 16, "num_experts_per_tok": 4, "vocab_size": 201088,
+        "max_position_embeddings": 32768},
 }  # fmt: skip
 
 BLOCK_ELEMENTS = 2**24

@@ -151,7 +151,7 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     """
     from torch import nn
 
-    from autotp_serving.model.state_layers import ConvolutionPart
+    from autotp_serving.model.state_layers import find_state_layer
 
     family = model.config.model_type
     if family in PROVED:
@@ -161,9 +161,11 @@ def check_sharding(model: nn.Module, *, has_plan: bool) -> None:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         is_matrix = weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
-        if isinstance(module, ConvolutionPart):  # of a layer that shares out its own
-            continue
-        if module is head or not (is_matrix or has_stacked_weights(module)):
+        if (
+            module is head
+            or find_state_layer(model, name) is not None
+            or not (is_matrix or has_stacked_weights(module))
+        ):
             continue
         if has_plan and not has_stacked_weights(module):
             continue
@@ -188,13 +190,13 @@ def check_unsharded_parameters(model: nn.Module) -> None:
         ConfigError: naming the family and the parameter.
     """
     from autotp_serving.model.sharding_plan import GatheredNorm
-    from autotp_serving.model.state_layers import StateLayer
+    from autotp_serving.model.state_layers import StateLayer, find_state_layer
 
     config = model.config.get_text_config()
     head_dims = {find_heads(layer)[2] for layer in list_layer_configs(config)}
     for name, module in model.named_modules():
-        if isinstance(module, StateLayer):  # shares out its own
-            continue
+        if isinstance(module, StateLayer) or find_state_layer(model, name) is not None:
+            continue  # it shares out its own
         if not any(type(child).__name__ == "LinearLayer" for child in module.children()):
             continue
         for inner_name, inner in module.named_modules():

@@ -18,7 +18,7 @@ from torch import nn
 from autotp_serving.layers.unfuse import Experts, FusedOutput
 from autotp_serving.low_bit.formats import BLOCK
 from autotp_serving.model.shapes import find_heads, list_layer_configs
-from autotp_serving.model.state_layers import StateLayer
+from autotp_serving.model.state_layers import StateLayer, find_state_layer
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,7 +26,7 @@ COLUMN_STYLES = ("colwise", "colwise_gather_output")
 ROW_STYLES = ("rowwise", "rowwise_split_input")
 SHARDING_BY_NAME = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "column"),
-    **dict.fromkeys(("q_b_proj", "kv_b_proj"), "column"),
+    **dict.fromkeys(("q_b_proj", "kv_b_proj", "g_proj"), "column"),
     **dict.fromkeys(("w1", "w3"), "column"),
     **dict.fromkeys(("o_proj", "down_proj", "out_proj", "w2", "output_linear"), "row"),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "whole"),
@@ -92,8 +92,9 @@ def _find_own_sharding(model: nn.Module, name: str) -> str | None:
     """Of the parts that our own code has made of others."""
     parent_name, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if isinstance(parent, StateLayer):
-        return parent.sharding[last]
+    if (found := find_state_layer(model, name)) is not None:
+        layer, inner_name = found
+        return layer.sharding[inner_name]
     experts = model.get_submodule(parent_name.rpartition(".")[0])
     if isinstance(experts, Experts):
         return "whole" if experts.are_whole else SHARDING_BY_NAME[last]
@@ -130,7 +131,7 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
             grain = BLOCK if size >= BLOCK * comm.get_world_size() else 1
             config = _find_layer_config(model.config.get_text_config(), name)
             meta = AutoTPMeta.from_model_config(config, grain)
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), StateLayer):
+            if find_state_layer(model, name) is not None:
                 meta = AutoTPMeta(num_kv_heads=comm.get_world_size())  # evenly
             options: dict[str, Any] = {"tp_meta": meta}
             layer = kinds[axis](linear, comm.get_world_group(), name=name, **options)

@@ -1,11 +1,11 @@
 """Layers that keep a state of fixed size for each sequence, beside the KV blocks. Every rank.
 
-Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid), Mamba-2 (Granite 4, Falcon-H1, Nemotron-H,
-Bamba) and short convolutions (LFM2). They take the place of transformers' layers, whose matrices
-they keep, and run what mixes tokens over the flattened batch, from and to pools with a row for each
-running sequence. A sequence that begins finds zeros, whatever its row held, unless rank 0 has the
-state of an equal beginning copied there first. Heads are shared out evenly over ranks.
-Longer than other files, for the three kinds share what is around their mixing.
+Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, Ling 3), Mamba-2 (Granite 4,
+Falcon-H1, Nemotron-H, Bamba) and short convolutions (LFM2). They take the place of transformers'
+layers, whose matrices they keep, and run what mixes tokens over the flattened batch, from and to
+pools with a row for each running sequence. A sequence that begins finds zeros, whatever its row
+held, unless rank 0 has the state of an equal beginning copied there first. Heads are shared out
+evenly over ranks. Longer than other files, for the three kinds share what is around their mixing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StateLayer(nn.Module):
         source: transformers' layer, on the meta device, which is taken apart.
 
     Attributes:
-        sharding: of each linear child: by "column" or "row", or "whole".
+        sharding: of each linear layer in it: by "column" or "row", or "whole".
         convolution_parts: names of the children that hold the convolution's weights.
         whole_parts: those that every rank has whole.
         pools: the states, once `allocate` was called: the convolution's, and the recurrent one.
@@ -225,13 +225,12 @@ class GatedDeltaNet(StateLayer):
             _scale_to_one(part.reshape(num_tokens, self.num_key_heads, self.key_dim))
             for part in (query, key)
         )
-        rate = functional.softplus(step.float() + self.dt_bias.float())
         out = self.recurrence.gated_delta(
             context.spans,
             query * self.key_dim**-0.5,
             key,
             value.reshape(num_tokens, self.num_heads, self.value_dim),
-            (-self.A_log.float().exp() * rate).exp(),
+            self._find_decay(step),
             beta.sigmoid().float() * self._beta_scale,
             self.pools[1],
         )
@@ -240,6 +239,11 @@ class GatedDeltaNet(StateLayer):
         return project(
             normalize(out.to(hidden.dtype).view(-1, self.value_dim), gate).view(num_tokens, -1)
         )
+
+    def _find_decay(self, step: Tensor) -> Tensor:
+        """Of each head, of its time step."""
+        rate = functional.softplus(step.float() + self.dt_bias.float())
+        return (-self.A_log.float().exp() * rate).exp()
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values side by side; gate; beta and time step of each head."""
@@ -267,6 +271,42 @@ class OlmoGatedDeltaNet(GatedDeltaNet):
         qkv = [project(hidden) for project in (self.q_proj, self.k_proj, self.v_proj)]
         gate, beta, step = self.g_proj(hidden), self.b_proj(hidden), self.a_proj(hidden)
         return torch.cat(qkv, dim=-1), gate, beta, step
+
+
+class KimiDeltaNet(GatedDeltaNet):
+    """Kimi Linear's and Ling 3's: each dimension of a key forgets at a pace of its own.
+
+    How fast, transformers' own small module says.
+    """
+
+    NORM, OUTPUT = "o_norm", "o_proj"
+    CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
+
+    def __init__(self, source: nn.Module, config: Any) -> None:
+        source.num_k_heads = source.num_v_heads = source.num_heads
+        source.head_k_dim = source.head_v_dim = source.head_dim
+        super().__init__(source, config)
+        names = [name for name, one in self.named_modules() if isinstance(one, nn.Linear)]
+        self.sharding = {
+            name: "whole" if name.endswith("_a_proj") else "column" for name in names
+        } | {self.OUTPUT: "row"}
+
+    def take_share(self, rank: int, num_ranks: int, all_reduce: AllReduce) -> None:
+        """See StateLayer."""
+        super().take_share(rank, num_ranks, all_reduce)
+        self.forget_gate.num_heads = self.num_heads
+        _shrink(self.forget_gate, num_ranks)
+
+    def _find_decay(self, step: Tensor) -> Tensor:
+        """Of each dimension of the keys of each head, of its logarithm."""
+        return step.float().exp()
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See GatedDeltaNet; in place of the time steps, logarithms of the decay."""
+        qkv = [project(hidden) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        is_narrow = hasattr(self, "g_a_proj")
+        gate = self.g_b_proj(self.g_a_proj(hidden)) if is_narrow else self.g_proj(hidden)
+        return torch.cat(qkv, dim=-1), gate, self.b_proj(hidden), self.forget_gate(hidden[None])[0]
 
 
 class Mamba2(StateLayer):
@@ -387,6 +427,8 @@ LAYERS: dict[str, type[ShortConvolution | GatedDeltaNet | Mamba2]] = {
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
     "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
     "OlmoHybridGatedDeltaNet": OlmoGatedDeltaNet,
+    "KimiLinearDeltaAttention": KimiDeltaNet,
+    "BailingHybridDeltaAttention": KimiDeltaNet,
     "BambaMixer": Mamba2,
     "GraniteMoeHybridMambaLayer": Mamba2,
     "FalconH1Mixer": Mamba2,
@@ -425,11 +467,26 @@ def copy_states(layers: Sequence[StateLayer], copies: Sequence[int]) -> None:
                 pool[target] = pool[source]
 
 
+def find_state_layer(model: nn.Module, name: str) -> tuple[StateLayer, str] | None:
+    """The state layer that a module lies in, and the module's name there."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        layer = model.get_submodule(".".join(parts[:count]))
+        if isinstance(layer, StateLayer):
+            return layer, ".".join(parts[count:])
+    return None
+
+
 def _shrink(module: nn.Module, num_ranks: int) -> None:
-    """Keep one of so many parts of each of a module's own parameters; on the meta device."""
+    """Keep one of so many parts of each of a module's own parameters; on the meta device.
+
+    That is, of their first dimension that is more than 1.
+    """
     for name, parameter in list(module.named_parameters(recurse=False)):
-        size = len(parameter) // num_ranks
-        part = nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]), requires_grad=False)
+        shape = list(parameter.shape)
+        axis = next((axis for axis, size in enumerate(shape) if size > 1), 0)
+        shape[axis] //= num_ranks
+        part = nn.Parameter(parameter.new_empty(shape), requires_grad=False)
         setattr(module, name, part)
 
 

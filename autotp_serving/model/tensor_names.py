@@ -131,7 +131,8 @@ def _rename(
             if not isinstance(transform, WeightConverter):
                 target, _ = transform.rename_source_key(target)
         for transform in transforms:
-            if isinstance(transform, WeightConverter):
+            # What is a tensor of its own here goes into none.
+            if isinstance(transform, WeightConverter) and target not in names:
                 renamed, pattern = transform.rename_source_key(target)
                 if pattern is not None:
                     part = _find_part(transform, pattern, target)

@@ -46,16 +46,16 @@ def convolution(recurrence: Recurrence, channels: int) -> tuple:
     return run, [inputs], plain, torch.randn(ROWS, 3, channels).bfloat16()
 
 
-def gated_delta(recurrence: Recurrence, value_dim: int) -> tuple:
+def gated_delta(recurrence: Recurrence, value_dim: int, decays: tuple[int, ...] = ()) -> tuple:
     given = [torch.randn(TOKENS, heads, size) for heads, size in ((2, 8), (2, 8), (4, value_dim))]
     given[1] = torch.nn.functional.normalize(given[1], dim=-1)
-    given += [torch.rand(TOKENS, 4), torch.rand(TOKENS, 4)]
+    given += [torch.rand(TOKENS, 4, *decays), torch.rand(TOKENS, 4)]
     plain = torch.empty(TOKENS, 4, value_dim)
     for head in range(4):
         state = torch.zeros(8, value_dim)
         for token in range(TOKENS):
             key, value = given[1][token, head // 2], given[2][token, head]
-            state = state * given[3][token, head]
+            state = state * given[3][token, head].view(-1, 1)
             state = state + torch.outer(key, (value - key @ state) * given[4][token, head])
             plain[token, head] = given[0][token, head // 2] @ state
     return recurrence.gated_delta, given, plain, torch.randn(ROWS, 4, 8, value_dim)
@@ -83,6 +83,7 @@ def selective_scan(recurrence: Recurrence, state_size: int) -> tuple:
 CASES = {
     **{f"convolution-{size}": partial(convolution, channels=size) for size in (7, 130)},
     **{f"delta-{size}": partial(gated_delta, value_dim=size) for size in (6, 48, 64)},
+    **{f"delta-by-row-{s}": partial(gated_delta, value_dim=s, decays=(8,)) for s in (6, 80)},
     **{f"scan-{size}": partial(selective_scan, state_size=size) for size in (5, 32)},
 }
 

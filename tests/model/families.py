@@ -116,6 +116,14 @@ STATE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "OlmoHybridConfig",
         DELTA_NET | {"linear_num_key_heads": 4, "linear_key_head_dim": 32},
     ),
+    "kimi-linear": (
+        "KimiLinearConfig",
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"linear_num_heads": 4, "linear_head_dim": 32, "num_key_value_heads": 4}
+        | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "kv_lora_rank": 32}
+        | {"num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1}
+        | {"moe_intermediate_size": 128, "num_expert_group": 1, "topk_group": 1},
+    ),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
     "granite-hybrid": (  # one group of heads, which the ranks share
         "GraniteMoeHybridConfig",

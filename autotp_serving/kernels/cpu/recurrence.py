@@ -52,7 +52,7 @@ class CpuRecurrence(ReferenceRecurrence):
         self._convolve = library.autotp_convolve
         self._convolve.argtypes = (*(pointer,) * 6, *(number,) * 3)
         self._gated_delta = library.autotp_gated_delta
-        self._gated_delta.argtypes = (*(pointer,) * 8, *(number,) * 4)
+        self._gated_delta.argtypes = (*(pointer,) * 8, *(number,) * 5)
         self._selective_scan = library.autotp_selective_scan
         self._selective_scan.argtypes = (*(pointer,) * 8, *(number,) * 4)
         for function in (self._convolve, self._gated_delta, self._selective_scan):
@@ -104,6 +104,7 @@ class CpuRecurrence(ReferenceRecurrence):
             num_key_heads,
             key_dim,
             value_dim,
+            decay.dim() == 3,
         )
         return out
 

@@ -96,7 +96,8 @@ class Recurrence(Protocol):
             query, key: [num_tokens, num_key_heads, key_dim]; a head of these serves
                 num_heads / num_key_heads heads that follow one another.
             value: [num_tokens, num_heads, value_dim].
-            decay, beta: [num_tokens, num_heads].
+            decay: [num_tokens, num_heads], or [num_tokens, num_heads, key_dim].
+            beta: [num_tokens, num_heads].
             pool: [num_rows, num_heads, key_dim, value_dim].
 
         Returns:
@@ -170,10 +171,11 @@ class ReferenceRecurrence:
         repeats = value.shape[1] // key.shape[1]
         query, key = (part.repeat_interleave(repeats, dim=1) for part in (query, key))
         out = torch.empty_like(value)
+        decay = decay.view(*beta.shape, -1, 1)
 
         def advance(state: Tensor, tokens: Tensor) -> None:
             one_key = key[tokens][..., None]
-            state *= decay[tokens][..., None, None]
+            state *= decay[tokens]
             known = (state * one_key).sum(-2)
             change = (value[tokens] - known) * beta[tokens][..., None]
             state += one_key * change[..., None, :]

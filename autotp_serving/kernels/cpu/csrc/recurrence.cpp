@@ -27,8 +27,14 @@ constexpr int kMaxTaps = 8;
 
 // Compiled to whatever vectors the machine has.
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+inline Floats load(const uint16_t* from) {  // bfloat16
+    const Halves halves = *reinterpret_cast<const Halves*>(from);
+    return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
 inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
 
 inline float to_float(float value) { return value; }
@@ -49,29 +55,48 @@ void convolve(const AutotpSpans& spans, const Number* inputs, const float* taps,
             const int64_t first = block * kBlock;
             const int64_t width = channels - first < kBlock ? channels - first : kBlock;
             Number* kept = pool + spans.rows[sequence] * past_len * channels + first;
-            Number past[kMaxTaps][kBlock] = {};
+            Number past[kMaxTaps][kBlock] = {};  // inputs before those of this step
             if (!spans.is_new[sequence])
                 for (int64_t tap = 0; tap < past_len; ++tap)
                     std::memcpy(past[tap], kept + tap * channels, width * sizeof(Number));
-            for (int64_t number = 0; number < spans.lens[sequence]; ++number) {
-                const int64_t at = (spans.starts[sequence] + number) * channels + first;
-                std::memcpy(past[past_len], inputs + at, width * sizeof(Number));
-                float sums[kBlock] = {};
-                for (int64_t tap = 0; tap < num_taps; ++tap)
-                    for (int64_t i = 0; i < width; ++i)
-                        sums[i] += to_float(past[tap][i]) * taps[tap * channels + first + i];
-                for (int64_t i = 0; i < width; ++i)
-                    out[at + i] = bias == nullptr ? sums[i] : sums[i] + bias[first + i];
-                std::memmove(past[0], past[1], past_len * sizeof past[0]);
+            const Number* own = inputs + spans.starts[sequence] * channels + first;
+            const auto find = [&](int64_t number) {
+                return number < past_len ? past[number] : own + (number - past_len) * channels;
+            };
+            const int64_t len = spans.lens[sequence];
+            float* to = out + spans.starts[sequence] * channels + first;
+            for (int64_t number = 0; number < len; ++number, to += channels) {
+                if (width == kBlock) {
+                    Floats sums[kBlock / kLanes] = {};
+                    for (int64_t tap = 0; tap < num_taps; ++tap) {
+                        const Number* from = find(number + tap);
+                        const float* factors = taps + tap * channels + first;
+                        for (int part = 0; part < kBlock / kLanes; ++part)
+                            sums[part] +=
+                                load(from + part * kLanes) * load(factors + part * kLanes);
+                    }
+                    for (int part = 0; part < kBlock / kLanes; ++part) {
+                        if (bias != nullptr) sums[part] += load(bias + first + part * kLanes);
+                        store(to + part * kLanes, sums[part]);
+                    }
+                    continue;
+                }
+                for (int64_t i = 0; i < width; ++i) {
+                    float sum = 0;
+                    for (int64_t tap = 0; tap < num_taps; ++tap)
+                        sum += to_float(find(number + tap)[i]) * taps[tap * channels + first + i];
+                    to[i] = bias == nullptr ? sum : sum + bias[first + i];
+                }
             }
             for (int64_t tap = 0; tap < past_len; ++tap)
-                std::memcpy(kept + tap * channels, past[tap], width * sizeof(Number));
+                std::memcpy(kept + tap * channels, find(len + tap), width * sizeof(Number));
         }
     }
 }
 
-// One head of one sequence, for `kWidth` columns of its values.
-template <int kWidth>
+// One head of one sequence, for `kWidth` columns of its values. kDecayByRow: each row of the state
+// has a decay of its own.
+template <int kWidth, bool kDecayByRow>
 void run_gated_delta(const float* query, const float* key, const float* value, const float* decay,
                      const float* beta, float* kept, float* out, bool is_new, int64_t len,
                      int64_t heads, int64_t key_heads, int64_t key_dim, int64_t value_dim) {
@@ -83,16 +108,17 @@ void run_gated_delta(const float* query, const float* key, const float* value, c
                 is_new ? Floats{} : load(kept + row * value_dim + part * kLanes);
     for (int64_t number = 0; number < len; ++number) {
         Floats known[kParts] = {}, change[kParts], sums[kParts] = {};
-        for (int64_t row = 0; row < key_dim; ++row)
-            for (int part = 0; part < kParts; ++part) {
-                state[row][part] *= *decay;
-                known[part] += state[row][part] * key[row];
-            }
+        // The state is written once a token: what decays here decays there below.
+        for (int64_t row = 0; row < key_dim; ++row) {
+            const float factor = key[row] * decay[kDecayByRow ? row : 0];
+            for (int part = 0; part < kParts; ++part) known[part] += state[row][part] * factor;
+        }
         for (int part = 0; part < kParts; ++part)
             change[part] = (load(value + part * kLanes) - known[part]) * *beta;
         for (int64_t row = 0; row < key_dim; ++row)
             for (int part = 0; part < kParts; ++part) {
-                state[row][part] += change[part] * key[row];
+                state[row][part] =
+                    state[row][part] * decay[kDecayByRow ? row : 0] + change[part] * key[row];
                 sums[part] += state[row][part] * query[row];
             }
         for (int part = 0; part < kParts; ++part) store(out + part * kLanes, sums[part]);
@@ -100,7 +126,7 @@ void run_gated_delta(const float* query, const float* key, const float* value, c
         key += key_heads * key_dim;
         value += heads * value_dim;
         out += heads * value_dim;
-        decay += heads;
+        decay += kDecayByRow ? heads * key_dim : heads;
         beta += heads;
     }
     for (int64_t row = 0; row < key_dim; ++row)
@@ -124,11 +150,16 @@ void autotp_convolve(const AutotpSpans* spans, const void* inputs, const float* 
                  out, channels, num_taps);
 }
 
-// key_dim is at most kMaxRows, value_dim a multiple of kLanes.
+// key_dim is at most kMaxRows, value_dim a multiple of kLanes; `decay` is one of each head, or
+// where `decays_by_row`, of each dimension of its keys.
 void autotp_gated_delta(const AutotpSpans* spans, const float* query, const float* key,
                         const float* value, const float* decay, const float* beta, float* pool,
                         float* out, int64_t heads, int64_t key_heads, int64_t key_dim,
-                        int64_t value_dim) {
+                        int64_t value_dim, int64_t decays_by_row) {
+    const auto run_wide =
+        decays_by_row ? run_gated_delta<kBlock, true> : run_gated_delta<kBlock, false>;
+    const auto run_narrow =
+        decays_by_row ? run_gated_delta<kLanes, true> : run_gated_delta<kLanes, false>;
     const int64_t blocks = (value_dim + kBlock - 1) / kBlock;
 #pragma omp parallel for collapse(3) schedule(dynamic) num_threads(spans->threads) \
     if (spans->threads > 1)
@@ -144,9 +175,10 @@ void autotp_gated_delta(const AutotpSpans* spans, const float* query, const floa
                 const int64_t at = token * heads + head, end = (block + 1) * kBlock;
                 for (int64_t column = block * kBlock; column < end && column < value_dim;) {
                     const bool is_wide = end <= value_dim;
-                    (is_wide ? run_gated_delta<kBlock> : run_gated_delta<kLanes>)(
-                        query + key_at, key + key_at, value + at * value_dim + column, decay + at,
-                        beta + at, kept + column, out + at * value_dim + column, is_new, len,
+                    (is_wide ? run_wide : run_narrow)(
+                        query + key_at, key + key_at, value + at * value_dim + column,
+                        decay + at * (decays_by_row ? key_dim : 1), beta + at, kept + column,
+                        out + at * value_dim + column, is_new, len,
                         heads, key_heads, key_dim, value_dim);
                     column += is_wide ? kBlock : kLanes;
                 }
