@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from itertools import islice
 
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
@@ -16,6 +17,7 @@ from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
+from autotp_serving.engine.shared_prefill import should_wait
 from autotp_serving.engine.state_slots import StateSlots
 from autotp_serving.engine.waiting_queue import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
@@ -164,7 +166,7 @@ class Scheduler:
         self._num_score_rows_left = MAX_SCORED_ROWS
         if self.running and self.running[-1].num_unscheduled_tokens > 1:
             budget = self._add_prefill(chunks, self.running[-1], budget)
-        while budget > 0 and (admitted := self._admit()):
+        while budget > 0 and (admitted := self._admit(chunks)):
             budget = self._add_prefill(chunks, admitted, budget)
         return chunks
 
@@ -377,8 +379,12 @@ class Scheduler:
         self.waiting.put_back(victim)
         return victim
 
-    def _admit(self) -> Sequence | None:
-        """Move the head of the queue into the running list with all blocks it needs by now."""
+    def _admit(self, chunks: list[tuple[Sequence, int]]) -> Sequence | None:
+        """Move the head of the queue into the running list with all blocks it needs by now.
+
+        None where there is no head or no room for it, or where it waits for blocks that are being
+        computed: by a step in flight, or by these chunks of the next.
+        """
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
         sequence = self.waiting.head
@@ -386,8 +392,10 @@ class Scheduler:
         pooling = sequence.params.pooling
         if pooling is not None and not pooling.can_reuse:
             matched = []  # tokens taken from the cache would give no hidden states
-        if sequence.num_unscored_tokens:  # nor logits
+        elif sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
+        elif self._waits_for_others(matched, chunks):
+            return None
         num_known, state = len(matched), None
         if self.blocks.states is not None:
             matched, state = self.blocks.states.find(matched)
@@ -411,6 +419,21 @@ class Scheduler:
             self.num_prefix_query_tokens += sequence.num_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         return sequence
+
+    def _waits_for_others(self, matched: list[int], chunks: list[tuple[Sequence, int]]) -> bool:
+        """Whether the head of the queue is better off with blocks that others are computing."""
+        if not self._config.enable_prefix_caching:
+            return False
+        query_lens = dict(chunks)
+        ends = [(one, one.num_scheduled_tokens + query_lens.get(one, 0)) for one in self.running]
+        num_free = self._config.max_num_seqs - len(self.running)
+        return should_wait(
+            islice(self.waiting, num_free),
+            matched,
+            ends,
+            self.blocks.block_size,
+            has_states=self._has_states,
+        )
 
     def _add_prefill(
         self, chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int
