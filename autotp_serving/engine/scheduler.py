@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
+from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
 from autotp_serving.engine.shared_prefill import should_wait
@@ -51,6 +53,7 @@ class Scheduler:
         block_size: tokens a block holds.
         eos_token_ids: tokens that end a text unless the request ignores them.
         has_states: the model's layers keep states beside the blocks.
+        make_store: what keeps blocks beyond the pool, for each new pool; None for nothing.
     """
 
     def __init__(
@@ -61,9 +64,11 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         *,
         has_states: bool = False,
+        make_store: Callable[[], BlockStore] | None = None,
     ) -> None:
         self._config = config
         self._has_states = has_states
+        self._make_store = make_store
         self.blocks = self._make_blocks(num_blocks, block_size)
         self.drafter = Drafter(config.speculative_tokens or 0)
         self.waiting = WaitingQueue()
@@ -352,7 +357,10 @@ class Scheduler:
         if self._has_states and reuses:
             first = self._config.num_rows
             states = StateSlots(range(first, first + self._config.num_kept_states))
-        return BlockManager(num_blocks, block_size, enable_prefix_caching=reuses, states=states)
+        store = self._make_store() if self._make_store is not None else None
+        return BlockManager(
+            num_blocks, block_size, enable_prefix_caching=reuses, states=states, store=store
+        )
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Get blocks for one more token, at the cost of later ones; False if it had to go.
@@ -444,6 +452,7 @@ class Scheduler:
             Tokens left for others: none, unless the prompt is complete, because only the last in
             the running list may be in the middle of one.
         """
+        budget -= self._load_blocks(sequence, budget)
         query_len = min(budget, sequence.num_unscheduled_tokens)
         pooling = sequence.params.pooling
         if pooling is not None and pooling.whole and query_len < sequence.num_unscheduled_tokens:
@@ -456,6 +465,29 @@ class Scheduler:
         if query_len:
             chunks.append((sequence, query_len))
         return budget - query_len if query_len == sequence.num_unscheduled_tokens else 0
+
+    def _load_blocks(self, sequence: Sequence, budget: int) -> int:
+        """Get what is stored of a prompt's next blocks; as many tokens as a step may have.
+
+        Returns:
+            How many tokens that were.
+        """
+        first, size = sequence.num_registered_blocks, self.blocks.block_size
+        if sequence.num_unscored_tokens or sequence.num_scheduled_tokens != first * size:
+            return 0
+        table = sequence.block_table
+        max_tokens = sequence.num_scheduled_tokens + budget
+        keys = self.blocks.find_stored(sequence.token_ids, table[:first], max_tokens)
+        if not keys or self.blocks.store is None:
+            return 0
+        num_loaded = self.blocks.store.load(table[first : first + len(keys)], keys, size) * size
+        sequence.num_computed_tokens += num_loaded
+        sequence.num_scheduled_tokens += num_loaded
+        self._register_full_blocks(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += num_loaded
+            self.num_prefix_hit_tokens += num_loaded
+        return num_loaded
 
     def _plan_states(self, sequence: Sequence, num_known: int) -> None:
         """Choose where the newcomer's state is to be kept: there its chunks end.
