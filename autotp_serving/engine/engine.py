@@ -197,6 +197,7 @@ class Engine:
             num_generated_tokens=self._output_processor.num_generated_tokens,
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_offload_hit_tokens=scheduler.num_offload_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_drafts=scheduler.drafter.num_drafts,
             num_draft_tokens=scheduler.drafter.num_draft_tokens,

@@ -77,6 +77,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
+        self.num_offload_hit_tokens = 0
         self._num_score_rows_left = 0
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
@@ -487,6 +488,7 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens += num_loaded
             self.num_prefix_hit_tokens += num_loaded
+            self.num_offload_hit_tokens += num_loaded
         return num_loaded
 
     def _plan_states(self, sequence: Sequence, num_known: int) -> None:

@@ -1,5 +1,5 @@
-"""Run under mpirun: answer prompts without files for KV blocks, with new ones, with those that are
-left, and with one that is damaged on the last rank.
+"""Run under mpirun: answer prompts with new files for KV blocks, with those that are left, and with
+a block of them damaged on the last rank.
 
     mpirun -np N python tests/ranks/offload_program.py MODEL FOLDER
 
@@ -32,9 +32,8 @@ def answer(model_path: str, **settings: Any) -> None:
 
 
 def main() -> None:
-    """All four."""
+    """All three."""
     model_path, folder = sys.argv[1:]
-    answer(model_path)
     answer(model_path, kv_offload_dir=folder)
     answer(model_path, kv_offload_dir=folder)
     rank, num_ranks = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
