@@ -73,6 +73,7 @@ class BlockFile:
                 f"--kv-offload-size {max_bytes} holds no block, of {self._slot_bytes} bytes: "
                 "raise it"
             )
+        self._folder = folder
         self._has_failed = False
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,6 +104,7 @@ class BlockFile:
         agreed = [of[0] if len(set(of)) == 1 else b"" for of in everyone]
         times = [self._records[slot][1] if key else 0 for slot, key in enumerate(agreed)]
         if group.rank == 0:
+            self._remove_others(group.size)
             num_held = self.num_slots - agreed.count(b"")
             room = f"room for {self.num_slots}, {self._slot_bytes >> 10} KiB each on rank 0"
             logger.info("KV offload: %d blocks are stored, %s", num_held, room)
@@ -171,6 +173,13 @@ class BlockFile:
         if not self._has_failed:
             logger.warning("KV offload: a file cannot be written or read (%s)", error.strerror)
         self._has_failed = True
+
+    def _remove_others(self, num_ranks: int) -> None:
+        """Take away what a larger group has left."""
+        for path in self._folder.glob("rank-*.*"):
+            number = path.stem.removeprefix("rank-")
+            if number.isdecimal() and int(number) >= num_ranks:
+                path.unlink(missing_ok=True)
 
     def _read_index(self, identity: bytes) -> dict[int, tuple[bytes, int, int]]:
         """What the slots hold, or nothing if they are of something else."""

@@ -71,7 +71,9 @@ def test_blocks_come_back_after_a_restart_the_oldest_written_first(begin, cache,
     assert [read(cache, block) for block in range(2)] == [before[3], before[2]]
     for path in (tmp_path / "kv").iterdir():
         assert path.stat().st_mode & 0o077 == 0, "others may read it"
+    (tmp_path / "kv" / "rank-3.blocks").touch()  # of a larger group
     assert list_held(begin(num_slots=4)) == [(3, KEYS[2])]
+    assert not (tmp_path / "kv" / "rank-3.blocks").exists()
     assert (tmp_path / "kv" / "rank-0.blocks").stat().st_size <= 4 * len(before[0])
     assert list_held(begin(identity=b"o" * 32)) == []
     assert list_held(begin()) == [], "what was of another model came back"
