@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,7 +247,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     launcher = find_launcher(num_ranks)
     supervisors = [
         Supervisor(
-            launcher, config, num_ranks, RemoteRunner(), place,
+            launcher, part_folders(config, place.name), num_ranks, RemoteRunner(), place,
             num_groups - number if in_turn else num_groups,
         )
         for number, place in enumerate(places)
@@ -274,6 +275,13 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     finally:
         for supervisor in supervisors:
             supervisor.stop()
+
+
+def part_folders(config: ServingConfig, group_name: str) -> ServingConfig:
+    """Of several groups each keeps its KV blocks in a folder of its own."""
+    if config.kv_offload_dir is None or not group_name:
+        return config
+    return replace(config, kv_offload_dir=f"{config.kv_offload_dir}/group-{group_name}")
 
 
 def do_without_torch(config: ServingConfig) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.request import Pooling, SamplingParams, TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
@@ -241,6 +242,8 @@ class Runner(Protocol):
         max_in_flight: steps that may be begun and not collected, at least 1.
         has_states: whether layers keep states beside the blocks.
         can_draft: whether batches may hold drafts.
+        stored_blocks: (slot, key) of each slot for blocks beyond the pool, as the ranks found them,
+            the next to be written first; an empty slot has no key. Empty without such files.
         rank_times: [num_ranks], what the steps have cost each rank so far.
     """
 
@@ -249,6 +252,7 @@ class Runner(Protocol):
     max_in_flight: int
     has_states: bool
     can_draft: bool
+    stored_blocks: Sequence[tuple[int, bytes]]
 
     @property
     def rank_times(self) -> Sequence[RankTimes]:
@@ -276,6 +280,14 @@ class Runner(Protocol):
 
     def collect(self) -> StepResult:
         """Wait for the oldest step in flight."""
+        ...
+
+    def transfer(self, transfer: BlockTransfer) -> list[int]:
+        """Move blocks between the pool and the files, on all ranks, before the next step.
+
+        Returns:
+            Indices of its loads that failed on any rank.
+        """
         ...
 
     def release(self, request_id: str) -> None:

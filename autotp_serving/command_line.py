@@ -36,7 +36,7 @@ SECTIONS = {
             "max_host_ram",
         ),
         *("gpu_memory_utilization", "kv_cache_memory", "kv_cache_dtype", "block_size"),
-        "enforce_eager",
+        *("kv_offload_dir", "kv_offload_size", "enforce_eager"),
     ),
     "batches and limits": (
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),

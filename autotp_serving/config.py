@@ -36,6 +36,8 @@ MIN_KEPT_STATES = 4
 MAX_SPECULATIVE_TOKENS = 16
 """Longer guesses are hardly ever right to their end."""
 
+DEFAULT_OFFLOAD_SIZE = 8 * 2**30
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -341,6 +343,19 @@ class ServingConfig:
     )
     block_size: int = setting(16, "tokens in one block of the KV cache", unit="TOKENS")
     enable_prefix_caching: bool = setting(True, "reuse the KV cache of equal prompt beginnings")
+    kv_offload_dir: str | None = setting(
+        None,
+        "folder of files in which full blocks of the KV cache are kept when it has no room for "
+        "them, and when the server ends; they come back by their tokens; default: none",
+        parse=str,
+        unit="FOLDER",
+    )
+    kv_offload_size: int = setting(
+        DEFAULT_OFFLOAD_SIZE,
+        "most bytes that each rank keeps in --kv-offload-dir, as 20GiB; the oldest make room",
+        parse=parse_bytes,
+        unit="BYTES",
+    )
     enforce_eager: bool = setting(
         False, "on a CUDA card, launch decode steps kernel by kernel instead of replaying graphs"
     )
@@ -386,7 +401,8 @@ class ServingConfig:
             raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
         at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
                         "max_body_size", "block_size", "kv_cache_memory", "device_memory",
-                        "max_host_ram", "tensor_parallel_size", "data_parallel_size")  # fmt: skip
+                        "max_host_ram", "kv_offload_size", "tensor_parallel_size",
+                        "data_parallel_size")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -410,6 +426,13 @@ class ServingConfig:
                 f"--kv-cache-dtype {self.kv_cache_dtype} is not there: write int8, which takes as "
                 "little memory as fp8, or auto, for the type of activations (--dtype)"
             )
+        if self.kv_offload_dir is not None and (self.pools or not self.enable_prefix_caching):
+            raise ConfigError(
+                "--kv-offload-dir is for models that generate, with prefix caching, as blocks are "
+                "found by their tokens: leave it out"
+            )
+        if self.kv_offload_dir is None and self.kv_offload_size != DEFAULT_OFFLOAD_SIZE:
+            raise ConfigError("--kv-offload-size is for --kv-offload-dir: name the folder as well")
         if self.device_memory is not None and not self.plan:
             raise ConfigError("--device-memory is for --plan: leave it out, or add --plan")
         if not 0.0 <= self.drain_seconds < float("inf"):

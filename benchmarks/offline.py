@@ -40,7 +40,7 @@ REFUSED = {
     "--async-engine": "to measure through HTTP use benchmark.py",
     "--disable-detokenize": "the time of the text is part of the work",
     "--num-scheduler-steps": "a step gives each sequence one token",
-    "--swap-space": "preempted sequences are computed again, not swapped",
+    "--swap-space": "name a folder with --kv-offload-dir",
 }
 
 

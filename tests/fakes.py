@@ -26,6 +26,7 @@ from autotp_serving.batch import (
     ScoreInput,
     StepResult,
 )
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.request import TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
@@ -180,6 +181,9 @@ class FakeRunner:
         self._tables: dict[int, list[int]] = {}  # by row
         self._last_tokens: dict[int, int] = {}
         self._states: dict[int, int] = {}  # by row
+        self.stored_blocks: Sequence[tuple[int, bytes]] = ()  # tests give some slots
+        self.files: dict[int, tuple[bytes, list[tuple[int, int, int]]]] = {}  # by slot
+        self.damaged: set[int] = set()  # slots
         self._forwarded: tuple[Batch, dict[int, list[int]]] | None = None
         # Of each step in flight: its result, rows that got a token, the blocks it writes by row.
         self._in_flight: deque[tuple[StepResult, set[int], dict[int, int]]] = deque()
@@ -289,6 +293,29 @@ class FakeRunner:
     def collect(self) -> StepResult:
         """The oldest step's result."""
         return self._in_flight.popleft()[0]
+
+    def transfer(self, transfer: BlockTransfer) -> list[int]:
+        """Move blocks between memory and the files, which hold only what was written."""
+        assert BlockTransfer.from_bytes(transfer.to_bytes()) == transfer
+        for slot in transfer.drops:
+            del self.files[slot]
+        for block, slot, key in transfer.stores:
+            entries = [one for one in self._memory[self._slots_of(block)] if one is not None]
+            assert len(entries) == self.block_size, f"block {block} is stored and not full"
+            self.files[slot] = key, entries
+            self.damaged.discard(slot)
+        failed = []
+        for index, (block, slot, key) in enumerate(transfer.loads):
+            held, entries = self.files.get(slot, (b"", []))
+            if held != key or slot in self.damaged:
+                self.files.pop(slot, None)
+                failed.append(index)
+            else:
+                self._memory[self._slots_of(block)] = entries
+        return failed
+
+    def _slots_of(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)
 
     def release(self, request_id: str) -> None:
         """Forget a request."""

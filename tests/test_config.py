@@ -84,6 +84,8 @@ def test_the_model_is_called_by_its_folder_and_not_by_where_it_lies(
         (["--port", "http"], ["--port", "http"]),
         (["--port", "65536"], ["--port", "65536"]),
         (["--port", "-1"], ["--port", "-1"]),
+        (["--kv-offload-dir", "x", "--no-enable-prefix-caching"], ["--kv-offload-dir"]),
+        (["--kv-offload-size", "1GiB"], ["--kv-offload-size", "--kv-offload-dir"]),
         (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype", "fp8", "int8", "auto"]),
         (["--kv-cache-dtype", "bfloat16"], ["--kv-cache-dtype", "bfloat16", "--dtype"]),
         (["--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),

@@ -39,6 +39,7 @@ BASE = (
     "request",
     "structured_output",
     "batch",
+    "block_transfer",
     "step_times",
     "logs",
     "progress",
@@ -100,7 +101,9 @@ LAZY_EXCEPTIONS = {
     "engine/tokenizer_files.py": {"transformers"},
     "engine/chat_template.py": {"transformers"},
 }
-STANDARD_LIBRARY_ONLY = {"config.py", "request.py", "structured_output.py", "batch.py"}
+STANDARD_LIBRARY_ONLY = {
+    *("config.py", "request.py", "structured_output.py", "batch.py", "block_transfer.py")
+}
 VENDORS = {
     "llguidance": {"engine/grammar.py", "engine/vocabulary.py"},
     "deepspeed": {

@@ -164,6 +164,7 @@ def _render_engines(groups: Labelled) -> Iterator[str]:
         "generation_tokens_total": ("Tokens generated.", lambda s: s.num_generated_tokens),
         "prefix_cache_queries_total": ("Tokens looked up.", lambda s: s.num_prefix_query_tokens),
         "prefix_cache_hits_total": ("Tokens found.", lambda s: s.num_prefix_hit_tokens),
+        "kv_offload_hits_total": ("Tokens found in files.", lambda s: s.num_offload_hit_tokens),
         "spec_decode_num_drafts_total": ("Times a request had drafts.", lambda s: s.num_drafts),
         "spec_decode_num_draft_tokens_total": ("Drafts verified.", lambda s: s.num_draft_tokens),
         "spec_decode_num_accepted_tokens_total": (

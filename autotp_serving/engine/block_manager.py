@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import count
 
+from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.state_slots import StateSlots
 
 ContentKey = tuple[int, tuple[int, ...]]
@@ -32,6 +33,7 @@ class BlockManager:
         block_size: tokens a block holds.
         enable_prefix_caching: False makes every block private and forgotten on release.
         states: of models that have them, the states kept at the ends of known blocks.
+        store: keeps known blocks beyond the pool.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class BlockManager:
         *,
         enable_prefix_caching: bool = True,
         states: StateSlots | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         assert num_blocks > 0 and block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.states = states
+        self.store = store
         self._enable_prefix_caching = enable_prefix_caching
         self._num_holders = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -90,6 +94,22 @@ class BlockManager:
             blocks.append(block)
             content = known
         return blocks
+
+    def count_known(self, token_ids: Sequence[int]) -> int:
+        """Leading tokens that need not be computed; for other threads, and so a guess."""
+        matched = self.match(token_ids)
+        num_known = len(matched) + len(self.find_stored(token_ids, matched, len(token_ids)))
+        return num_known * self.block_size
+
+    def find_stored(
+        self, token_ids: Sequence[int], known: Sequence[int], max_tokens: int
+    ) -> list[bytes]:
+        """What is stored of the blocks after the known ones, for `load`; never the last token's."""
+        num_blocks = min(max_tokens, len(token_ids) - 1) // self.block_size
+        if self.store is None or num_blocks <= len(known):
+            return []
+        span = range(len(known), num_blocks)
+        return self.store.find(token_ids, known[-1] if known else None, span, self.block_size)
 
     def num_needed(self, num_tokens: int, matched: Sequence[int]) -> int:
         """Available blocks that holding `num_tokens` tokens would use up, reusing `matched`."""
@@ -144,6 +164,8 @@ class BlockManager:
             self._block_of[key] = block
             self._key_of[block] = key
             self._content_of[block] = next(self._content_numbers)
+            if self.store is not None:
+                self.store.note(block, block_table[index - 1] if index else None, token_ids)
         elif known != block:
             if self._num_holders[known] == 0:
                 del self._cached[known]
@@ -163,6 +185,8 @@ class BlockManager:
         """
         for block in reversed(block_table):
             if forget:
+                if self.store is not None and self._key_of[block] is not None:
+                    self.store.discard(block)
                 self._forget(block)
             self._drop(block)
         block_table.clear()
@@ -212,3 +236,5 @@ class BlockManager:
             self._key_of[block] = None
             if self.states is not None:
                 self.states.forget(block)
+            if self.store is not None:
+                self.store.forget(block)

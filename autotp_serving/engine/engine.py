@@ -21,9 +21,11 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from autotp_serving.batch import Runner, RunnerLost
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.active_requests import ActiveRequests
 from autotp_serving.engine.batch_builder import Progress, Step
+from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import DEFAULT_NUM_DRAFTS
 from autotp_serving.engine.output_processor import OutputProcessor
 from autotp_serving.engine.scheduler import INVALID_NUMBERS, MAX_LOSSES, Scheduler
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
+
+SECONDS_TO_STORE = 5.0
+"""Of them, for blocks that no file has yet."""
 
 
 TRIED_TOO_OFTEN = f"the ranks ended {MAX_LOSSES} times while they ran this request"
@@ -95,14 +100,16 @@ class Engine:
         elif config.speculative_tokens is None:
             num_drafts = 0 if config.load_format == "dummy" else DEFAULT_NUM_DRAFTS
             config = replace(config, speculative_tokens=num_drafts)
+        self._runner = runner
+        self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
         self.scheduler = Scheduler(
             config,
             runner.num_blocks,
             runner.block_size,
             tokenizer.eos_token_ids,
             has_states=runner.has_states,
+            make_store=self._make_store if runner.stored_blocks else None,
         )
-        self._runner = runner
         self._output_processor = OutputProcessor(tokenizer, on_outputs)
         self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
@@ -113,7 +120,6 @@ class Engine:
         self._on_stall = on_stall or self.fail
         self._find_late_ranks = find_late_ranks
         self._config = config
-        self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
         self._patience: threading.Timer | None = None
         self._num_restarts = 0
         self._lock = threading.Lock()  # makes each of `submit`'s answers true when it is given
@@ -191,6 +197,7 @@ class Engine:
             num_generated_tokens=self._output_processor.num_generated_tokens,
             num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_offload_hit_tokens=scheduler.num_offload_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_drafts=scheduler.drafter.num_drafts,
             num_draft_tokens=scheduler.drafter.num_draft_tokens,
@@ -281,6 +288,7 @@ class Engine:
             if oldest is not None:
                 self._last_step_seconds = time.perf_counter() - started
                 self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
+            self._store_blocks(oldest)
         except ENDS_OF_PROCESS:
             raise
         except RunnerLost as error:
@@ -302,6 +310,36 @@ class Engine:
         self._runner.forward(step.batch)
         self._runner.sample(step.samples, step.scores, step.pools)
 
+    def _make_store(self) -> BlockStore:
+        return BlockStore(self._runner.stored_blocks, self._transfer)
+
+    def _transfer(self, transfer: BlockTransfer) -> list[int]:
+        """Have the ranks move blocks, which may hang as a step may."""
+        if self.watchdog.is_watching:
+            return self._runner.transfer(transfer)
+        self.watchdog.begin(0)
+        try:
+            return self._runner.transfer(transfer)
+        finally:
+            self.watchdog.end(is_step=False)
+
+    def _store_blocks(self, step: Step | None) -> None:
+        """Store some that are full: after a step, which this is to slow little, or at leisure."""
+        store = self.scheduler.blocks.store
+        if store is None or self.outage is not None:
+            return
+        if step is not None:
+            store.add_step(step.num_tokens, self._last_step_seconds)
+        elif store.has_unsaved and not self.scheduler.has_work:
+            store.store()
+
+    def _store_the_rest(self) -> None:
+        """At the end: what is lost otherwise is what the next server would begin with."""
+        store = self.scheduler.blocks.store
+        deadline = time.monotonic() + SECONDS_TO_STORE
+        while store is not None and store.has_unsaved and time.monotonic() < deadline:
+            store.store()
+
     def _run(self) -> None:
         """Step until shut down or failed: the thread's whole life."""
         try:
@@ -315,6 +353,8 @@ class Engine:
         try:
             while self._in_flight:
                 self._collect()
+            if self.outage is None:
+                self._store_the_rest()
         except RunnerLost:
             self._in_flight.clear()
         except Exception as error:
@@ -322,7 +362,9 @@ class Engine:
             self._fail(error)
 
     def _read_inbox(self, wait: bool) -> None:
-        if wait and (self.outage is not None or not self.scheduler.has_work):
+        store = self.scheduler.blocks.store
+        is_idle = not self.scheduler.has_work and (store is None or not store.has_unsaved)
+        if wait and (self.outage is not None or is_idle):
             left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             with contextlib.suppress(Empty):  # the time to finish is over
                 self._inbox.get(timeout=left)()

@@ -81,8 +81,7 @@ class GroupEngine(Engine):
 
     def count_cached(self, token_ids: Sequence[int]) -> int:
         """Leading tokens that the prefix cache should hold; for any thread, and so a guess."""
-        blocks = self.scheduler.blocks
-        return len(blocks.match(token_ids[:MAX_LOOKED_UP])) * blocks.block_size
+        return self.scheduler.blocks.count_known(token_ids[:MAX_LOOKED_UP])
 
     def adopt(self, sequence: RunningSequence, detokenizer: Detokenizer) -> None:
         """Run another group's sequence on, from the tokens that it has. For any thread."""

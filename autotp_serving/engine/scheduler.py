@@ -11,14 +11,18 @@ import math
 import time
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
+from itertools import islice
 
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager
+from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.priority_queue import PriorityQueue
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
+from autotp_serving.engine.shared_prefill import should_wait
 from autotp_serving.engine.state_slots import StateSlots
 from autotp_serving.engine.waiting_queue import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
@@ -53,6 +57,7 @@ class Scheduler:
         block_size: tokens a block holds.
         eos_token_ids: tokens that end a text unless the request ignores them.
         has_states: the model's layers keep states beside the blocks.
+        make_store: what keeps blocks beyond the pool, for each new pool; None for nothing.
     """
 
     def __init__(
@@ -63,9 +68,11 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         *,
         has_states: bool = False,
+        make_store: Callable[[], BlockStore] | None = None,
     ) -> None:
         self._config = config
         self._has_states = has_states
+        self._make_store = make_store
         self.blocks = self._make_blocks(num_blocks, block_size)
         self.drafter = Drafter(config.speculative_tokens or 0)
         self.waiting = _make_queue(config.scheduling_policy)
@@ -74,6 +81,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
+        self.num_offload_hit_tokens = 0
         self._num_score_rows_left = 0
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
@@ -172,7 +180,7 @@ class Scheduler:
         self._num_score_rows_left = MAX_SCORED_ROWS
         if prefilling is not None:
             budget = self._add_prefill(chunks, prefilling, budget)
-        while budget > 0 and (admitted := self._admit()):
+        while budget > 0 and (admitted := self._admit(chunks)):
             budget = self._add_prefill(chunks, admitted, budget)
         return chunks
 
@@ -358,7 +366,10 @@ class Scheduler:
         if self._has_states and reuses:
             first = self._config.num_rows
             states = StateSlots(range(first, first + self._config.num_kept_states))
-        return BlockManager(num_blocks, block_size, enable_prefix_caching=reuses, states=states)
+        store = self._make_store() if self._make_store is not None else None
+        return BlockManager(
+            num_blocks, block_size, enable_prefix_caching=reuses, states=states, store=store
+        )
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Get blocks for one more token, at the cost of later ones; False if it had to go.
@@ -385,8 +396,12 @@ class Scheduler:
         self.waiting.put_back(victim)
         return victim
 
-    def _admit(self) -> Sequence | None:
-        """Move the head of the queue into the running list with all blocks it needs by now."""
+    def _admit(self, chunks: list[tuple[Sequence, int]]) -> Sequence | None:
+        """Move the head of the queue into the running list with all blocks it needs by now.
+
+        None where there is no head or no room for it, or where it waits for blocks that are being
+        computed: by a step in flight, or by these chunks of the next.
+        """
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
         sequence = self.waiting.head
@@ -394,8 +409,10 @@ class Scheduler:
         pooling = sequence.params.pooling
         if pooling is not None and not pooling.can_reuse:
             matched = []  # tokens taken from the cache would give no hidden states
-        if sequence.num_unscored_tokens:  # nor logits
+        elif sequence.num_unscored_tokens:  # nor logits
             del matched[len(sequence.prompt_logprobs) // self.blocks.block_size :]
+        elif self._waits_for_others(matched, chunks):
+            return None
         num_known, state = len(matched), None
         if self.blocks.states is not None:
             matched, state = self.blocks.states.find(matched)
@@ -420,6 +437,24 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         return sequence
 
+    def _waits_for_others(self, matched: list[int], chunks: list[tuple[Sequence, int]]) -> bool:
+        """Whether the head of the queue is better off with blocks that others are computing."""
+        if not self._config.enable_prefix_caching:
+            return False
+        query_lens = dict(chunks)
+        ends = [(one, one.num_scheduled_tokens + query_lens.get(one, 0)) for one in self.running]
+        head = self.waiting.head
+        num_free = self._config.max_num_seqs - len(self.running)
+        others = islice((one for one in self.waiting if one is not head), num_free - 1)
+        return should_wait(
+            head,
+            others,
+            matched,
+            ends,
+            self.blocks.block_size,
+            has_states=self._has_states,
+        )
+
     def _add_prefill(
         self, chunks: list[tuple[Sequence, int]], sequence: Sequence, budget: int
     ) -> int:
@@ -429,6 +464,7 @@ class Scheduler:
             Tokens left for others: none, unless the prompt is complete, because only the last in
             the running list may be in the middle of one.
         """
+        budget -= self._load_blocks(sequence, budget)
         query_len = min(budget, sequence.num_unscheduled_tokens)
         pooling = sequence.params.pooling
         if pooling is not None and pooling.whole and query_len < sequence.num_unscheduled_tokens:
@@ -441,6 +477,30 @@ class Scheduler:
         if query_len:
             chunks.append((sequence, query_len))
         return budget - query_len if query_len == sequence.num_unscheduled_tokens else 0
+
+    def _load_blocks(self, sequence: Sequence, budget: int) -> int:
+        """Get what is stored of a prompt's next blocks; as many tokens as a step may have.
+
+        Returns:
+            How many tokens that were.
+        """
+        first, size = sequence.num_registered_blocks, self.blocks.block_size
+        if sequence.num_unscored_tokens or sequence.num_scheduled_tokens != first * size:
+            return 0
+        table = sequence.block_table
+        max_tokens = sequence.num_scheduled_tokens + budget
+        keys = self.blocks.find_stored(sequence.token_ids, table[:first], max_tokens)
+        if not keys or self.blocks.store is None:
+            return 0
+        num_loaded = self.blocks.store.load(table[first : first + len(keys)], keys, size) * size
+        sequence.num_computed_tokens += num_loaded
+        sequence.num_scheduled_tokens += num_loaded
+        self._register_full_blocks(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += num_loaded
+            self.num_prefix_hit_tokens += num_loaded
+            self.num_offload_hit_tokens += num_loaded
+        return num_loaded
 
     def _plan_states(self, sequence: Sequence, num_known: int) -> None:
         """Choose where the newcomer's state is to be kept: there its chunks end.

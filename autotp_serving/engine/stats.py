@@ -22,6 +22,7 @@ class EngineStats:
         num_generated_tokens: tokens sampled.
         num_prefix_query_tokens: prompt tokens looked up in the prefix cache.
         num_prefix_hit_tokens: those of them that were found.
+        num_offload_hit_tokens: those of them that came from files beyond the pool.
         num_preemptions: times a running sequence lost its blocks and went back to wait.
         num_drafts: times that a sequence ran guessed tokens in a step.
         num_draft_tokens: tokens that were guessed.
@@ -40,6 +41,7 @@ class EngineStats:
     num_generated_tokens: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
+    num_offload_hit_tokens: int
     num_preemptions: int
     num_drafts: int
     num_draft_tokens: int

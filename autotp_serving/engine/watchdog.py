@@ -89,18 +89,24 @@ class StepWatchdog:
         self._is_stopped = True
         self._wake.set()
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
+
     def begin(self, num_tokens: int) -> None:
         """A step begins."""
         self._step = (time.monotonic(), self._limits.find(num_tokens), num_tokens)
         if self._is_idle:
             self._wake.set()
 
-    def end(self) -> None:
-        """It has ended."""
+    def end(self, *, is_step: bool = True) -> None:
+        """It has ended; what is not like a step tells nothing of how long others may take."""
         assert self._step is not None
         started, _, num_tokens = self._step
         self._step = None
-        self._limits.learn(num_tokens, time.monotonic() - started)
+        if is_step:
+            self._limits.learn(num_tokens, time.monotonic() - started)
 
     def _run(self) -> None:
         extra, extra_of = 0.0, None

@@ -15,6 +15,7 @@ from collections.abc import MutableMapping
 from functools import partial
 
 from autotp_serving.batch import Batch, Runner, ScoreInput
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.channel import LENGTH, SILENT_SHARE
 from autotp_serving.distributed.launch import LaunchError, leave_group
@@ -93,7 +94,8 @@ class HeadLine:
         """
         sizes = runner.num_blocks, runner.block_size, runner.max_in_flight
         can = runner.has_states, runner.can_draft
-        ready = Ready(*sizes, *can, max_model_len, vocab_size, device_kind)
+        stored = list(runner.stored_blocks)
+        ready = Ready(*sizes, *can, max_model_len, vocab_size, device_kind, stored)
         try:
             self._line.send(("ready", *ready))
             run_steps(self._line, runner)
@@ -119,6 +121,9 @@ def run_steps(line: Line, runner: Runner) -> None:
         kind, *step = line.receive()
         if kind == "stop":
             return
+        if kind == "transfer":
+            line.send(("transferred", runner.transfer(BlockTransfer.from_bytes(step[0]))))
+            continue
         if kind == "step":
             epoch, number, batch, samples, scores, pools, released = step
             for request_id in released:

@@ -14,6 +14,7 @@ from autotp_serving.batch import (
     ScoreInput,
     StepResult,
 )
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.head.wire import (
     Line,
     LineClosed,
@@ -40,6 +41,7 @@ class RemoteRunner:
         self.num_blocks = self.block_size = self.max_in_flight = 0
         self.has_states = False
         self.can_draft = True
+        self.stored_blocks: Sequence[tuple[int, bytes]] = ()
         self.rank_times: list[RankTimes] = []
         self.num_collected = 0
         self._line: Line | None = None
@@ -55,6 +57,7 @@ class RemoteRunner:
         self.max_in_flight = ready.max_in_flight
         self.has_states = ready.has_states
         self.can_draft = ready.can_draft
+        self.stored_blocks = ready.stored_blocks
         self.num_collected = 0
         self._line = line
         self._epoch = epoch
@@ -96,21 +99,34 @@ class RemoteRunner:
         if len(self._in_flight) < self.max_in_flight:
             self._send("collect")  # they would wait for as many as there may be
         expected = self._epoch, self._in_flight.popleft()
-        assert self._line is not None
         while True:
-            try:
-                epoch, number, times, result = self._line.receive()
-            except LineClosed as error:
-                raise RunnerLost("the ranks are gone") from error
+            epoch, number, times, result = self._receive()
             if (epoch, number) == expected:
                 break
         self.rank_times = [RankTimes(*one) for one in times]
         self.num_collected += 1
         return unpack_result(result)
 
+    def transfer(self, transfer: BlockTransfer) -> list[int]:
+        """See Runner. No report of a step is on its way meanwhile: one more may begin.
+
+        Raises:
+            RunnerLost: the ranks are gone.
+        """
+        self._send("transfer", transfer.to_bytes())
+        failed: list[int] = self._receive()[1]
+        return failed
+
     def release(self, request_id: str) -> None:
         """See Runner."""
         self._writer.release(request_id)
+
+    def _receive(self) -> Any:
+        assert self._line is not None
+        try:
+            return self._line.receive()
+        except LineClosed as error:
+            raise RunnerLost("the ranks are gone") from error
 
     def _send(self, *message: Any) -> None:
         assert self._line is not None

@@ -35,6 +35,7 @@ class Ready(NamedTuple):
         max_model_len: most tokens of a prompt and its completion together.
         vocab_size: tokens that the model has an embedding and logits for.
         device_kind: "cpu", "cuda" or "xpu".
+        stored_blocks: see Runner.
     """
 
     num_blocks: int
@@ -45,14 +46,15 @@ class Ready(NamedTuple):
     max_model_len: int
     vocab_size: int
     device_kind: str = "cpu"
+    stored_blocks: Sequence[tuple[int, bytes]] = ()
 
     def describe(self) -> str:
         """For people."""
         return f"sequences of {self.max_model_len} tokens on {self.device_kind}"
 
     def serves_like(self, other: Ready) -> bool:
-        """Whether requests let in for the others are right for these; the pool may differ."""
-        return self[1:] == other[1:]
+        """Whether requests let in for the others are right for these; what is kept may differ."""
+        return self[1:-1] == other[1:-1]
 
 
 class LineClosed(ConnectionError):

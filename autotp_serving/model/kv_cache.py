@@ -134,6 +134,16 @@ class KVCache:
             self.kernels.store(slots, key, value, pools)
         return pools
 
+    def view_blocks(self) -> list[Tensor]:
+        """The bytes of all pools, [num_blocks, bytes] uint8 each; a row of every one is a block."""
+        tensors = [tensor for pools in self._layers for tensor in pools.tensors]
+        return [one.view(self.num_blocks, -1).view(torch.uint8) for one in tensors if len(one)]
+
+    def describe_blocks(self) -> str:
+        """The types and sizes of what a block is made of."""
+        tensors = [tensor for pools in self._layers for tensor in pools.tensors]
+        return str([(one.dtype, tuple(one.shape[1:]), self.block_size) for one in tensors])
+
     def layer(self, layer: int) -> Pools:
         """A layer's keys and values, in the kernels' order."""
         return self._layers[layer]

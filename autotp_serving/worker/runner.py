@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput, StepResult
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.state_layers import StateLayer, copy_states
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
+from autotp_serving.worker.block_file import BlockFile
 from autotp_serving.worker.drafts import accept_drafts
 from autotp_serving.worker.sampler import Sampled, Sampler
 from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
@@ -32,6 +34,8 @@ class ModelRunner:
         broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
             the host knows every token before it is needed, as with one step in flight.
         state_layers: those that keep states beside the KV blocks.
+        block_file: keeps blocks beyond the pool.
+        all_reduce: sums a tensor over the ranks in place; where there is such a file.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class ModelRunner:
         times: StepTimes,
         broadcast: Callable[[torch.Tensor], None] | None = None,
         state_layers: Sequence[StateLayer] = (),
+        block_file: BlockFile | None = None,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.times = times
         self._forward = forward
@@ -49,6 +55,8 @@ class ModelRunner:
         self._state = state
         self._broadcast = broadcast
         self.state_layers = state_layers
+        self._block_file = block_file
+        self._all_reduce = all_reduce
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepLogits:
@@ -78,14 +86,34 @@ class ModelRunner:
         self._broadcast(token_ids)
         self._state.put_tokens(batch, token_ids[:, None])
 
+    @torch.inference_mode()
+    def transfer(self, transfer: BlockTransfer) -> list[int]:
+        """See Runner; all ranks must do so together."""
+        assert self._block_file is not None and self._all_reduce is not None
+        failed = self._block_file.run(transfer)
+        if not failed:
+            return []
+        device = self._state.block_tables.device
+        counts = torch.tensor(failed, dtype=torch.float32, device=device)
+        return self._all_reduce(counts).nonzero().flatten().tolist()
+
     def follow(self, channel: StepChannel) -> None:
         """On ranks other than 0: obey batches until rank 0 says stop."""
         while (message := channel.receive()) != STOP_MESSAGE:
+            if BlockTransfer.is_one(message):
+                self.transfer(BlockTransfer.from_bytes(message))
+                continue
             batch = Batch.from_bytes(message)
             self.run(batch)
             self.share_tokens(batch)
             channel.report(self.times.snapshot().to_bytes())
         channel.stop_monitoring()
+        self.close()
+
+    def close(self) -> None:
+        """After the last step."""
+        if self._block_file is not None:
+            self._block_file.close()
 
 
 class LeadRunner:
@@ -101,7 +129,9 @@ class LeadRunner:
         max_in_flight: int,
         *,
         can_draft: bool,
+        stored_blocks: Sequence[tuple[int, bytes]] = (),
     ) -> None:
+        self.stored_blocks = stored_blocks
         self.rank_times = [RankTimes() for _ in range(num_ranks)]
         self._runner = runner
         self._channel = channel
@@ -156,6 +186,19 @@ class LeadRunner:
         self._read_reports()
         return result
 
+    def transfer(self, transfer: BlockTransfer) -> list[int]:
+        """See Runner.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
+        if len(self.rank_times) > 1:
+            self._channel.send(transfer.to_bytes())
+        try:
+            return self._runner.transfer(transfer)
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
+
     def find_late_ranks(self) -> str:
         """Who has not done the step under way, in words; for any thread, while it lasts."""
         try:
@@ -184,6 +227,7 @@ class LeadRunner:
         """Let the other ranks go."""
         self._channel.stop_monitoring()
         self._channel.send(STOP_MESSAGE)
+        self._runner.close()
 
     def _name_loss(self, error: RuntimeError) -> Exception:
         """A sum that lacks a rank names its socket at best: say which rank is gone."""

@@ -39,6 +39,7 @@ from autotp_serving.model.state_layers import allocate_states, list_state_layers
 from autotp_serving.pooling import read_pooling
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
+from autotp_serving.worker.block_file import open_block_file
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
 from autotp_serving.worker.step_logits import LogitsGatherer
 
@@ -133,6 +134,11 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     kernels = backend.cache(shape, is_causal=is_causal)
     cache = KVCache(shape, num_blocks, device.torch_device, kernels)
     states = list_state_layers(model)
+    if states and config.kv_offload_dir is not None:
+        raise ConfigError(
+            "--kv-offload-dir: this model's layers keep states beside the KV blocks, which are not "
+            "stored: leave it out"
+        )
     if states:
         rows = config.num_rows + config.num_kept_states
         allocate_states(model, rows, device.torch_device, backend.recurrence())
@@ -166,7 +172,9 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     head = model.get_output_embeddings()
     by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
-    runner = ModelRunner(forward, gatherer, state, times, broadcast, states)
+    block_file = open_block_file(config, group, cache, max_model_len)
+    stored_blocks = block_file.agree(group) if block_file is not None else []
+    runner = ModelRunner(forward, gatherer, state, times, broadcast, states, block_file, all_reduce)
     channel = StepChannel(group)
     close_doors(group, is_host=device.is_host)
     lead = None
@@ -180,6 +188,7 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
             sampler,
             device.max_in_flight,
             can_draft=can_draft,
+            stored_blocks=stored_blocks,
         )
     if config.profile is not None:
         from autotp_serving.worker.profiler import StepProfiler

@@ -94,7 +94,7 @@ def test_low_bit_tokens_are_those_of_one_rank(
         assert answers.get((f"{name}-saved", None, num_ranks), whole) == whole
 
 
-def test_preempted_sequences_and_equal_beginnings(folders: dict[str, Path]) -> None:
+def test_preempted_sequences_and_equal_beginnings(folders: dict[str, Path], tmp_path: Path) -> None:
     """The cache is too small for three, and prompts begin alike: states must not be mixed up.
 
     Asked once more, each begins with a state that was kept.
@@ -111,6 +111,8 @@ def test_preempted_sequences_and_equal_beginnings(folders: dict[str, Path]) -> N
         stats = llm._engine.stats()
         again = [llm.generate([one], params, show_progress=False)[0] for one in prompts]
         num_hits = llm._engine.stats().num_prefix_hit_tokens - stats.num_prefix_hit_tokens
+    with pytest.raises(ConfigError, match=r"--kv-offload-dir: .* keep states"):
+        LLM(str(folder), **settings, kv_offload_dir=str(tmp_path))
     assert [item.token_ids for item in completions] == expected
     assert stats.num_preemptions > 0, "nothing was preempted"
     assert [item.token_ids for item in again] == expected
