@@ -55,10 +55,10 @@ def proxy(
     (folder / "config.yaml").write_text(json.dumps(config))
     program = Path(sys.executable).with_name("litellm")
     command = [str(program), "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    # Its table of models' prices is its own: nothing is fetched.
+    settings = os.environ | {"HOME": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {"HOME": str(folder)}, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 300
