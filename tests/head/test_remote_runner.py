@@ -39,7 +39,7 @@ class Ranks:
     def __init__(self) -> None:
         self.remote = RemoteRunner()
         self.runner = FakeRunner()
-        self.epoch = 0
+        self.epoch = self.num_slots = 0
         self.mistakes: list[AssertionError] = []
         self._ends: list[socket.socket] = []
         self.attach()
@@ -47,13 +47,18 @@ class Ranks:
     def attach(self, num_blocks: int = 64, block_size: int = 16) -> None:
         """Start the next group and give it to the remote runner."""
         self.epoch += 1
+        files = self.runner.files
         self.runner = FakeRunner(num_blocks, block_size)
+        self.runner.files = files
+        held = {slot: key for slot, (key, _) in files.items()}
+        stored = [(slot, held.get(slot, b"")) for slot in range(self.num_slots)]
+        self.runner.stored_blocks = stored
         ours, theirs = socket.socketpair()
         self._ends += [ours, theirs]
         threading.Thread(target=self._serve, args=(Line(theirs), self.runner), daemon=True).start()
         can_draft = self.runner.can_draft
         sizes = num_blocks, block_size, self.runner.max_in_flight
-        ready = Ready(*sizes, False, can_draft, 512, 257)
+        ready = Ready(*sizes, False, can_draft, 512, 257, "cpu", stored)
         self.remote.attach(Line(ours), ready, self.epoch)
 
     def _serve(self, line: Line, runner: FakeRunner) -> None:
@@ -153,6 +158,23 @@ def test_streams_go_on_where_they_stood_when_the_ranks_are_lost(ranks, expected,
     run(bench)
     assert collect_all(bench) == expected
     assert bench.engine.stats().num_restarts == 4
+
+
+def test_blocks_in_files_outlive_the_ranks(ranks):
+    ranks.num_slots = 64
+    ranks.attach()
+    bench = Bench(ranks.remote)
+    bench.submit("a", prompt="x" * 100, max_tokens=4)
+    run(bench)
+    bench.engine.step()  # stores what steps had no time for
+    bench.engine.lose("rank 1 has died")
+    bench.engine.resume(ranks.attach)
+    bench.submit("b", prompt="x" * 100, max_tokens=4)
+    bench.engine.step()
+    run(bench)
+    assert bench.tokens("a") == bench.tokens("b")
+    assert bench.engine.stats().num_offload_hit_tokens == 96
+    assert len(ranks.runner.files) == 6
 
 
 def test_a_late_report_is_dropped(ranks):
