@@ -190,6 +190,7 @@ class Admission:
                 record.arrival_time,
                 record.tenant,
                 grammar,
+                record.adapter,
             )
             for number, params in enumerate(choices, first_choice)
         ]

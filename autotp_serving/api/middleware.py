@@ -25,6 +25,7 @@ from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
 from autotp_serving.api.route_paths import RoutePaths
+from autotp_serving.request import Adapter
 
 logger = logging.getLogger("autotp_serving.access")
 
@@ -45,6 +46,7 @@ class RequestRecord:
         client_id: the name that the client gave it, "" for none.
         tenant: whose it is; see `ApiKeys`.
         headers: of the reply, whatever it is.
+        adapter: that it asks for, by its model's name.
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class RequestRecord:
     usage: Usage = field(default_factory=Usage)
     client_id: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
 
 class RequestGuard:

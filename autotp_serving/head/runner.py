@@ -23,6 +23,7 @@ from autotp_serving.head.wire import (
     pack_scores,
     unpack_result,
 )
+from autotp_serving.request import AdapterError
 from autotp_serving.step_times import RankTimes
 
 
@@ -96,21 +97,39 @@ class RemoteRunner:
         if len(self._in_flight) < self.max_in_flight:
             self._send("collect")  # they would wait for as many as there may be
         expected = self._epoch, self._in_flight.popleft()
-        assert self._line is not None
         while True:
-            try:
-                epoch, number, times, result = self._line.receive()
-            except LineClosed as error:
-                raise RunnerLost("the ranks are gone") from error
+            epoch, number, times, result = self._receive()
             if (epoch, number) == expected:
                 break
         self.rank_times = [RankTimes(*one) for one in times]
         self.num_collected += 1
         return unpack_result(result)
 
+    def load_adapter(self, slot: int, path: str) -> None:
+        """See Runner.
+
+        Raises:
+            RunnerLost: the ranks are gone.
+        """
+        self._send("load adapter", slot, path)
+        error = self._receive()
+        if error is not None:
+            raise AdapterError(error)
+
+    def drop_adapter(self, slot: int) -> None:
+        """See Runner."""
+        self._send("drop adapter", slot)
+
     def release(self, request_id: str) -> None:
         """See Runner."""
         self._writer.release(request_id)
+
+    def _receive(self) -> Any:
+        assert self._line is not None
+        try:
+            return self._line.receive()
+        except LineClosed as error:
+            raise RunnerLost("the ranks are gone") from error
 
     def _send(self, *message: Any) -> None:
         assert self._line is not None

@@ -10,10 +10,12 @@ import torch
 
 from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput, StepResult
 from autotp_serving.distributed.channel import StepChannel
+from autotp_serving.model.adapters import CONTROL_PREFIX, AdapterSlots, drop_message
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.state_layers import StateLayer, copy_states
+from autotp_serving.request import AdapterError
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.drafts import accept_drafts
 from autotp_serving.worker.sampler import Sampled, Sampler
@@ -32,6 +34,7 @@ class ModelRunner:
         broadcast: gives every rank, in place, what rank 0 has in a tensor on the device; None where
             the host knows every token before it is needed, as with one step in flight.
         state_layers: those that keep states beside the KV blocks.
+        adapters: where adapters are loaded to; None where none can be.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class ModelRunner:
         times: StepTimes,
         broadcast: Callable[[torch.Tensor], None] | None = None,
         state_layers: Sequence[StateLayer] = (),
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.times = times
         self._forward = forward
@@ -49,6 +53,7 @@ class ModelRunner:
         self._state = state
         self._broadcast = broadcast
         self.state_layers = state_layers
+        self.adapters = adapters
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepLogits:
@@ -60,6 +65,7 @@ class ModelRunner:
         started = time.perf_counter()
         copy_states(self.state_layers, batch.state_copies)
         inputs = self._state.apply(batch, self._forward.find_padded_size(batch))
+        inputs.adapters = batch.adapters
         logits = self._gatherer(self._forward(inputs), batch)
         self.times.add_step(time.perf_counter() - started)
         return logits
@@ -81,6 +87,10 @@ class ModelRunner:
     def follow(self, channel: StepChannel) -> None:
         """On ranks other than 0: obey batches until rank 0 says stop."""
         while (message := channel.receive()) != STOP_MESSAGE:
+            if message.startswith(CONTROL_PREFIX):
+                assert self.adapters is not None, "all ranks have the same settings"
+                self.adapters.obey(message)
+                continue
             batch = Batch.from_bytes(message)
             self.run(batch)
             self.share_tokens(batch)
@@ -155,6 +165,22 @@ class LeadRunner:
         self.rank_times[0] = self._runner.times.snapshot()
         self._read_reports()
         return result
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        """See Runner; this rank alone reads the folder."""
+        if self._runner.adapters is None:
+            raise AdapterError("this server takes no adapters: start it with --enable-lora")
+        self._have_obeyed(self._runner.adapters.read(slot, path))
+
+    def drop_adapter(self, slot: int) -> None:
+        """See Runner."""
+        self._have_obeyed(drop_message(slot))
+
+    def _have_obeyed(self, message: bytes) -> None:
+        assert self._runner.adapters is not None, "nothing was loaded"
+        if len(self.rank_times) > 1:
+            self._channel.send(message)
+        self._runner.adapters.obey(message)
 
     def find_late_ranks(self) -> str:
         """Who has not done the step under way, in words; for any thread, while it lasts."""

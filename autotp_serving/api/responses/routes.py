@@ -80,7 +80,7 @@ class ResponsesRoutes:
         keep = partial(self._memory.keep, record.tenant)
         with naming_fields(FIELDS):
             chat = ChatRequest.model_validate(self._chat_fields(body, tools, messages))
-            head = self._names.head(chat, record.request_id, "resp_")
+            head = self._names.head(chat, record, "resp_")
             admitted = await self._chats.admit(chat, record, length_field="max_output_tokens")
         writer = ResponsesWriter(
             _describe(body, head),
