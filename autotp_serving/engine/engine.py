@@ -417,6 +417,7 @@ class Engine:
                 for request in self._active:
                     if request.adapter is adapter:
                         self._end(request, "error", f"the adapter '{adapter.name}' is lost")
+        self.adapters.take_unused(self._active)
 
     def _add(self, request: Request) -> None:
         try:
