@@ -6,7 +6,8 @@ rank.
 
 Random adapters of --targets are written to a temporary folder, one for each of --streams requests,
 which decode side by side. Every flag of serving.py works too. Each line is a pair of runs: the
-median and the quickest of their decode steps; the last line is JSON.
+median and the quickest of their decode steps; the last line is JSON. Where other programs take
+turns on the cores, --cpu-time with OMP_NUM_THREADS=1 counts what the step itself takes of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
              help="requests side by side, each with an adapter of its own (8)")
     add_flag(parser, "input-len", type=positive, default=32, help="tokens of random prompts (32)")
     add_flag(parser, "output-len", type=positive, default=32, help="tokens of answers (32)")
+    add_flag(parser, "cpu-time", action="store_true", help="count processor time (wall time)")
     add_flag(parser, "pairs", type=positive, default=5, help="pairs of runs (5)")
     # fmt: on
     return parser
@@ -130,7 +132,8 @@ def run(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
     size = llm.tokenizer.vocab_size
     prompts = [make_prompt(rng, options.input_len, size) for _ in range(options.streams)]
     names = [f"adapter-{number}" for number in range(options.streams)]
-    time_steps(llm, prompts, names, options.output_len)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    time_steps(llm, prompts, names, WARM_STEPS, clock)
     pairs = []
     for number in range(options.pairs):
         found = {}
@@ -138,7 +141,7 @@ def run(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
             ("without", [None] * len(names)), ("with", names)
         ]  # fmt: skip
         for kind, adapters in kinds if number % 2 else kinds[::-1]:
-            found[kind] = time_steps(llm, prompts, adapters, options.output_len)
+            found[kind] = time_steps(llm, prompts, adapters, options.output_len, clock)
         pairs.append((found["without"], found["with"]))
         medians, bests = (
             [1e3 * pick(steps) for steps in pairs[-1]] for pick in (statistics.median, min)
@@ -159,16 +162,20 @@ def run(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_steps(
-    llm: LLM, prompts: Sequence[list[int]], adapters: Sequence[str | None], output_len: int
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    adapters: Sequence[str | None],
+    output_len: int,
+    clock: Callable[[], float],
 ) -> list[float]:
     """Seconds of each decode step of all prompts side by side."""
     steps: list[float] = []
     step = llm._engine.step
 
     def timed_step() -> None:
-        started = time.perf_counter()
+        started = clock()
         step()
-        steps.append(time.perf_counter() - started)
+        steps.append(clock() - started)
 
     llm._engine.step = timed_step
     try:
