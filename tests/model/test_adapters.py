@@ -17,10 +17,10 @@ from autotp_serving.model.adapters import AdapterForward, AdapterSlots, drop_mes
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import fuse
 from autotp_serving.model.loader import load_model, read_model_config
-from autotp_serving.request import AdapterError
+from autotp_serving.request import AdapterError, RequestError
 from tests.compiler import needs_compiler
-from tests.model.adapters import ALL, save_adapter
-from tests.model.families import save_family
+from tests.model.adapters import ALL, merge_adapter, save_adapter
+from tests.model.families import generate_with_transformers, save_family
 from tests.model.test_fused_layers import CPU, STEPS, find_error, load, make_step
 
 SLOTS = ([1, 2], [0, 2], [2, 1], [1, 0])
@@ -132,6 +132,27 @@ def test_text_does_not_depend_on_neighbours_and_drafts(folders: dict[str, Path])
         assert [one.token_ids for one in together] == alone
         base = llm.generate(prompts, params, show_progress=False)
         assert sum(a.token_ids == b.token_ids for a, b in zip(base, together, strict=True)) == 1
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_tokens_equal_the_merged_models(
+    folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    prompts = [list(range(20, 60)), [7] * 50]
+    expected = generate_with_transformers(
+        merge_adapter(folders["model"], folders[name], tmp_path), prompts, 12
+    )
+    with LLM(
+        str(folders["model"]), low_bit="bf16", dtype="float32", enable_lora=True,
+        kv_cache_memory=2**24,
+    ) as llm:  # fmt: skip
+        llm.load_adapter("mine", str(folders[name]))
+        params = SamplingParams(max_tokens=12, ignore_eos=True)
+        found = llm.generate(prompts, params, adapter="mine", show_progress=False)
+        assert [one.token_ids for one in found] == expected
+        llm.unload_adapter("mine")
+        with pytest.raises(RequestError, match="no adapter"):
+            llm.generate(prompts, params, adapter="mine", show_progress=False)
 
 
 @pytest.mark.parametrize(

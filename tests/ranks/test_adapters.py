@@ -55,6 +55,6 @@ def test_tokens_equal_the_merged_models(tmp_path: Path) -> None:
             "settings": SETTINGS | {"low_bit": "bf16", "lora_modules": modules},
         })  # fmt: skip
         expected.append(list(answers.values()))
-    for num_ranks in (1, 2):
-        assert run_jobs(jobs, num_ranks, tmp_path) == expected
+    # One rank is tested in tests/model; of three the first has more heads than the others.
+    assert run_jobs(jobs, 2, tmp_path) == expected
     assert run_jobs(jobs[:1], 3, tmp_path) == expected[:1]
