@@ -202,7 +202,7 @@ def load(
     from autotp_serving.api.server import reserve_port
     from autotp_serving.worker.worker import start_worker
 
-    api_keys, traces = prepare_http(config)
+    api_keys, traces = check_before_loading(config)
     sock = reserve_port(config.host, config.port)
     worker = start_worker(config, group)
     runner = worker.lead
@@ -218,6 +218,12 @@ def load(
     worker.channel.monitor(fail, config.step_timeout)
     stand_in.on_end = partial(fail, "the launcher has ended this server")
     engine.engine.start()
+    try:
+        load_adapters(config, engine)
+    except ConfigError as error:  # the other ranks obey already, and can only be told to stop
+        engine.engine.shutdown()
+        runner.stop()
+        sys.exit(report(str(error)))
     return app, engine, runner, sock
 
 
@@ -241,7 +247,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     topology = read_topology(os.sched_getaffinity(0))
     places = find_places(num_groups, num_ranks, kind, os.environ, topology)
     config = resolve_model(config, LocalRankGroup())
-    api_keys, traces = prepare_http(config)
+    api_keys, traces = check_before_loading(config)
     sock = reserve_port(config.host, config.port)
     do_without_torch(config)
     launcher = find_launcher(num_ranks)
@@ -262,6 +268,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
             supervisor.give_engine(one)
         spare_collector()
         engine.engine.start()
+        load_adapters(config, engine)
         exit_code = serve(app, engine, config, sock)
         ignore_signals()
         if not exit_code and not engine.engine.shutdown():
@@ -318,14 +325,40 @@ def obey(head: HeadLine, group: RankGroup) -> int:
     return 0
 
 
-def prepare_http(config: ServingConfig) -> tuple[ApiKeys, Traces | None]:
-    """Read what HTTP needs before minutes go into loading a model."""
+def load_adapters(config: ServingConfig, engine: EngineClient) -> None:
+    """Load what --lora-modules names into an engine that runs.
+
+    Raises:
+        ConfigError: one of them is not for this model.
+    """
+    from autotp_serving.engine import EngineError, EngineGroups
+    from autotp_serving.engine.adapters import parse_adapters
+    from autotp_serving.request import AdapterError
+
+    for name, path in parse_adapters(config.lora_modules):
+        assert not isinstance(engine.engine, EngineGroups), "the config refuses them"
+        try:
+            engine.engine.load_adapter(name, path).result()
+        except (AdapterError, EngineError) as error:
+            raise ConfigError(f"--lora-modules {name}={path}: {error}") from error
+
+
+def check_before_loading(config: ServingConfig) -> tuple[ApiKeys, Traces | None]:
+    """Read what HTTP and adapters need before minutes go into loading a model."""
     from autotp_serving.api.api_keys import load_api_keys
     from autotp_serving.api.server import check_tls
     from autotp_serving.api.traces import open_traces
+    from autotp_serving.engine.adapters import parse_adapters
+    from autotp_serving.model.adapter_folder import read_adapter_folder
+    from autotp_serving.request import AdapterError
 
     api_keys = load_api_keys(config, os.environ)
     check_tls(config)
+    for name, path in parse_adapters(config.lora_modules):
+        try:
+            read_adapter_folder(Path(path), config.max_lora_rank)
+        except AdapterError as error:
+            raise ConfigError(f"--lora-modules {name}={path}: {error}") from error
     return api_keys, open_traces(config)
 
 

@@ -290,6 +290,18 @@ class Runner(Protocol):
         """
         ...
 
+    def load_adapter(self, slot: int, path: str) -> None:
+        """Have every rank take an adapter's folder into a slot, from 1 on; no step is in flight.
+
+        Raises:
+            AdapterError: the folder is not served; nothing has changed.
+        """
+        ...
+
+    def drop_adapter(self, slot: int) -> None:
+        """Have every rank forget what is in a slot; no step in flight uses it."""
+        ...
+
     def release(self, request_id: str) -> None:
         """Forget what is kept for a request. Every request that was sampled ends with this."""
         ...

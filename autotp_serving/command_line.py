@@ -21,6 +21,7 @@ SECTIONS = {
         *("model_path", "hub", "revision", "served_model_name", "any_model_name", "load_format"),
         *("allow_pickle", "trust_remote_code", "generation_config", "task"),
     ),
+    "LoRA adapters": ("lora_modules", "enable_lora", "max_loras", "max_lora_rank"),
     "its weights": (
         *("low_bit", "low_bit_provider", "lm_head_low_bit", "modules_to_not_convert"),
         *("save_low_bit", "dtype"),
@@ -45,8 +46,8 @@ SECTIONS = {
         *("step_timeout", "max_restarts", "recovery_timeout", "drain_seconds", "seed"),
     ),
     "HTTP": (
-        *("host", "port", "max_body_size", "api_key", "api_key_file", "cors_origin"),
-        *("allowed_host", "ssl_certfile", "ssl_keyfile"),
+        *("host", "port", "max_body_size", "api_key", "api_key_file", "admin_api_key"),
+        *("cors_origin", "allowed_host", "ssl_certfile", "ssl_keyfile"),
     ),
     "what completions hold": ("tool_call_parser", "reasoning_parser", "responses_store"),
     "logs and traces": ("log_level", "log_format", "otlp_traces_endpoint", "profile"),

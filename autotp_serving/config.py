@@ -37,6 +37,7 @@ MAX_SPECULATIVE_TOKENS = 16
 """Longer guesses are hardly ever right to their end."""
 
 DEFAULT_OFFLOAD_SIZE = 8 * 2**30
+MAX_LORAS, MAX_LORA_RANK = 256, 512
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -276,6 +277,17 @@ class ServingConfig:
     api_key_file: str | None = setting(
         None, "file with one key a line; default: none", parse=str, unit="FILE"
     )
+    admin_api_key: tuple[str, ...] = setting(
+        (),
+        "keys that may change the server while it runs (load and unload adapters), beside all that "
+        "other keys may; those in the environment's AUTOTP_ADMIN_API_KEY (separated by commas) "
+        "count too; default: none, and nobody may",
+        parse=str,
+        nargs="+",
+        action="extend",
+        unit="KEY",
+        secret=True,
+    )
     cors_origin: tuple[str, ...] = setting(
         (),
         "origins whose pages may call the server from a browser, or *; default: none",
@@ -394,6 +406,21 @@ class ServingConfig:
     expert_parallel: bool = setting(
         False, "in a mixture of experts, whole experts on each rank instead of a part of every one"
     )
+    enable_lora: bool = setting(
+        False, "take LoRA adapters while the server runs; --lora-modules means it too"
+    )
+    lora_modules: tuple[str, ...] = setting(
+        (),
+        "LoRA adapters to start with: PEFT folders, and the names by which requests ask for them; "
+        "default: none",
+        parse=str,
+        nargs="+",
+        unit="NAME=FOLDER",
+    )
+    max_loras: int = setting(8, "most LoRA adapters loaded at a time", unit="ADAPTERS")
+    max_lora_rank: int = setting(
+        16, "highest rank of a LoRA adapter; memory is kept for it", unit="RANK"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
     def __post_init__(self) -> None:
@@ -475,6 +502,14 @@ class ServingConfig:
                     f"--allowed-host {name} is no host name: write llm.example.com, without a "
                     "scheme, port or path"
                 )
+        if not 1 <= self.max_loras <= MAX_LORAS:
+            raise ConfigError(f"--max-loras must be from 1 to {MAX_LORAS}, not {self.max_loras}")
+        if not 1 <= self.max_lora_rank <= MAX_LORA_RANK:
+            raise ConfigError(
+                f"--max-lora-rank must be from 1 to {MAX_LORA_RANK}, not {self.max_lora_rank}"
+            )
+        if self.uses_adapters:
+            self._check_adapters()
         if self.low_bit_provider == "ipex-llm" and self.save_low_bit is not None:
             raise ConfigError(
                 "--save-low-bit writes this server's own formats: leave out "
@@ -494,6 +529,30 @@ class ServingConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each sequence runs a token a step"
             )
+
+    def _check_adapters(self) -> None:
+        names = [one.partition("=")[0] for one in self.lora_modules]
+        for setting, name in zip(self.lora_modules, names, strict=True):
+            if not name or not setting.partition("=")[2] or name.startswith("{"):
+                raise ConfigError(f"--lora-modules {setting}: write NAME=FOLDER")
+            if names.count(name) > 1 or name in self.model_names:
+                raise ConfigError(f"--lora-modules {setting}: the name {name} is taken")
+        if len(names) > self.max_loras:
+            raise ConfigError(
+                f"--lora-modules names {len(names)} adapters: raise --max-loras ({self.max_loras})"
+            )
+        others = {
+            "--plan": self.plan, "--save-low-bit": self.save_low_bit is not None,
+            f"--task {self.task}": self.pools, "--data-parallel-size": self.data_parallel_size > 1,
+        }  # fmt: skip
+        for flag, is_asked in others.items():
+            if is_asked:
+                raise ConfigError(f"{flag} is not for servers with LoRA adapters: leave one out")
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether LoRA adapters may be loaded."""
+        return self.enable_lora or bool(self.lora_modules)
 
     @property
     def pools(self) -> bool:

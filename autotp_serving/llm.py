@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,11 @@ from tqdm import tqdm
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import find_num_ranks, join_group, leave_group
 from autotp_serving.engine import Engine
+from autotp_serving.engine.adapters import parse_adapters
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.model.source import resolve_model
 from autotp_serving.request import (
+    AdapterError,
     FinishReason,
     Request,
     RequestError,
@@ -102,12 +105,19 @@ class LLM:
         self._completions: dict[str, Completion] = {}
         self._numbers = itertools.count()
         self._compiler = GrammarCompiler(self.tokenizer)
+        try:
+            for name, path in parse_adapters(config.lora_modules):
+                self.load_adapter(name, path)
+        except AdapterError:
+            self.close()
+            raise
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         show_progress: bool = True,
     ) -> list[Completion]:
         """Answer prompts, batched as the server batches them.
@@ -115,14 +125,20 @@ class LLM:
         Args:
             prompts: texts, or token ids as they are.
             params: for all prompts, or one for each.
+            adapter: name of a LoRA adapter that is loaded, for all prompts or one for each; None
+                for the model as it is.
 
         Raises:
-            RequestError: a prompt or params that cannot be served; then none is.
+            RequestError: a prompt, params or an adapter that cannot be served; then none is.
             GrammarError: a structured output that cannot be compiled.
         """
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
-        requests = [self._make_request(*pair) for pair in zip(prompts, params, strict=True)]
+        if adapter is None or isinstance(adapter, str):
+            adapter = [adapter] * len(prompts)
+        requests = [
+            self._make_request(*triple) for triple in zip(prompts, params, adapter, strict=True)
+        ]
         for request in requests:
             self._engine.check(request)
         self._completions = {request.request_id: Completion() for request in requests}
@@ -148,7 +164,29 @@ class LLM:
                 self._engine.abort(request.request_id)
         return completions
 
-    def _make_request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter, a folder as PEFT saves it, under a name of its own.
+
+        Raises:
+            AdapterError: it is not served, or there is no room for it.
+        """
+        self._wait(self._engine.load_adapter(name, path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            AdapterError: none is loaded by this name.
+        """
+        self._wait(self._engine.unload_adapter(name))
+
+    def _wait(self, future: Future[Any]) -> None:
+        self._engine.step()  # in which it is done
+        future.result()
+
+    def _make_request(
+        self, prompt: str | Sequence[int], params: SamplingParams, adapter_name: str | None
+    ) -> Request:
         """Tokenize one prompt and compile its structured output. Raises as `generate` does."""
         is_array = hasattr(prompt, "__array__")
         token_ids: Sequence[int]
@@ -163,6 +201,11 @@ class LLM:
             raise RequestError("prompt", "must be a text or a list of token ids")
         if not isinstance(params, SamplingParams):
             raise RequestError("params", "must be SamplingParams")
+        adapter = None
+        if adapter_name is not None:
+            adapter = self._engine.adapters.find(adapter_name)
+            if adapter is None:
+                raise RequestError("adapter", f"no adapter is loaded as '{adapter_name}'")
         grammar = None
         if params.structured_output is not None:
             grammar = self._compiler.submit(params.structured_output).result()
@@ -172,6 +215,7 @@ class LLM:
             params,
             time.monotonic(),
             grammar=grammar,
+            adapter=adapter,
         )
 
     def close(self) -> None:

@@ -29,6 +29,27 @@ class RequestError(ValueError):
         self.field_name = field_name
 
 
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded or unloaded; the message names it and the cause."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter that is loaded, or on its way.
+
+    Attributes:
+        name: by which requests ask for it.
+        path: its folder.
+        slot: where the ranks keep it, from 1 on.
+        number: no other had it since the server started: what it made is never taken for another's.
+    """
+
+    name: str
+    path: str
+    slot: int
+    number: int
+
+
 def _check_type(field_name: str, value: Any, kind: type) -> None:
     """Refuse a value of another type; True and False are no numbers."""
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -242,6 +263,7 @@ class Request:
         tenant: whose request it is; those who share a server get turns. "" where all are one.
         grammar: `params.structured_output`, compiled, and what else the tokens have to follow.
         priority: lower ones run earlier, where the server heeds it (--scheduling-policy).
+        adapter: that it runs with; None for the model as it is.
     """
 
     request_id: str
@@ -251,6 +273,7 @@ class Request:
     tenant: str = ""
     grammar: Grammar | None = None
     priority: int = 0
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt_token_ids, tuple) or not self.prompt_token_ids:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from autotp_serving.api.adapter_routes import LoadAdapterRequest, UnloadAdapterRequest
 from autotp_serving.api.anthropic.schemas import (
     CountTokensRequest,
     MessagesRequest,
@@ -71,7 +72,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     OutputFormat, Tool, FunctionDefinition, NamedTool, NamedFunction,
     AllowedToolsChoice, AllowedTools, ToolCall, CalledFunction,
     TokenizeRequest, DetokenizeRequest, PoolingRequest, EmbeddingRequest, RerankRequest, Document,
-    ScoreRequest,
+    ScoreRequest, LoadAdapterRequest, UnloadAdapterRequest,
 )  # fmt: skip
 MARK = re.compile(r"(<!-- fields of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

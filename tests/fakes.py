@@ -27,7 +27,7 @@ from autotp_serving.batch import (
     StepResult,
 )
 from autotp_serving.block_transfer import BlockTransfer
-from autotp_serving.request import TokenLogprobs
+from autotp_serving.request import AdapterError, TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
 NextToken = Callable[[list[int], SampleInput], int]
@@ -174,6 +174,7 @@ class FakeRunner:
         self.rank_times = [RankTimes(), RankTimes()]
         self.samples: list[SampleInput] = []
         self.kept: set[str] = set()  # requests sampled and not released
+        self.adapters: dict[int, str] = {}  # folders by slot; chains and answers depend on them
         self.pools = False  # what `score_rows` are for
         self.vector_size = 3
         self._sums: dict[str, Sequence[float]] = {}
@@ -205,8 +206,11 @@ class FakeRunner:
         token_ids = self._complete_tokens(batch)
         self._check_rows(token_ids)
         tables = [self._tables[row] for row in batch.rows]
+        slots = batch.adapters or [0] * batch.num_seqs
+        self._markers = [hash(self.adapters[slot]) if slot else 0 for slot in slots]
         contexts = [
-            self._read(table, start) for table, start in zip(tables, batch.starts, strict=True)
+            self._read(table, start, marker)
+            for table, start, marker in zip(tables, batch.starts, self._markers, strict=True)
         ]
         copies = iter(batch.state_copies)
         for source, target in zip(copies, copies, strict=True):
@@ -259,7 +263,9 @@ class FakeRunner:
                     break  # the draft is refused
                 if sample.params.has_penalties:
                     assert list(sample.token_ids) == context, "penalties see other tokens"
-                token = obey(self.next_token(context, sample), sample)
+                marker = self._markers[index]
+                seen_by_model = [marker, *context] if marker else context
+                token = obey(self.next_token(seen_by_model, sample), sample)
                 if token < 0 and tokens:
                     break  # the next step shall say so
                 tokens.append(token)
@@ -316,6 +322,17 @@ class FakeRunner:
 
     def _slots_of(self, block: int) -> slice:
         return slice(block * self.block_size, (block + 1) * self.block_size)
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        """Any folder but "bad" will do."""
+        assert not self._in_flight, "a step is in flight"
+        if path == "bad":
+            raise AdapterError("it is no adapter")
+        self.adapters[slot] = path
+
+    def drop_adapter(self, slot: int) -> None:
+        """Forget it."""
+        del self.adapters[slot]
 
     def release(self, request_id: str) -> None:
         """Forget a request."""
@@ -413,10 +430,9 @@ class FakeRunner:
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _read(self, table: list[int], context_len: int) -> tuple[list[int], int]:
+    def _read(self, table: list[int], context_len: int, chain: int) -> tuple[list[int], int]:
         """Tokens of the context and their chain, read back through the blocks."""
         tokens: list[int] = []
-        chain = 0
         for position in range(context_len):
             entry = self._memory[self._slot(table, position)]
             assert entry is not None, f"block read at position {position} before it was written"

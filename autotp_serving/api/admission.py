@@ -200,6 +200,7 @@ class Admission:
                 record.tenant,
                 grammar,
                 priority or 0,
+                record.adapter,
             )
             for number, params in enumerate(choices, first_choice)
         ]

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from autotp_serving import __version__
+from autotp_serving.api.adapter_routes import adapter_routes
 from autotp_serving.api.admission import Admission
 from autotp_serving.api.anthropic.routes import anthropic_routes
 from autotp_serving.api.api_keys import ApiKeys
@@ -87,7 +88,9 @@ def build_app(
     install_error_handlers(app)
     admission = Admission(tokenizer, max_model_len, config, sandbox)
     defaults = read_sampling_defaults(Path(config.model_path), config.generation_config)
-    names = ModelNames(config, max_model_len, defaults)
+    one_engine = engine.one_engine
+    adapters = None if one_engine is None else one_engine.adapters
+    names = ModelNames(config, max_model_len, defaults, adapters)
     parsers = CompletionParsers(tokenizer, config)
     chats = ChatAdmission(admission, parsers, defaults)
     reasoning = parsers.reasoning_options
@@ -103,6 +106,7 @@ def build_app(
         (embedding_routes(*pooling, settings), "embed"),
         (rerank_routes(*pooling, settings), "rerank"),
         (token_routes(admission, names, parsers), task),
+        (adapter_routes(engine, api_keys), "generate"),
         (page_routes(), task),
         (health_routes(engine, config.model_names[0], task), task),
     ]

@@ -127,6 +127,11 @@ class EngineClient:
         return self.engine.engines if isinstance(self.engine, EngineGroups) else [self.engine]
 
     @property
+    def one_engine(self) -> Engine | None:
+        """The engine, None where there are several."""
+        return None if isinstance(self.engine, EngineGroups) else self.engine
+
+    @property
     def num_open(self) -> int:
         """Requests submitted and not yet finished."""
         return len(self._streams)

@@ -26,6 +26,7 @@ from autotp_serving.api.hosts import AllowedHosts
 from autotp_serving.api.large_bodies import LargeBodies
 from autotp_serving.api.request_body import ClientLeftError, find_encoding, read_body
 from autotp_serving.api.route_paths import RoutePaths
+from autotp_serving.request import Adapter
 
 if TYPE_CHECKING:
     from autotp_serving.api.traces import Traces
@@ -50,6 +51,7 @@ class RequestRecord:
         tenant: whose it is; see `ApiKeys`.
         headers: of the reply, whatever it is.
         streams: the reply comes in pieces, as they are made.
+        adapter: that it asks for, by its model's name.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class RequestRecord:
     client_id: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     streams: bool = False
+    adapter: Adapter | None = None
 
 
 class RequestGuard:

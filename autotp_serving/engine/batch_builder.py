@@ -109,6 +109,9 @@ def build_step(
         sequence.num_scheduled_tokens = end
         sequence.last_step = number
         num_tokens += query_len + len(guesses)
+    adapters = [sequence.request.adapter for sequence, _ in chunks]
+    if any(adapters):
+        batch.adapters = [0 if adapter is None else adapter.slot for adapter in adapters]
     if num_top.count(1) < len(num_top):
         batch.num_top = num_top
     return step

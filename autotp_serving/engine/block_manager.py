@@ -13,13 +13,19 @@ from itertools import count
 
 from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.state_slots import StateSlots
+from autotp_serving.request import Adapter
 
 ContentKey = tuple[int, tuple[int, ...]]
 """(content number of the block before, tokens of this block). The dictionary compares it whole, so
 a hash collision can never serve a wrong block."""
 
 NO_PARENT = -1
-"""Content number before a sequence's first block. Distinct roots would keep tenants apart."""
+"""Content number before a sequence's first block."""
+
+
+def find_root(adapter: Adapter | None) -> int:
+    """What stands in its place: keys and values of one adapter are never another's."""
+    return NO_PARENT if adapter is None else NO_PARENT - adapter.number
 
 
 class BlockManager:
@@ -73,16 +79,19 @@ class BlockManager:
         """Blocks that `num_tokens` tokens fill."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, token_ids: Sequence[int]) -> list[int]:
+    def match(self, token_ids: Sequence[int], root: int = NO_PARENT) -> list[int]:
         """Blocks that hold the longest known beginning of `token_ids`, none taken yet.
 
         The last token is never covered: it has to run for its logits. Another thread may ask too,
         and has a guess for an answer.
+
+        Args:
+            root: content number before the first block, as `find_root` has it.
         """
         blocks: list[int] = []
         if not self._enable_prefix_caching:
             return blocks
-        content = NO_PARENT
+        content = root
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             key = (content, tuple(token_ids[start : start + self.block_size]))
             block = self._block_of.get(key)
@@ -142,10 +151,17 @@ class BlockManager:
         for _ in range(len(block_table) - self.num_blocks_for(num_tokens)):
             self._drop(block_table.pop())
 
-    def register(self, block_table: list[int], index: int, token_ids: Sequence[int]) -> bool:
+    def register(
+        self,
+        block_table: list[int],
+        index: int,
+        token_ids: Sequence[int],
+        root: int = NO_PARENT,
+    ) -> bool:
         """Make block `index` of a table known by its `token_ids`, a full block of them.
 
-        Call it once the step that fills the block has run, and for block after block in order.
+        Call it once the step that fills the block has run, and for block after block in order, with
+        the same `root` (see `find_root`) for all; what belongs to an adapter is not stored.
         Where another block has the same content already, the table takes that one instead, so
         that equal prompts which arrived together end up sharing memory.
 
@@ -156,7 +172,7 @@ class BlockManager:
             return False
         assert len(token_ids) == self.block_size
         block = block_table[index]
-        parent = self._content_of[block_table[index - 1]] if index else NO_PARENT
+        parent = self._content_of[block_table[index - 1]] if index else root
         assert parent is not None, f"block {index} is registered before the one it follows"
         key = (parent, tuple(token_ids))
         known = self._block_of.get(key)
@@ -164,7 +180,9 @@ class BlockManager:
             self._block_of[key] = block
             self._key_of[block] = key
             self._content_of[block] = next(self._content_numbers)
-            if self.store is not None:
+            if (
+                self.store is not None and root == NO_PARENT
+            ):  # adapters' numbers end with the server
                 self.store.note(block, block_table[index - 1] if index else None, token_ids)
         elif known != block:
             if self._num_holders[known] == 0:

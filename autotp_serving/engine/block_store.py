@@ -69,16 +69,9 @@ class BlockStore:
         """Whether blocks wait to be stored, or slots to be dropped."""
         return bool(self._unsaved or self._drops)
 
-    def note(
-        self, block: int, parent: int | None, token_ids: Sequence[int], root: bytes = b""
-    ) -> None:
-        """A block of the pool is full, after its parent: it is to be stored, unless it is.
-
-        Args:
-            root: what stands before a first block, the same over restarts; others keep sequences
-                apart whose keys and values differ for the same tokens.
-        """
-        key = self._digest(self._find_parent(parent, root), token_ids)
+    def note(self, block: int, parent: int | None, token_ids: Sequence[int]) -> None:
+        """A block of the pool is full, after its parent: it is to be stored, unless it is."""
+        key = self._digest(self._find_parent(parent), token_ids)
         self._key_of[block] = key
         if key in self._slot_of:
             self._slot_of.move_to_end(key)
@@ -102,16 +95,14 @@ class BlockStore:
         parent: int | None,
         span: range,
         block_size: int,
-        root: bytes = b"",
     ) -> list[bytes]:
         """Keys of the blocks of these indices that are stored, up to the first that is not.
 
         Args:
             parent: the block of the pool before them; None for the first.
-            root: see `note`.
         """
         keys: list[bytes] = []
-        key = self._find_parent(parent, root)
+        key = self._find_parent(parent)
         for index in span:
             key = self._digest(key, token_ids[index * block_size : (index + 1) * block_size])
             if key not in self._slot_of:
@@ -175,8 +166,8 @@ class BlockStore:
     def _give_up(self, key: bytes) -> int:
         return self._slot_of.pop(key)
 
-    def _find_parent(self, parent: int | None, root: bytes) -> bytes:
-        return root if parent is None else self._key_of.get(parent, b"")
+    def _find_parent(self, parent: int | None) -> bytes:
+        return b"" if parent is None else self._key_of.get(parent, b"")
 
     @staticmethod
     def _digest(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -16,14 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from autotp_serving.batch import Runner, RunnerLost
 from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.active_requests import ActiveRequests
+from autotp_serving.engine.adapters import AdapterTable
 from autotp_serving.engine.batch_builder import Progress, Step
 from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import DEFAULT_NUM_DRAFTS
@@ -33,6 +36,8 @@ from autotp_serving.engine.stats import EngineStats
 from autotp_serving.engine.tokenizer import Tokenizer
 from autotp_serving.engine.watchdog import StepWatchdog
 from autotp_serving.request import (
+    Adapter,
+    AdapterError,
     FinishReason,
     Request,
     RequestError,
@@ -110,6 +115,9 @@ class Engine:
             has_states=runner.has_states,
             make_store=self._make_store if runner.stored_blocks else None,
         )
+        self.adapters = AdapterTable(
+            config.max_loras if config.uses_adapters else 0, config.model_names
+        )
         self._output_processor = OutputProcessor(tokenizer, on_outputs)
         self._vocab_size = tokenizer.vocab_size
         self._max_model_len = max_model_len
@@ -153,6 +161,8 @@ class Engine:
                 raise EngineError("the server is shutting down")
             if self.refusal is not None:
                 raise EngineError(self.refusal)
+            if request.adapter is not None and not self.adapters.is_loaded(request.adapter):
+                raise EngineError(f"the adapter '{request.adapter.name}' has just been unloaded")
             self._active.add(request)
             self._inbox.put(partial(self._add, request))
 
@@ -178,6 +188,21 @@ class Engine:
         check_tokens("stop_token_ids", params.stop_token_ids, self._vocab_size)
         check_tokens("logit_bias", params.logit_bias, self._vocab_size)
         self.scheduler.check_fits(request)
+
+    def load_adapter(self, name: str, path: str) -> Future[Adapter]:
+        """Load an adapter's folder on all ranks, between two steps. For any thread.
+
+        Its result, or AdapterError: the folder is not served, or there is no room; EngineError:
+        the ranks are gone.
+        """
+        return self._ask(partial(self._load_adapter, name, path))
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        """Let no more requests begin with an adapter; those that have finish. For any thread.
+
+        Its result, or AdapterError: there is none of this name.
+        """
+        return self._ask(partial(self._unload_adapter, name))
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; a last output says so. Unknown ids are ignored."""
@@ -285,6 +310,8 @@ class Engine:
                 finally:
                     self.watchdog.end()
             self._output_processor.publish()
+            if self.adapters.has_leaving:
+                self._drop_unused_adapters()
             if oldest is not None:
                 self._last_step_seconds = time.perf_counter() - started
                 self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
@@ -371,6 +398,69 @@ class Engine:
         while not self._inbox.empty():  # no one else takes from it
             self._inbox.get()()
 
+    def _ask(self, answer: Callable[[], Any]) -> Future[Any]:
+        """Have the engine's thread answer between two steps."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                if self.outage is not None:
+                    raise EngineError(self.outage)
+                while self._in_flight:
+                    self._collect()
+                future.set_result(answer())
+            except (AdapterError, EngineError) as error:
+                future.set_exception(error)
+            except BaseException as error:
+                future.set_exception(EngineError(f"the engine failed: {error}"))
+                raise
+
+        with self._lock:
+            if self.failure is not None or self._closed:
+                future.set_exception(EngineError(self.failure or "the server is shutting down"))
+            else:
+                self._inbox.put(run)
+        return future
+
+    def _load_adapter(self, name: str, path: str) -> Adapter:
+        self._drop_unused_adapters()
+        adapter = self.adapters.make(name, path)
+        self._runner.load_adapter(adapter.slot, path)
+        self.adapters.add(adapter)
+        logger.info("Adapter %s is loaded from %s", name, path)
+        return adapter
+
+    def _unload_adapter(self, name: str) -> None:
+        with self._lock:  # nobody begins with it in this moment
+            self.adapters.remove(name)
+        self._drop_unused_adapters()
+        logger.info("Adapter %s is unloaded", name)
+
+    def _drop_unused_adapters(self) -> None:
+        """Free the slots of unloaded adapters whose last request has ended."""
+        for adapter in self.adapters.take_unused(self._active):
+            if self.outage is None:
+                self._runner.drop_adapter(adapter.slot)
+
+    def _load_adapters_anew(self) -> None:
+        """Give ranks that know of nothing the adapters; what has gone meanwhile ends its requests.
+
+        A slot that nobody uses holds nothing, so none is dropped.
+        """
+        self.adapters.take_unused(self._active)
+        for adapter in self.adapters.held:
+            try:
+                self._runner.load_adapter(adapter.slot, adapter.path)
+            except AdapterError as error:
+                logger.error("Adapter %s is lost: %s", adapter.name, error)
+                if self.adapters.is_loaded(adapter):
+                    with self._lock:
+                        self.adapters.remove(adapter.name)
+                for request in self._active:
+                    if request.adapter is adapter:
+                        self._end(request, "error", f"the adapter '{adapter.name}' is lost")
+        self.adapters.take_unused(self._active)
+
     def _add(self, request: Request) -> None:
         try:
             self._output_processor.open(request)
@@ -419,6 +509,7 @@ class Engine:
     def _resume(self, attach: Callable[[], None]) -> None:
         """Go on, with ranks that know of nothing."""
         attach()
+        self._load_adapters_anew()
         assert self._patience is not None, "nothing was lost"
         self._patience.cancel()
         self.scheduler.set_pool(self._runner.num_blocks)

@@ -17,7 +17,7 @@ from itertools import islice
 from autotp_serving.batch import INVALID_TOKEN, MAX_SCORED_ROWS, StepResult
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.batch_builder import Progress, Step, build_step
-from autotp_serving.engine.block_manager import BlockManager
+from autotp_serving.engine.block_manager import BlockManager, find_root
 from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.priority_queue import PriorityQueue
@@ -405,7 +405,7 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self._config.max_num_seqs:
             return None
         sequence = self.waiting.head
-        matched = self.blocks.match(sequence.token_ids)
+        matched = self.blocks.match(sequence.token_ids, find_root(sequence.request.adapter))
         pooling = sequence.params.pooling
         if pooling is not None and not pooling.can_reuse:
             matched = []  # tokens taken from the cache would give no hidden states
@@ -487,6 +487,8 @@ class Scheduler:
         first, size = sequence.num_registered_blocks, self.blocks.block_size
         if sequence.num_unscored_tokens or sequence.num_scheduled_tokens != first * size:
             return 0
+        if sequence.request.adapter is not None:  # what adapters make is not stored
+            return 0
         table = sequence.block_table
         max_tokens = sequence.num_scheduled_tokens + budget
         keys = self.blocks.find_stored(sequence.token_ids, table[:first], max_tokens)
@@ -543,7 +545,8 @@ class Scheduler:
         while (sequence.num_registered_blocks + 1) * block_size <= sequence.num_computed_tokens:
             index = sequence.num_registered_blocks
             tokens = sequence.token_ids[index * block_size : (index + 1) * block_size]
-            if self.blocks.register(sequence.block_table, index, tokens):
+            root = find_root(sequence.request.adapter)
+            if self.blocks.register(sequence.block_table, index, tokens, root):
                 sequence.num_sent_blocks = min(sequence.num_sent_blocks, index)
             sequence.num_registered_blocks += 1
 

@@ -42,6 +42,8 @@ def should_wait(
     for sequence, end in running:
         if end - start < block_size or sequence.num_registered_blocks != num_known:
             continue
+        if sequence.request.adapter is not first.request.adapter:
+            continue
         if sequence.block_table[:num_known] != matched:
             continue
         ends = sequence.state_ends if has_states else [end]
@@ -51,7 +53,10 @@ def should_wait(
     if not num_shared:
         return False
     shared = first.token_ids[: start + num_shared]
-    num_waiting = 1 + sum(one.token_ids[: len(shared)] == shared for one in others)
+    num_waiting = 1 + sum(
+        one.token_ids[: len(shared)] == shared and one.request.adapter is first.request.adapter
+        for one in others
+    )
     return num_waiting * num_shared >= MIN_SAVED_TOKENS
 
 

@@ -28,6 +28,7 @@ from autotp_serving.head.wire import (
     pack_result,
     unpack_pools,
 )
+from autotp_serving.request import AdapterError
 
 HEAD_NAME = "AUTOTP_HEAD"
 """Of the variable in which the head tells ranks its socket, the secret and their number."""
@@ -124,6 +125,12 @@ def run_steps(line: Line, runner: Runner) -> None:
         if kind == "transfer":
             line.send(("transferred", runner.transfer(BlockTransfer.from_bytes(step[0]))))
             continue
+        if kind == "load adapter":
+            line.send(_load_adapter(runner, *step))
+            continue
+        if kind == "drop adapter":
+            runner.drop_adapter(*step)
+            continue
         if kind == "step":
             epoch, number, batch, samples, scores, pools, released = step
             for request_id in released:
@@ -140,6 +147,15 @@ def run_steps(line: Line, runner: Runner) -> None:
             result = pack_result(runner.collect())
             times = [tuple(one) for one in runner.rank_times]
             line.send((*begun.popleft(), times, result))
+
+
+def _load_adapter(runner: Runner, slot: int, path: str) -> str | None:
+    """Why it is not served, or None."""
+    try:
+        runner.load_adapter(slot, path)
+    except AdapterError as error:
+        return str(error)
+    return None
 
 
 def find_head(environ: MutableMapping[str, str], rank: int) -> HeadLine | None:

@@ -24,6 +24,7 @@ from autotp_serving.head.wire import (
     pack_scores,
     unpack_result,
 )
+from autotp_serving.request import AdapterError
 from autotp_serving.step_times import RankTimes
 
 
@@ -116,6 +117,21 @@ class RemoteRunner:
         self._send("transfer", transfer.to_bytes())
         failed: list[int] = self._receive()[1]
         return failed
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        """See Runner.
+
+        Raises:
+            RunnerLost: the ranks are gone.
+        """
+        self._send("load adapter", slot, path)
+        error = self._receive()
+        if error is not None:
+            raise AdapterError(error)
+
+    def drop_adapter(self, slot: int) -> None:
+        """See Runner."""
+        self._send("drop adapter", slot)
 
     def release(self, request_id: str) -> None:
         """See Runner."""

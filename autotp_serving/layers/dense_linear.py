@@ -19,6 +19,7 @@ from autotp_serving.kernels.cpu.dense import (
     place,
     sums_like_torch,
 )
+from autotp_serving.layers.adapters import Adapt
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.low_bit.selection import COLUMN_PARALLEL, ROW_PARALLEL
 
@@ -35,6 +36,9 @@ class DenseLinear(nn.Module):
         bias: [out_features] or None; with `reduce` it is whole on every rank.
         reduce: sums a product over the ranks in place, or None.
         matmul: multiplies [tokens, in_features] by the weight, or None for torch.
+
+    Attributes:
+        adapt: adds to the product, before the sum over the ranks, what adapters make of the input.
     """
 
     def __init__(
@@ -49,14 +53,18 @@ class DenseLinear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.reduce = reduce
+        self.adapt: Adapt | None = None
         self.matmul = matmul
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features], equal on all ranks if it reduces."""
         if self.matmul is None:
-            return self.finish(functional.linear(x, self.weight))
-        out = self.finish(self.matmul(x.reshape(-1, self.in_features)))
-        return out.view(*x.shape[:-1], self.out_features)
+            out = functional.linear(x, self.weight)
+        else:
+            out = self.matmul(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        if self.adapt is not None:
+            self.adapt(x, out)
+        return self.finish(out)
 
     def finish(self, out: Tensor) -> Tensor:
         """All-reduce the product and add the bias, both in place, where there are any."""

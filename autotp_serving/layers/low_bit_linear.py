@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from autotp_serving.kernels.cpu.linear import CpuMatmul, load_library
 from autotp_serving.kernels.cpu.tiles import tile as tile_weight
+from autotp_serving.layers.adapters import Adapt
 from autotp_serving.low_bit.tensor import LowBitTensor, dequantize
 
 # Multiplies `x` [tokens, cols] by transposed weights [rows, cols] into [tokens, rows of all].
@@ -32,8 +33,9 @@ class LowBitLinear(nn.Module):
 
     `bias` `[out_features]` or None; with `reduce` it is whole on every rank, since it is added
     once, after the all-reduce. `reduce` takes and returns a tensor of the output's shape and may
-    work in place. The planes are buffers under their own names (`codes`, `scales`, ...); `weight`
-    is the same memory as one LowBitTensor.
+    work in place; `adapt`, where there are adapters, adds to the product before. The planes are
+    buffers under their own names (`codes`, `scales`, ...); `weight` is the same memory as one
+    LowBitTensor.
     """
 
     def __init__(
@@ -49,12 +51,16 @@ class LowBitLinear(nn.Module):
             self.register_buffer(name, plane)
         self.register_buffer("bias", bias)
         self.reduce = reduce
+        self.adapt: Adapt | None = None
         self.weight = weight
         self.matmul = make_matmul(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        out = self.finish(self.matmul(x if x.dim() == 2 else x.reshape(-1, self.in_features)))
+        out = self.matmul(x if x.dim() == 2 else x.reshape(-1, self.in_features))
+        if self.adapt is not None:
+            self.adapt(x, out)
+        out = self.finish(out)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
     def finish(self, out: Tensor) -> Tensor:

@@ -78,7 +78,9 @@ class StartCheck:
         cache = blocks * footprint.kv_bytes_per_block
         self._log("Planned", footprint.weight_bytes, cache, footprint.activation_bytes, host_peak)
 
-    def size_cache(self, shape: KVCacheShape, step_bytes: int | None) -> int:
+    def size_cache(
+        self, shape: KVCacheShape, step_bytes: int | None, adapter_bytes: int = 0
+    ) -> int:
         """Number of KV blocks that every rank can hold, now that its weights are in place.
 
         With --kv-cache-memory, as many as fit in it. Otherwise what is left of the device after
@@ -87,6 +89,7 @@ class StartCheck:
 
         Args:
             step_bytes: most that a step's activations were seen to take; None: as planned.
+            adapter_bytes: to be left for adapters.
 
         Raises:
             ConfigError: not even one sequence of the full length fits.
@@ -95,6 +98,7 @@ class StartCheck:
         placed = replace(self._planned, weights={}, kv_bytes_per_block=shape.bytes_per_block)
         if step_bytes is not None:
             placed = replace(placed, activation_bytes=step_bytes)
+        placed = replace(placed, activation_bytes=placed.activation_bytes + adapter_bytes)
         memory = self._device.memory()
         if self._config.kv_cache_memory is not None:  # was weighed before loading
             memory = Memory(sys.maxsize, sys.maxsize)

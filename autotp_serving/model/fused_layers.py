@@ -10,18 +10,20 @@ operation computes, and where it rounds to bfloat16, is as in transformers' code
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autotp_serving.batch import Batch
+from autotp_serving.kernels.cpu.adapters import AdapterRuns, CpuAdapters
 from autotp_serving.kernels.cpu.attention import CpuCache
 from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
 from autotp_serving.kernels.cpu.layers import NativeLayer, NativeLayers, Product
 from autotp_serving.kernels.cpu.linear import CpuMatmul
+from autotp_serving.layers.adapters import AdapterStep, attach
 from autotp_serving.layers.dense_linear import DenseLinear, join_dense
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.layers.low_bit_linear import LowBitLinear, make_matmul
@@ -47,6 +49,16 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class LayerAdapters:
+    """What adapters add to a layer's products."""
+
+    qkv: CpuAdapters | None = None
+    output: CpuAdapters | None = None
+    gate_up: CpuAdapters | None = None
+    down: CpuAdapters | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a pass needs of one decoder layer; products map [num_tokens, ...] to the same.
 
@@ -65,6 +77,7 @@ class Layer:
     mlp_norm: Norm
     gate_up: JoinedLinears
     down: nn.Module
+    adapters: LayerAdapters | None = None
 
     @staticmethod
     def of(layer: nn.Module) -> Layer:
@@ -95,11 +108,12 @@ class Layer:
             return None
         if not all(isinstance(x.matmul, CpuMatmul | DenseMatmul) for x in (*joined, *finished)):
             return None
+        adapters = self.adapters or LayerAdapters()
         return NativeLayer(
-            qkv=Product(self.qkv.matmul, self.qkv.bias),
-            output=Product(self.output.matmul, finish=self.output.finish),
-            gate_up=Product(self.gate_up.matmul, self.gate_up.bias),
-            down=Product(self.down.matmul, finish=self.down.finish),
+            qkv=Product(self.qkv.matmul, self.qkv.bias, adapters=adapters.qkv),
+            output=Product(self.output.matmul, None, self.output.finish, adapters.output),
+            gate_up=Product(self.gate_up.matmul, self.gate_up.bias, adapters=adapters.gate_up),
+            down=Product(self.down.matmul, None, self.down.finish, adapters.down),
             input_norm=(self.input_norm.weight, self.input_norm.epsilon),
             mlp_norm=(self.mlp_norm.weight, self.mlp_norm.epsilon),
             head_norms=self.head_norms,
@@ -121,10 +135,58 @@ class FusedForward:
         self._layers = [Layer.of(layer) for layer in decoder.layers]
         self._norm = Norm.of(decoder.norm)
         self._head = model.get_output_embeddings()
-        native_layers = [] if by_operation else [layer.to_native(cache) for layer in self._layers]
-        self._native_layers = (
-            NativeLayers(ops, native_layers) if native_layers and all(native_layers) else None
-        )
+        self._decoder, self._by_operation = decoder, by_operation
+        self._adapter_step = AdapterStep()  # nobody has one
+        self._max_adapter_rank = 0
+        self._runs: AdapterRuns | None = None
+        self._native_layers = self._join_halves()
+
+    def _join_halves(self) -> NativeLayers | None:
+        """The layers in two calls each, or None where that cannot be, or is not to be."""
+        if self._by_operation:
+            return None
+        layers = [layer.to_native(self._cache) for layer in self._layers]
+        return NativeLayers(self._ops, layers) if all(layers) else None
+
+    def take_adapters(
+        self, step: AdapterStep, num_slots: int, max_rank: int
+    ) -> dict[nn.Module, FusedAdapters]:
+        """Make room for adapters.
+
+        Args:
+            step: tells of each step who runs with which.
+            max_rank: of an adapter.
+
+        Returns:
+            For each linear layer what takes in its part of adapters.
+        """
+        self._adapter_step, self._max_adapter_rank = step, 3 * max_rank
+        sinks: dict[nn.Module, FusedAdapters] = {}
+
+        def make(*linears: nn.Module) -> CpuAdapters:
+            (cols,) = {linear.weight.shape[1] for linear in linears}
+            widths = [linear.weight.shape[0] for linear in linears]
+            product = CpuAdapters(self._ops, cols, widths, num_slots)
+            for part, linear in enumerate(linears):
+                own = linear if len(linears) == 1 else None
+                sinks[linear] = FusedAdapters(product, part, own, lambda: self._runs)
+            return product
+
+        for index, (layer, decoder_layer) in enumerate(
+            zip(self._layers, self._decoder.layers, strict=True)
+        ):
+            attention, mlp = decoder_layer.self_attn, decoder_layer.mlp
+            self._layers[index] = replace(
+                layer,
+                adapters=LayerAdapters(
+                    make(attention.q_proj, attention.k_proj, attention.v_proj),
+                    make(attention.o_proj),
+                    make(mlp.gate_proj, mlp.up_proj),
+                    make(mlp.down_proj),
+                ),
+            )
+        self._native_layers = self._join_halves()
+        return sinks
 
     @property
     def is_exact_at_any_width(self) -> bool:
@@ -154,16 +216,23 @@ class FusedForward:
         cos, sin = self._rotary(hidden, inputs.positions[None])
         rotary = (cos[0].contiguous(), sin[0].contiguous())
         native_layers = self._native_layers
+        spans = self._adapter_step.spans
+        runs = self._runs = AdapterRuns(spans, self._max_adapter_rank) if spans else None
         if native_layers is not None and len(hidden) <= native_layers.most_tokens:
-            added = native_layers.run(hidden, rotary, context.inputs.slots, context.attention)
+            slots, attention = context.inputs.slots, context.attention
+            added = native_layers.run(hidden, rotary, slots, attention, runs)
         else:
-            added = self._run_operations(hidden, rotary, context)
+            added = self._run_operations(hidden, rotary, context, runs)
         rows = inputs.logit_rows
         hidden, added = hidden[rows], added[rows]
         return self._head(ops.rms_norm(hidden, added, self._norm.weight, self._norm.epsilon))
 
     def _run_operations(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: AttentionContext
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: AttentionContext,
+        runs: AdapterRuns | None,
     ) -> Tensor:
         """Run the layers operation by operation; see `NativeLayers.run`."""
         ops = self._ops
@@ -171,6 +240,8 @@ class FusedForward:
         for layer in self._layers:
             x = ops.rms_norm(hidden, added, layer.input_norm.weight, layer.input_norm.epsilon)
             qkv = layer.qkv(x)
+            if runs is not None:
+                layer.adapters.qkv.add(x, qkv, runs)
             pools = self._cache.layer(layer.index)
             ops.rotate_and_store(qkv, rotary, context.inputs.slots, pools, layer.head_norms)
             heads = qkv.view(len(qkv), -1, layer.head_dim)
@@ -180,8 +251,50 @@ class FusedForward:
             )
             added = layer.output(attended.view(len(qkv), -1))
             x = ops.rms_norm(hidden, added, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
-            added = layer.down(ops.silu_multiply(layer.gate_up(x)))
+            gate_up = layer.gate_up(x)
+            if runs is not None:
+                layer.adapters.gate_up.add(x, gate_up, runs)
+            added = layer.down(ops.silu_multiply(gate_up))
         return added
+
+
+class FusedAdapters:
+    """One linear layer's part of adapters. See LinearAdapters.
+
+    Args:
+        product: that it is part number `part` of.
+        linear: the layer, where the pass calls it by itself when it runs operation by operation.
+        get_runs: which tokens of the step under way have adapters.
+    """
+
+    def __init__(
+        self,
+        product: CpuAdapters,
+        part: int,
+        linear: nn.Module | None,
+        get_runs: Callable[[], AdapterRuns | None],
+    ) -> None:
+        self._product, self._part = product, part
+        self._linear, self._get_runs = linear, get_runs
+        self._detach: Callable[[], None] | None = None
+
+    def put(self, slot: int, down: Tensor, up: Tensor, scale: float) -> None:
+        """See LinearAdapters."""
+        self._product.put(slot, self._part, down, up, scale)
+        if self._linear is not None and self._detach is None:
+            self._detach = attach(self._linear, self._add)
+
+    def drop(self, slot: int) -> None:
+        """See LinearAdapters."""
+        self._product.drop(slot, self._part)
+        if self._detach is not None and self._product.is_empty:
+            self._detach()
+            self._detach = None
+
+    def _add(self, x: Tensor, out: Tensor) -> None:
+        runs = self._get_runs()
+        if runs is not None:
+            self._product.add(x, out, runs)
 
 
 def fuse(model: nn.Module, cache: KVCache, *, by_operation: bool = False) -> FusedForward | None:

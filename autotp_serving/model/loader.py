@@ -93,11 +93,13 @@ def load_model(
     device: torch.device,
     all_reduce: AllReduce,
     check: Callable[[nn.Module, Any, LowBitSelection], None] = lambda *_: None,
+    keep_shards: Callable[[dict[str, Shard]], None] = lambda _: None,
 ) -> nn.Module:
     """Load this rank's shard of the model.
 
     Args:
         check: called with the model sharded and still empty, the checkpoint and the formats.
+        keep_shards: called with this rank's block of each tensor, by name.
 
     Returns:
         The transformers model, in eval mode, whose attention runs over blocks and whose linear
@@ -122,6 +124,7 @@ def load_model(
         hide_vision_tensors(model_config, checkpoint, is_told=group.rank == 0)
         match_tensor_names(model, checkpoint)
         shards = find_shards(model, checkpoint, group)
+        keep_shards(shards)
         check(model, checkpoint, low_bit)
     check_checksums(checkpoint, group)
     log_lines(checkpoint.describe_quantized(), group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -31,6 +31,7 @@ class StepInputs:
         logit_rows: [num_logit_rows] int64, indices of the tokens whose logits rank 0 needs: those
             of the sequences that get a token, in order, then those that score prompts. In a padded
             step all tokens, so that its tensors have the same places whatever is sampled.
+        adapters: [num_seqs], slots of adapters, 0 for none; [] where none has one.
         is_padded: whether a decode step was made ready for a graph, even if nothing was added.
         chosen_rows: in a padded step, which of `logit_rows` these are; None: the first, as many as
             there are sequences without padding.
@@ -52,6 +53,7 @@ class StepInputs:
     num_tokens: int
     chosen_rows: list[int] | None = None
     is_padded: bool = False
+    adapters: list[int] = field(default_factory=list)
 
     @property
     def is_decode(self) -> bool:

@@ -11,10 +11,12 @@ import torch
 from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput, StepResult
 from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.distributed.channel import StepChannel
+from autotp_serving.model.adapters import CONTROL_PREFIX, AdapterSlots, drop_message
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.state_layers import StateLayer, copy_states
+from autotp_serving.request import AdapterError
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.block_file import BlockFile
 from autotp_serving.worker.drafts import accept_drafts
@@ -36,6 +38,7 @@ class ModelRunner:
         state_layers: those that keep states beside the KV blocks.
         block_file: keeps blocks beyond the pool.
         all_reduce: sums a tensor over the ranks in place; where there is such a file.
+        adapters: where adapters are loaded to; None where none can be.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ModelRunner:
         state_layers: Sequence[StateLayer] = (),
         block_file: BlockFile | None = None,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.times = times
         self._forward = forward
@@ -57,6 +61,7 @@ class ModelRunner:
         self.state_layers = state_layers
         self._block_file = block_file
         self._all_reduce = all_reduce
+        self.adapters = adapters
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepLogits:
@@ -68,6 +73,7 @@ class ModelRunner:
         started = time.perf_counter()
         copy_states(self.state_layers, batch.state_copies)
         inputs = self._state.apply(batch, self._forward.find_padded_size(batch))
+        inputs.adapters = batch.adapters
         logits = self._gatherer(self._forward(inputs), batch)
         self.times.add_step(time.perf_counter() - started)
         return logits
@@ -102,6 +108,10 @@ class ModelRunner:
         while (message := channel.receive()) != STOP_MESSAGE:
             if BlockTransfer.is_one(message):
                 self.transfer(BlockTransfer.from_bytes(message))
+                continue
+            if message.startswith(CONTROL_PREFIX):
+                assert self.adapters is not None, "all ranks have the same settings"
+                self.adapters.obey(message)
                 continue
             batch = Batch.from_bytes(message)
             self.run(batch)
@@ -198,6 +208,22 @@ class LeadRunner:
             return self._runner.transfer(transfer)
         except RuntimeError as error:
             raise self._name_loss(error) from error
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        """See Runner; this rank alone reads the folder."""
+        if self._runner.adapters is None:
+            raise AdapterError("this server takes no adapters: start it with --enable-lora")
+        self._have_obeyed(self._runner.adapters.read(slot, path))
+
+    def drop_adapter(self, slot: int) -> None:
+        """See Runner."""
+        self._have_obeyed(drop_message(slot))
+
+    def _have_obeyed(self, message: bytes) -> None:
+        assert self._runner.adapters is not None, "nothing was loaded"
+        if len(self.rank_times) > 1:
+            self._channel.send(message)
+        self._runner.adapters.obey(message)
 
     def find_late_ranks(self) -> str:
         """Who has not done the step under way, in words; for any thread, while it lasts."""

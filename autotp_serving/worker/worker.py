@@ -29,12 +29,15 @@ from autotp_serving.distributed.placement import (
 from autotp_serving.distributed.store import close_doors
 from autotp_serving.memory.probe import probe_model
 from autotp_serving.memory.start_check import StartCheck
+from autotp_serving.model.adapters import AdapterSlots
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import PROVED, check_heads
+from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import FusedForward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
+from autotp_serving.model.shards import Shard
 from autotp_serving.model.state_layers import allocate_states, list_state_layers
 from autotp_serving.pooling import read_pooling
 from autotp_serving.step_times import StepTimes
@@ -119,15 +122,20 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
         bind_to_placement(group)
     check_agreement(config, group)
     checker = StartCheck(config, group, device, max_model_len, num_loading)
+    shards: dict[str, Shard] = {}
     model = load_model(
-        config, model_config, group, device.torch_device, all_reduce, checker.check_plan
+        *(config, model_config, group, device.torch_device, all_reduce, checker.check_plan),
+        keep_shards=shards.update,
     )
     fix_rotary(model, max_model_len)
     note = describe_length(model_config, max_model_len)
     if note and group.rank == 0:
         logger.info(note)
     shape, step_bytes = probe_model(model, config, device, max_model_len)
-    num_blocks = checker.size_cache(shape, step_bytes)
+    adapters = None
+    if config.uses_adapters:
+        adapters = AdapterSlots(model, shards, config, device.torch_device)
+    num_blocks = checker.size_cache(shape, step_bytes, adapters.num_bytes if adapters else 0)
     backend = choose_backend(device.torch_device)
     pooling = read_pooling(config)
     is_causal = pooling is None or pooling.is_causal
@@ -159,11 +167,13 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     )
     setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
+    # A refused draft leaves nothing behind in blocks; in states it would.
+    can_draft = isinstance(forward, FusedForward) and forward.is_exact_at_any_width
+    if adapters is not None:
+        forward = adapters.use(forward, PlainForward(model, cache))
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
-    # A refused draft leaves nothing behind in blocks; in states it would.
-    can_draft = isinstance(forward, FusedForward) and forward.is_exact_at_any_width
     if config.speculative_tokens and not can_draft:
         raise ConfigError(
             "--speculative-tokens: text would depend on drafts in this model, weight format or "
@@ -174,7 +184,9 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     gatherer = LogitsGatherer(head, by_candidates=by_candidates)
     block_file = open_block_file(config, group, cache, max_model_len)
     stored_blocks = block_file.agree(group) if block_file is not None else []
-    runner = ModelRunner(forward, gatherer, state, times, broadcast, states, block_file, all_reduce)
+    runner = ModelRunner(
+        *(forward, gatherer, state, times, broadcast, states, block_file, all_reduce, adapters)
+    )
     channel = StepChannel(group)
     close_doors(group, is_host=device.is_host)
     lead = None

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from autotp_serving.api import (
+    adapter_routes,
     native_schemas,
     sampling_fields,
     schemas,
@@ -32,7 +33,7 @@ TEXT = DOCUMENT.read_text(encoding="utf-8")
 MODULES = (
     schemas, native_schemas, openai_schemas, chat_schemas, sampling_fields, structured_output,
     tool_schemas, tokenize_routes, responses_schemas, anthropic_schemas, peer_fields,
-    pooling_schemas,
+    pooling_schemas, adapter_routes,
 )  # fmt: skip
 EXAMPLES = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 

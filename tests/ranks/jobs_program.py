@@ -8,6 +8,7 @@ line with which it was refused. What a job may have besides:
 
 - "params": SamplingParams fields for each prompt. Its answers are then token ids, logprobs and
   prompts' logprobs.
+- "adapters": the adapter of each prompt, or null.
 - "max_in_flight": steps at once.
 - "small_bytes": steps with fewer bytes of logits have them gathered whole.
 - "pooling", in place of "max_tokens": fields of `Pooling`. It is answered by the prompts' vectors.
@@ -55,7 +56,12 @@ def answer(job: dict[str, Any]) -> list[Any] | str | None:
     step_logits.SMALL_BYTES = job.get("small_bytes", SMALL_BYTES)
     try:
         with LLM(job["model"], **job["settings"]) as llm:
-            completions = llm.generate(job["prompts"], make_params(job), show_progress=False)
+            completions = llm.generate(
+                job["prompts"],
+                make_params(job),
+                adapter=job.get("adapters"),
+                show_progress=False,
+            )
     except ConfigError as error:
         return str(error)
     except SystemExit:  # how a rank other than 0 leaves LLM; here it has more to do

@@ -72,7 +72,7 @@ class AnthropicRoutes:
         record = request.state.record
         with naming_fields(FIELDS):
             chat = ChatRequest.model_validate(to_chat(body, self._reasoning))
-            head = self._names.head(chat, record.request_id, "msg_")
+            head = self._names.head(chat, record, "msg_")
             admitted = await self._chats.admit(chat, record, cuts_length=True)
         writer = MessageWriter(
             head,

@@ -64,7 +64,7 @@ class OpenAIRoutes:
         admission = self._admission
         record = request.state.record
         record.headers |= ignored_header(list_ignored(body))
-        head = self._names.head(body, record.request_id, "cmpl-")
+        head = self._names.head(body, record, "cmpl-")
         admission.check_named_tokens(body)
         admission.check_num_completions(
             len(body.prompt), body.num_sampled, "best_of" if body.best_of else "n"
@@ -108,7 +108,7 @@ class OpenAIRoutes:
         if not self._chats.parsers.reasoning_options.heeds(body.reasoning_effort):
             ignored.append("reasoning_effort")
         record.headers |= ignored_header(ignored)
-        head = self._names.head(body, record.request_id, "chatcmpl-")
+        head = self._names.head(body, record, "chatcmpl-")
         chat = await self._chats.admit(body, record)
         writer = ChatWriter(
             head,
@@ -124,8 +124,8 @@ class OpenAIRoutes:
         return await answer(self._engine, request, chat.requests, writer, streams=bool(body.stream))
 
     async def models(self) -> dict[str, Any]:
-        """The names under which the model is served."""
-        return {"object": "list", "data": [self._names.card(name) for name in self._names.names]}
+        """The names under which the model is served, and those of its adapters."""
+        return {"object": "list", "data": [self._names.card(name) for name in self._names.listed]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """One of these names."""

@@ -63,7 +63,7 @@ class EmbeddingRoutes:
         """Embed one or several inputs."""
         record = request.state.record
         record.headers |= ignored_header(list_ignored(body))
-        head = self._names.head(body, record.request_id, "embd-")
+        head = self._names.head(body, record, "embd-")
         prompt = self._find_prompt(body.prompt_name)
         vectors = await self._pooler.pool(
             body.input,

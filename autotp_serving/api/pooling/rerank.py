@@ -82,7 +82,7 @@ class RerankRoutes:
     async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Order documents by how relevant they are to a query."""
         record = request.state.record
-        head = self._names.head(body, record.request_id, "rerank-")
+        head = self._names.head(body, record, "rerank-")
         texts = [one if isinstance(one, str) else one.text for one in body.documents]
         scores = await self._score(
             body, [(body.query, text) for text in texts], request, "documents"
@@ -98,7 +98,7 @@ class RerankRoutes:
     async def score(self, body: ScoreRequest, request: Request) -> Response:
         """Score pairs of texts."""
         record = request.state.record
-        head = self._names.head(body, record.request_id, "score-")
+        head = self._names.head(body, record, "score-")
         scores = await self._score(body, body.pairs(), request, "text_2")
         data = [
             {"index": index, "object": "score", "score": score}

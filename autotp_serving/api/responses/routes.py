@@ -96,7 +96,7 @@ class ResponsesRoutes:
         fields = {name: one for name, one in FIELDS.items() if name not in body.model_fields_set}
         with naming_fields(fields):
             chat = ChatRequest.model_validate(self._chat_fields(body, tools, messages))
-            head = self._names.head(chat, record.request_id, "resp_")
+            head = self._names.head(chat, record, "resp_")
             admitted = await self._chats.admit(chat, record, length_field="max_output_tokens")
         writer = ResponsesWriter(
             _describe(body, head, self._names.sampling_defaults)

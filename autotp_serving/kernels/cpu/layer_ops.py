@@ -55,6 +55,12 @@ class LayerOps:
         self._silu_multiply = library.autotp_silu_multiply
         self._silu_multiply.argtypes = (pointer, pointer, number, number, number)
         self._silu_multiply.restype = None
+        self.add_adapters = library.autotp_add_adapters  # see adapters.py
+        self.add_adapters.argtypes = (
+            *(pointer, number, pointer),
+            *(pointer, number, pointer, number, number),
+        )
+        self.add_adapters.restype = None
         # Two addresses, of a layer and of a step: see layers.py.
         self.attention_half = library.autotp_attention_half
         self.attention_half.argtypes = (pointer, pointer, number)

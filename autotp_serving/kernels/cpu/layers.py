@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autotp_serving.kernels.cpu.adapters import AdapterRuns, CpuAdapters
 from autotp_serving.kernels.cpu.attention import CpuAttention, PoolPointers
 from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, Rotation
@@ -32,6 +33,8 @@ class _Product(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
+        ("num_parts", ctypes.c_int64),
     )
 
 
@@ -69,18 +72,20 @@ class _Step(ctypes.Structure):
         ("normed", ctypes.c_void_p),
         ("joined", ctypes.c_void_p),
         ("narrowed", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
     )
 
 
 @dataclass(frozen=True)
 class Product:
     """A product and its bias [rows] or None; `finish` all-reduces a part in place and
-    adds what is added once. In a joined product there is nothing to finish.
+    adds what is added once. In a joined product there is nothing to finish. `adapters` add to it.
     """
 
     matmul: CpuMatmul | DenseMatmul
     bias: Tensor | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    adapters: CpuAdapters | None = None
 
     def describe(self) -> _Product:
         """As C++ takes it."""
@@ -91,6 +96,8 @@ class Product:
             self.matmul.rows,
             self.matmul.cols,
             None if self.bias is None else self.bias.data_ptr(),
+            None if self.adapters is None else self.adapters.address,
+            0 if self.adapters is None else self.adapters.num_parts,
         )
 
 
@@ -170,7 +177,12 @@ class NativeLayers:
         self._widest_narrowed = max(max(x.output.matmul.cols, x.down.matmul.cols) for x in layers)
 
     def run(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor, attention: CpuAttention
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        slots: Tensor,
+        attention: CpuAttention,
+        adapter_runs: AdapterRuns | None = None,
     ) -> Tensor:
         """Run the step's tokens through every layer.
 
@@ -178,6 +190,7 @@ class NativeLayers:
             hidden: [num_tokens, size] bfloat16; altered.
             rotary: cos and sin, [num_tokens, head_dim].
             slots: [num_tokens] int64.
+            adapter_runs: the tokens with adapters; None where there are none.
 
         Returns:
             What is still to be added to `hidden`, of its shape.
@@ -202,6 +215,7 @@ class NativeLayers:
             normed.data_ptr(),
             joined.data_ptr(),
             narrowed.data_ptr(),
+            None if adapter_runs is None else adapter_runs.address,
         )
         address = ctypes.addressof(step)
         attention_half, mlp_half = self._ops.attention_half, self._ops.mlp_half

@@ -10,6 +10,7 @@
 
 #include ISA_VECTORS
 
+#include "adapters.h"
 #include "bfloat16.h"
 #include "exponential.h"
 #include "kv_layout.h"
@@ -35,6 +36,8 @@ struct AutotpProduct {
     const void* const* weights;
     int64_t count, rows, cols;
     const uint16_t* bias;  // [rows], or null
+    const AutotpAdapterPart* adapters;  // [slots, num_parts], or null
+    int64_t num_parts;
 };
 
 // A decoder layer, as kernels/cpu/layers.py describes it.
@@ -61,6 +64,7 @@ struct AutotpStep {
     uint16_t* normed;     // [tokens, size]
     uint16_t* joined;     // [tokens, rows of qkv or of gate_up]
     uint16_t* narrowed;   // [tokens, columns of output or of down]
+    const AutotpAdapterRuns* adapters;  // null where no token has one
 };
 
 namespace {
@@ -104,8 +108,9 @@ inline void rotate(uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_
 
 namespace {
 
-int multiply(const AutotpProduct& product, const uint16_t* x, uint16_t* out, int64_t tokens,
-             int64_t threads) {
+int multiply(const AutotpProduct& product, const uint16_t* x, uint16_t* out,
+             const AutotpStep& step) {
+    const int64_t tokens = step.tokens, threads = step.threads;
     constexpr int64_t kBFloat16 = 1;  // of low_bit_linear.cpp's types
     if (product.multiply(product.weights, product.count, x, product.cols, out, tokens, kBFloat16,
                          threads)) {
@@ -120,12 +125,23 @@ int multiply(const AutotpProduct& product, const uint16_t* x, uint16_t* out, int
             }
         }
     }
+    if (step.adapters && product.adapters) {
+        add_adapters(product.adapters, product.num_parts, *step.adapters, x, product.cols, out,
+                     product.rows, threads);
+    }
     return 0;
 }
 
 }  // namespace
 
 extern "C" {
+
+// Adds what adapters make of `x` [tokens, cols] to `out` [tokens, rows]; multiples of 16.
+void autotp_add_adapters(const AutotpAdapterPart* adapters, int64_t num_parts,
+                         const AutotpAdapterRuns* runs, const uint16_t* x, int64_t cols,
+                         uint16_t* out, int64_t rows, int64_t threads) {
+    add_adapters(adapters, num_parts, *runs, x, cols, out, rows, threads);
+}
 
 // out = weight * norm(x) for each row; where `added` is given, x += added comes first. `cols` is
 // a multiple of 16.
@@ -201,7 +217,7 @@ int autotp_attention_half(const AutotpLayer* layer, const AutotpStep* step, int6
     const int64_t tokens = step->tokens, threads = step->threads;
     autotp_rms_norm(step->hidden, adds ? step->out : nullptr, layer->input_norm, step->normed,
                     tokens, layer->qkv.cols, layer->input_epsilon, threads);
-    if (multiply(layer->qkv, step->normed, step->joined, tokens, threads)) return 1;
+    if (multiply(layer->qkv, step->normed, step->joined, *step)) return 1;
     AutotpRotation rotation = layer->rotation;
     rotation.qkv = step->joined;
     rotation.cos = step->cos;
@@ -223,7 +239,7 @@ int autotp_attention_half(const AutotpLayer* layer, const AutotpStep* step, int6
     attention.softcap = 0;
     attention.sinks = nullptr;
     if (step->attend(&attention, threads)) return 1;
-    return multiply(layer->output, step->narrowed, step->out, tokens, threads);
+    return multiply(layer->output, step->narrowed, step->out, *step);
 }
 
 // The second half: adds `step.out` to `step.hidden`, norm, gated MLP, and this rank's part of it
@@ -232,9 +248,9 @@ int autotp_mlp_half(const AutotpLayer* layer, const AutotpStep* step) {
     const int64_t tokens = step->tokens, threads = step->threads;
     autotp_rms_norm(step->hidden, step->out, layer->mlp_norm, step->normed, tokens,
                     layer->gate_up.cols, layer->mlp_epsilon, threads);
-    if (multiply(layer->gate_up, step->normed, step->joined, tokens, threads)) return 1;
+    if (multiply(layer->gate_up, step->normed, step->joined, *step)) return 1;
     autotp_silu_multiply(step->joined, step->narrowed, tokens, layer->down.cols, threads);
-    return multiply(layer->down, step->narrowed, step->out, tokens, threads);
+    return multiply(layer->down, step->narrowed, step->out, *step);
 }
 
 }  // extern "C"
