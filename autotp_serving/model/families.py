@@ -104,13 +104,19 @@ def check_family(model_config: Any, *, pools: bool = False) -> None:
             reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
         reason = "its config.json tells of no attention heads"
-    elif getattr(model_config.get_text_config(), "index_topk", None):
+    elif has_indexer(model_config.get_text_config()):
         reason = (
-            "its sparse attention chooses tokens by keys of its own (an indexer's, index_topk), "
-            "which this server does not keep"
+            "its sparse attention chooses tokens by an indexer's keys: a cache of these and "
+            "attention to chosen tokens are needed"
         )
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
+
+
+def has_indexer(text_config: Any) -> bool:
+    """True for sparse attention as in DeepSeek V3.2 and Qwen4."""
+    kinds = getattr(text_config, "layer_types", None) or ()
+    return bool(getattr(text_config, "index_topk", None)) or "indexed_attention" in kinds
 
 
 def is_bidirectional(text_config: Any) -> bool:
