@@ -57,12 +57,38 @@ __device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t tok
     return scale;
 }
 
-// Writes 8 numbers of a row: rounded to integers, or as bfloat16 (`rounds`: what the integers
-// stand for, in bfloat16: for products of many tokens, which then see the same activations).
+// How numbers that are not rounded to integers are written.
+constexpr int kRounded = 1;  // as what the integers stand for: products of many tokens see the same
+constexpr int kWide = 2;     // for wide_products.cu
+
+// Writes 8 numbers of a row for wide_products.cu: [block][token][64], tokens in whole tiles of 8.
+// Of column h * 32 + t * 8 + q * 4 + 2 * e + o, h * 2 + q is the step of 16 that the tensor cores
+// take, and o * 8 + 2 * t + e its place there. Pieces of 16 bytes are swizzled by the token.
+__device__ __forceinline__ void write_wide(const float (&v)[8], int64_t token, int64_t chunk,
+                                           uint16_t* to) {
+    const int64_t padded = (gridDim.x + kTokens - 1) / kTokens * kTokens;
+    const int part = static_cast<int>(chunk % 8), swizzle = static_cast<int>(token % 8);
+    to += (chunk / 8 * padded + token) * kBlock + part % 4 * 2;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+            const int piece = (part / 4 * 2 + q) * 2 + o;
+            *reinterpret_cast<uint32_t*>(to + (piece ^ swizzle) * 8) =
+                pair_bfloat16(v[q * 4 + o], v[q * 4 + 2 + o]);
+        }
+    }
+}
+
+// Writes 8 numbers of a row: rounded to integers, or as bfloat16 in one of the ways above.
 __device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t chunk,
                                               int64_t columns, const Quantized& to, uint16_t* plain,
-                                              bool rounds) {
-    if (to.codes != nullptr || rounds) {
+                                              int way) {
+    if (way == kWide) {
+        write_wide(v, token, chunk, plain);
+        return;
+    }
+    if (to.codes != nullptr || way == kRounded) {
         int8_t codes[8];
         const int part = static_cast<int>(chunk % 8);
         const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
@@ -73,10 +99,10 @@ __device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int6
     *reinterpret_cast<uint4*>(plain + token * columns + chunk * 8) = pack_bfloat16(v);
 }
 
-// x [tokens, columns] to integers, or to bfloat16 of what they stand for. Grid y: 256 chunks of 8.
+// x [tokens, columns] to integers, or to bfloat16 in one way. Grid y: 256 chunks of 8.
 extern "C" __global__ void __launch_bounds__(256)
 quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* codes, float* scales,
-                float* sums, uint16_t* plain) {
+                float* sums, uint16_t* plain, int way) {
     const Quantized to{codes, scales, sums, columns / kBlock};
     const int64_t token = blockIdx.x;
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -85,7 +111,7 @@ quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* cod
     if (chunk * 8 >= columns) return;  // whole groups of 8 lanes
     float v[8];
     unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
-    write_numbers(v, token, chunk, columns, to, plain, true);
+    write_numbers(v, token, chunk, columns, to, plain, way);
 }
 
 // hidden += added (where there is any); out = norm of hidden, times weight. One thread block a
@@ -93,7 +119,7 @@ quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* cod
 extern "C" __global__ void __launch_bounds__(1024)
 add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* weight, float epsilon,
              int64_t columns, uint8_t* codes, float* scales, float* sums, uint16_t* plain,
-             int rounds) {
+             int way) {
     extern __shared__ uint4 row[];
     __shared__ float parts[32];
     const Quantized to{codes, scales, sums, columns / kBlock};
@@ -134,14 +160,14 @@ add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* weight, fl
         for (int i = 0; i < 8; ++i) {
             v[i] = round_to_bfloat16(round_to_bfloat16(v[i] * factor) * w[i]);
         }
-        write_numbers(v, token, chunk, columns, to, plain, rounds != 0);
+        write_numbers(v, token, chunk, columns, to, plain, way);
     }
 }
 
 // gate_up [tokens, 2 * columns] (+ bias [2 * columns]): silu(gate) * up. Grid y: 256 chunks of 8.
 extern "C" __global__ void __launch_bounds__(256)
 silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, uint8_t* codes,
-              float* scales, float* sums, uint16_t* plain, int rounds) {
+              float* scales, float* sums, uint16_t* plain, int way) {
     const Quantized to{codes, scales, sums, columns / kBlock};
     const int64_t token = blockIdx.x;
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -167,7 +193,7 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
         const float silu = round_to_bfloat16(gate[i] / (1.0f + expf(-gate[i])));
         gate[i] = round_to_bfloat16(silu * up[i]);
     }
-    write_numbers(gate, token, chunk, columns, to, plain, rounds != 0);
+    write_numbers(gate, token, chunk, columns, to, plain, way);
 }
 
 __device__ __forceinline__ void read_pair(const uint16_t* from, float (&v)[2]) {
