@@ -8,27 +8,8 @@ __device__ __forceinline__ void multiply_async(float (&c)[kTokensAtOnce / 2],
                                                const uint32_t (&a)[4], uint64_t tokens);
 
 template <>
-__device__ __forceinline__ void multiply_async<64>(float (&c)[32], const uint32_t (&a)[4],
-                                                  uint64_t tokens) {
-    asm volatile(
-        "{.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;}"
-        : "+f"(c[0]),
-          "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
-          "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),
-          "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]),
-          "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),
-          "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),
-          "+f"(c[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens)
-        : "memory");
-}
-template <>
 __device__ __forceinline__ void multiply_async<128>(float (&c)[64], const uint32_t (&a)[4],
-                                                  uint64_t tokens) {
+                                                    uint64_t tokens) {
     asm volatile(
         "{.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -54,7 +35,7 @@ __device__ __forceinline__ void multiply_async<128>(float (&c)[64], const uint32
 }
 template <>
 __device__ __forceinline__ void multiply_async<256>(float (&c)[128], const uint32_t (&a)[4],
-                                                  uint64_t tokens) {
+                                                    uint64_t tokens) {
     asm volatile(
         "{.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"

@@ -1,12 +1,11 @@
 // Products of a low-bit weight with many tokens, on Hopper's asynchronous tensor cores (sm_90a).
 //
-// A thread block multiplies 128 * ROW_TILES rows by TILE_TOKENS tokens. Two warpgroups of 64 rows
-// (ROW_TILES times) each read their weights straight from memory, DEPTH blocks of 64 columns ahead,
-// and make bfloat16 of a block in registers while the tensor cores multiply the one before it. One
+// A thread block multiplies TOKENS tokens by 64 rows for each of its WARPGROUPS. Warps copy their weights to shared memory, DEPTH blocks of 64 columns ahead, and
+// make bfloat16 of a block in registers while the tensor cores multiply the one before it. One
 // thread has the tokens' activations copied to shared memory, STAGES blocks of columns ahead.
 //
-// A cluster has SPLITS thread blocks that share the columns, whose sums are added in their order,
-// times SHARERS that take neighbouring rows and copy activations for each other.
+// SPLITS thread blocks, a cluster, share the columns; each adds up the sums of all for some of the
+// tokens, in their order.
 //
 // Activations [block][token][64] are as activations.cu writes them: where the tensor cores look
 // for them, with columns in the order of the weight's lanes.
@@ -14,24 +13,22 @@
 #include "weights.cuh"
 #include "wgmma.cuh"
 
-constexpr int kTileTokens = TILE_TOKENS;
-constexpr int kAtOnce = AT_ONCE;  // tokens of one instruction
-constexpr int kRowTiles = ROW_TILES;
+constexpr int kTileTokens = TOKENS;
 constexpr int kDepth = DEPTH;
 constexpr int kStages = STAGES;
 constexpr int kSplits = SPLITS;
-constexpr int kSharers = SHARERS;
+constexpr int kWarpgroups = WARPGROUPS;
 constexpr int kGroup = 16;  // tiles of tokens that run side by side
+constexpr int kLag = 2;     // blocks after which a stage is filled again
 
-constexpr int kParts = kTileTokens / kAtOnce;
-constexpr int kWarps = 8;
+constexpr int kWarps = 4 * kWarpgroups;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kBlockRows = 128 * kRowTiles;
+constexpr int kBlockRows = kWarps * kRows;
 constexpr int kTokenBytes = kBlock * 2;
 constexpr int kStageBytes = kTileTokens * kTokenBytes;
-constexpr int kSumsStride = kBlockRows + 4;      // floats
+constexpr int kTileBytes = kCodesBytes + kHighBytes + kScalesBytes + kMinsBytes;
+constexpr int kSumsStride = kBlockRows + 4;         // floats
 constexpr int kResultStride = kBlockRows * 2 + 16;  // bytes
-static_assert(kDepth % 2 == 0 && kTileTokens % kAtOnce == 0);
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(at));
@@ -57,11 +54,6 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
 __device__ __forceinline__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t peer) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     peer_address(barrier, peer))
-                 : "memory");
-}
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     do {
@@ -75,22 +67,13 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity
     } while (!done);
 }
 
-// Begins to copy to shared memory, of all thread blocks in `peers` at the same place.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
-                                          uint32_t barrier, uint32_t peers) {
-    if constexpr (kSharers > 1) {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-            "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-            "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(peers))
-            : "memory");
-    } else {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-            "[%3];" ::"r"(to),
-            "l"(from), "r"(bytes), "r"(barrier)
-            : "memory");
-    }
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 // Tokens of 128 bytes in shared memory, eight to a swizzled kilobyte, as the tensor cores are told.
@@ -196,30 +179,53 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
     }
 }
 
-// Grid: SPLITS; SHARERS * row blocks / SHARERS, rounded up, * tiles of tokens. Shared memory: the
-// largest of STAGES stages, the sums and the result, and two barriers of 8 bytes a stage.
-extern "C" __global__ void __cluster_dims__(kSplits, kSharers, 1)
-    __launch_bounds__(kThreads, THREAD_BLOCKS)
+// Where a lane copies a tile of its warp's rows from, block after block.
+struct Source {
+    const uint8_t* codes;
+    const uint8_t* high;
+    const uint8_t* scales;
+    const uint8_t* mins;
+};
+
+template <int kBytes>
+__device__ __forceinline__ void copy_part(uint32_t to, const uint8_t*& from, int lane) {
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 16 * kLanes) {
+        if (i + 16 * kLanes <= kBytes || i + lane * 16 < kBytes) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i + lane * 16),
+                         "l"(from + i)
+                         : "memory");
+        }
+    }
+    from += kBytes;
+}
+__device__ __forceinline__ void copy_next(uint32_t to, Source& from, int lane) {
+    copy_part<kCodesBytes>(to, from.codes, lane);
+    copy_part<kHighBytes>(to + kCodesBytes, from.high, lane);
+    copy_part<kScalesBytes>(to + kCodesBytes + kHighBytes, from.scales, lane);
+    copy_part<kMinsBytes>(to + kTileBytes - kMinsBytes, from.mins, lane);
+}
+
+// Grid: SPLITS; blocks of rows * tiles of tokens. Shared memory: the largest of STAGES stages, the
+// sums and the result; weights; two barriers of 8 bytes a stage.
+extern "C" __global__ void __cluster_dims__(kSplits, 1, 1) __launch_bounds__(kThreads, 1)
 multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
               const uint8_t* mins, const uint8_t* x, uint16_t* out, int64_t blocks, int rows,
               int first_block_of_rows, int row_blocks, int tokens, uint4 low_levels,
-              uint4 high_levels, int barriers_at) {
+              uint4 high_levels, int weights_at, int barriers_at) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    const Weight w{codes, high, scales, mins, blocks};
     const Levels levels{{{low_levels.x, low_levels.y, low_levels.z, low_levels.w}},
                         {{high_levels.x, high_levels.y, high_levels.z, high_levels.w}}};
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    const int lane = threadIdx.x % kLanes;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kLanes, 0);  // alike, as is known then
     const uint32_t stages = shared_address(memory), full = stages + barriers_at;
     const uint32_t empty = full + kStages * 8;
     // Which rows and tokens: tiles of tokens side by side, in groups.
-    const int sharer = blockIdx.y % kSharers;
-    int index = blockIdx.y / kSharers;
-    const int row_groups = (row_blocks + kSharers - 1) / kSharers;
     const int token_tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    const int group = index / (kGroup * row_groups);
-    index -= group * kGroup * row_groups;
+    const int group = blockIdx.y / (kGroup * row_blocks);
+    const int index = blockIdx.y % (kGroup * row_blocks);
     const int beside = min(kGroup, token_tiles - group * kGroup);
-    const int row_block = first_block_of_rows + index / beside * kSharers + sharer;
+    const int row_block = first_block_of_rows + index / beside;
     const int first_token = (group * kGroup + index % beside) * kTileTokens;
     // Which columns.
     const int64_t per_split = (blocks + kSplits - 1) / kSplits;
@@ -228,132 +234,97 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             init_barrier(full + i * 8, 1);
-            init_barrier(empty + i * 8, kWarps * kSharers);
+            init_barrier(empty + i * 8, kWarps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     let_next_begin();
-    float sums[kRowTiles][kParts][kAtOnce / 2] = {};
-    if constexpr (kSharers > 1) {
-        sync_cluster();
-    } else {
-        __syncthreads();
-    }
+    float sums[kTileTokens / 2] = {};
+    __syncthreads();
     // The first thread copies, or begins to; blocks of columns are `padded` tokens apart.
     const int64_t padded = (tokens + kTokens - 1) / kTokens * kTokens;
     const int own_tokens = min(kTileTokens, static_cast<int>(padded) - first_token);
-    constexpr int kShare = kTileTokens / kSharers;
-    const int shared_tokens = max(0, min(kShare, own_tokens - sharer * kShare));
-    const uint8_t* from = x + (first * padded + first_token + sharer * kShare) * kTokenBytes;
+    const uint8_t* from = x + (first * padded + first_token) * kTokenBytes;
     const auto copy_block = [&](uint32_t stage) {
-        uint32_t peers = 0;
-#pragma unroll
-        for (int i = 0; i < kSharers; ++i) peers |= 1u << (i * kSplits + blockIdx.x);
         expect_bytes(full + stage * 8, own_tokens * kTokenBytes);
-        if (shared_tokens > 0) {
-            copy_bulk(stages + stage * kStageBytes + sharer * kShare * kTokenBytes, from,
-                      shared_tokens * kTokenBytes, full + stage * 8, peers);
-        }
+        copy_bulk(stages + stage * kStageBytes, from, own_tokens * kTokenBytes, full + stage * 8);
         from += padded * kTokenBytes;
     };
     const int64_t row_tiles = (rows + kRows - 1) / kRows;
-    int64_t own[kRowTiles];
-    Tile ahead[kDepth][kRowTiles];
+    const int64_t tile = static_cast<int64_t>(row_block) * kWarps + warp;
+    const int64_t begin = min(tile, row_tiles - 1) * blocks + first;
+    Source own{codes + begin * kCodesBytes + lane * 16, high + begin * kHighBytes + lane * 16,
+               scales + begin * kScalesBytes + lane * 16, mins + begin * kMinsBytes + lane * 16};
+    uint8_t* const ahead = memory + weights_at + warp * kDepth * kTileBytes;
+    const auto copy_weights = [&](int slot, bool is_there) {
+        if (is_there) copy_next(shared_address(ahead + slot * kTileBytes), own, lane);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-        own[r] = ((static_cast<int64_t>(row_block) * 2 + warp / 4) * kRowTiles + r) * 4 + warp % 4;
-        own[r] = min(own[r], row_tiles - 1);
-#pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            load_tile(w, own[r], min(first + i, blocks - 1), lane, ahead[i][r]);
-        }
-    }
+    for (int i = 0; i < kDepth - 1; ++i) copy_weights(i, i < count);
     if (threadIdx.x == 0) {
         wait_for_inputs();
         for (int i = 0; i < min(kStages, count); ++i) copy_block(i);
     }
     __syncwarp();
     const uint64_t described = describe_tokens(stages);
-    uint32_t weights[2][kRowTiles][4][4];
-    // Of the block that is multiplied, and of those one and two before it.
+    uint32_t weights[2][4][4];
+    // Of the block that is multiplied, the one before it and that whose stage is filled again.
     uint32_t stage = 0, parity = 0, last_stage = 0, free_stage = 0, free_parity = 0;
-    for (int start = 0; start < count; start += kDepth) {
+    int slot = 0;
+    const auto multiply_block = [&](int block, uint32_t(&made)[4][4]) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 2) : "memory");
+        __syncwarp();
+        const uint8_t* from = ahead + slot * kTileBytes;
+        Tile tile;
+        read_tile<false>(from, from + kCodesBytes, from + kCodesBytes + kHighBytes,
+                         from + kTileBytes - kMinsBytes, lane, tile);
+        dequantize(tile, levels, made);
+        // In the place of the block before this one.
+        copy_weights(slot == 0 ? kDepth - 1 : slot - 1, block + kDepth - 1 < count);
+        slot = slot + 1 == kDepth ? 0 : slot + 1;
+        wait_for_phase(full + stage * 8, parity);
+        const uint64_t at = described + stage * (kStageBytes >> 4);
+        begin_async();
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            const int block = start + i;
-            if (block < count) {
-#pragma unroll
-                for (int r = 0; r < kRowTiles; ++r) {
-                    dequantize(ahead[i][r], levels, weights[i & 1][r]);
-                    load_tile(w, own[r], min(first + block + kDepth, blocks - 1), lane,
-                              ahead[i][r]);
-                }
-                wait_for_phase(full + stage * 8, parity);
-                const uint64_t at = described + stage * (kStageBytes >> 4);
-                begin_async();
-#pragma unroll
-                for (int group = 0; group < 4; ++group) {
-#pragma unroll
-                    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-                        for (int r = 0; r < kRowTiles; ++r) {
-                            multiply_async<kAtOnce>(
-                                sums[r][part], weights[i & 1][r][group],
-                                at + ((part * kAtOnce * kTokenBytes + group * 32) >> 4));
-                        }
-                    }
-                }
-                end_async();
-                if (threadIdx.x == 0 && block >= 2 && block - 2 + kStages < count) {
-                    wait_for_phase(empty + free_stage * 8, free_parity);
-                    copy_block(free_stage);
-                }
-                __syncwarp();
-                if (block >= 2 && ++free_stage == kStages) free_stage = 0, free_parity ^= 1;
-                wait_for_async<1>();
-                // The block before this one is done with.
-                if (block > 0) {
-                    if constexpr (kSharers > 1) {
-                        if (lane < kSharers) {
-                            arrive_at(empty + last_stage * 8, lane * kSplits + blockIdx.x);
-                        }
-                    } else {
-                        if (lane == 0) arrive(empty + last_stage * 8);
-                    }
-                }
-                last_stage = stage;
-                if (++stage == kStages) stage = 0, parity ^= 1;
-            }
+        for (int group = 0; group < 4; ++group) {
+            multiply_async<kTileTokens>(sums, made[group], at + (group * 32 >> 4));
         }
+        end_async();
+        if (threadIdx.x == 0 && block >= kLag && block - kLag + kStages < count) {
+            wait_for_phase(empty + free_stage * 8, free_parity);
+            copy_block(free_stage);
+        }
+        __syncwarp();
+        if (block >= kLag && ++free_stage == kStages) free_stage = 0, free_parity ^= 1;
+        wait_for_async<1>();
+        // The block before this one is done with.
+        if (block > 0 && lane == 0) arrive(empty + last_stage * 8);
+        last_stage = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    };
+    for (int block = 0; block + 1 < count; block += 2) {
+        multiply_block(block, weights[0]);
+        multiply_block(block + 1, weights[1]);
     }
+    if (count % 2 != 0) multiply_block(count - 1, weights[0]);
     wait_for_async<0>();
     __syncthreads();
     const int first_row = row_block * kBlockRows;
     const int written = min(kTileTokens, tokens - first_token);
     if constexpr (kSplits == 1) {
-        {
-            // Transposed to [token][row], eight by eight.
-            const int token = lane / 16 * 8 + lane % 8;
+        // Transposed to [token][row], eight by eight.
+        const uint32_t to = stages + (warp * kRows + (lane / 8 & 1) * 8) * 2 +
+                            (lane / 16 * 8 + lane % 8) * kResultStride;
 #pragma unroll
-            for (int r = 0; r < kRowTiles; ++r) {
-                const int row = ((warp / 4 * kRowTiles + r) * 4 + warp % 4) * kRows +
-                                (lane / 8 & 1) * 8;
-#pragma unroll
-                for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-                    for (int n = 0; n < kAtOnce / 16; ++n) {
-                        const float* v = sums[r][part] + n * 8;
-                        const uint32_t to = stages + row * 2 +
-                                            (part * kAtOnce + n * 16 + token) * kResultStride;
-                        asm volatile(
-                            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, "
-                            "%4};" ::"r"(to),
-                            "r"(round_two(v[0], v[1])), "r"(round_two(v[2], v[3])),
-                            "r"(round_two(v[4], v[5])), "r"(round_two(v[6], v[7]))
-                            : "memory");
-                    }
-                }
-            }
+        for (int n = 0; n < kTileTokens / 16; ++n) {
+            const float* v = sums + n * 8;
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                    to + n * 16 * kResultStride),
+                "r"(round_two(v[0], v[1])), "r"(round_two(v[2], v[3])),
+                "r"(round_two(v[4], v[5])), "r"(round_two(v[6], v[7]))
+                : "memory");
         }
         __syncthreads();
         constexpr int kPieces = kBlockRows / 8;
@@ -371,24 +342,13 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
                 }
             }
         }
-        if constexpr (kSharers > 1) sync_cluster();  // others may still arrive at this block
         return;
     }
     float* all = reinterpret_cast<float*>(memory);  // [token][row]
-    {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-            const int row =
-                ((warp / 4 * kRowTiles + r) * 4 + warp % 4) * kRows + lane / 4;
-#pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-                for (int i = 0; i < kAtOnce / 2; ++i) {
-                    const int token = part * kAtOnce + i / 4 * 8 + lane % 4 * 2 + (i & 1);
-                    all[token * kSumsStride + row + (i >> 1 & 1) * 8] = sums[r][part][i];
-                }
-            }
-        }
+    for (int i = 0; i < kTileTokens / 2; ++i) {
+        const int token = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+        all[token * kSumsStride + warp * kRows + lane / 4 + (i >> 1 & 1) * 8] = sums[i];
     }
     sync_cluster();
     constexpr int kPieces = kBlockRows / 4;
@@ -398,8 +358,7 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         float sum[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int split = 0; split < kSplits; ++split) {
-            const uint32_t at = peer_address(shared_address(all + token * kSumsStride + row),
-                                             sharer * kSplits + split);
+            const uint32_t at = peer_address(shared_address(all + token * kSumsStride + row), split);
             float v[4];
             asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                          : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
