@@ -2,8 +2,9 @@
 
 Up to MOST_FEW tokens a kernel reads the weight's bytes once, as fast as memory gives them, and
 multiplies on the tensor cores; a token's result is bitwise the same whatever stands beside it.
-More tokens are multiplied by wide_products.py on Hopper. On other cards it is cuBLAS, a part of the
-rows at a time: dequantized into a workspace that the second-level cache holds, and forgotten.
+More tokens are multiplied by wide_products.py on Hopper. Thousands, and on other cards any, are
+multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace that the second-level
+cache holds, and forgotten.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ FEWEST_IN_BATCH = 16
 
 FEWEST_WIDE = 65
 """Tokens from which on wide_products.py is quicker, on cards that it is for."""
+
+MOST_WIDE = {True: 1024, False: 2048}
+"""Tokens up to which it is; beyond, cuBLAS makes up for dequantizing, whether codes have 8 bits."""
 
 MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
@@ -134,7 +138,8 @@ def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
     """What the product of a format (None: bfloat16) with so many tokens takes."""
     if format is None:
         return Rounding.NONE
-    if num_tokens >= FEWEST_WIDE and can_multiply_wide(torch.cuda.current_device()):
+    is_wide = FEWEST_WIDE <= num_tokens <= MOST_WIDE[format.code_bits == 8]
+    if is_wide and can_multiply_wide(torch.cuda.current_device()):
         return Rounding.WIDE
     if find_kind(format) == 2:
         return Rounding.NONE
