@@ -3,8 +3,8 @@
 Up to MOST_FEW tokens a kernel reads the weight's bytes once, as fast as memory gives them, and
 multiplies on the tensor cores; a token's result is bitwise the same whatever stands beside it.
 More tokens are multiplied by wide_products.py on Hopper. Thousands, and on other cards any, are
-multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace that the second-level
-cache holds, and forgotten.
+multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace that the
+second-level cache holds, and forgotten.
 """
 
 from __future__ import annotations
