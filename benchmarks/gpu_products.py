@@ -41,7 +41,7 @@ from autotp_serving.kernels.cuda.batch_products import (
 )
 from autotp_serving.kernels.cuda.batch_products import make_defines as make_batch_defines
 from autotp_serving.kernels.cuda.norms import add_rms_norm
-from autotp_serving.kernels.cuda.nvrtc import compile_source
+from autotp_serving.kernels.cuda.nvrtc import compile_source, name_architecture
 from autotp_serving.kernels.cuda.ops import low_bit_linear, register_ops
 from autotp_serving.kernels.cuda.products import (
     Tiling,
@@ -53,6 +53,9 @@ from autotp_serving.kernels.cuda.products import (
     rounding_of,
 )
 from autotp_serving.kernels.cuda.tiles import CudaTensor, tile
+from autotp_serving.kernels.cuda.wide_products import TILINGS as WIDE_TILINGS
+from autotp_serving.kernels.cuda.wide_products import WideTiling, multiply_wide
+from autotp_serving.kernels.cuda.wide_products import make_defines as make_wide_defines
 from autotp_serving.low_bit.formats import FORMATS
 from autotp_serving.low_bit.tensor import LowBitTensor, dequantize, quantize
 
@@ -81,6 +84,7 @@ def main() -> None:
         "operator": check_operator,
         "tune": lambda: tune(rate, options.tokens),
         "batch": lambda: tune_batch(rate),
+        "wide": tune_wide,
         "few": lambda: time_few(rate),
         "many": time_many,
         "layers": lambda: time_layers(rate),
@@ -153,16 +157,17 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 def compile_ahead(variants: Iterable[tuple[str | None, Tiling]]) -> None:
     """Fill the cache of compiled kernels, many at a time."""
-    major, minor = torch.cuda.get_device_capability()
     jobs = {make_defines(name and FORMATS[name], tiling) for name, tiling in variants}
     started = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(
-                lambda job: compile_source("products.cu", dict(job), f"sm_{major}{minor}"), jobs
-            )
-        )
+    compile_all("products.cu", jobs)
     print(f"{len(jobs)} variants compiled in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def compile_all(source: str, jobs: Iterable[tuple[tuple[str, str], ...]]) -> None:
+    """The same of any source, by what its macros stand for."""
+    architecture = name_architecture(torch.cuda.current_device())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: compile_source(source, dict(job), architecture), jobs))
 
 
 def check_formats() -> None:
@@ -404,15 +409,7 @@ def tune_batch(rate: float) -> None:
         for t in space
         if all(count_shared_bytes(FORMATS[n], t) * t.thread_blocks <= 226 * 2**10 for n in names)
     ]
-    major, minor = torch.cuda.get_device_capability()
-    jobs = [make_batch_defines(name, tiling) for name in names for tiling in space]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(
-                lambda job: compile_source("batch_products.cu", dict(job), f"sm_{major}{minor}"),
-                jobs,
-            )
-        )
+    compile_all("batch_products.cu", [make_batch_defines(n, t) for n in names for t in space])
     for name in names:
         rounding = rounding_of(FORMATS[name], 1)
         sums: Counter[tuple[int, str]] = Counter()
@@ -454,6 +451,38 @@ def tune_batch(rate: float) -> None:
             del weights, dense
             torch.cuda.empty_cache()
         print(name, "a layer, us:", {key: round(s * 1e6) for key, s in sums.items()}, flush=True)
+
+
+def tune_wide() -> None:
+    """Which tiling of csrc/wide_products.cu is the fastest, beside cuBLAS in bfloat16."""
+    names = ("sym_int4", "fp8_e4m3")
+    compile_all("wide_products.cu", [make_wide_defines(n, t) for n in names for t in WIDE_TILINGS])
+    for tokens in (128, 256, 1024, 4096):
+        sums: Counter[str] = Counter()
+        for shape, (rows, columns) in SHAPES.items():
+            plain = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            x = quantize_tokens(plain, Rounding.WIDE)
+            dense = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(3)]
+            sums["bf16"] += time_calls([(lambda w=w: functional.linear(plain, w)) for w in dense])
+            del dense
+            for name in names:
+                weights = make_weights(name, rows, columns)
+                expected = plain.double() @ dequantize(weights[0].canonical()).double().t()
+                times: dict[WideTiling | None, float] = {}
+                for tiling in (None, *WIDE_TILINGS):
+                    off = relative_error(multiply_wide(x, weights[0], tiling), expected)
+                    if not off < 5e-3:
+                        print(name, shape, tokens, tiling, "WRONG", off)
+                    calls = [(lambda w=w, t=tiling: multiply_wide(x, w, t)) for w in weights]
+                    times[tiling] = time_calls(calls, 3)
+                sums[name] += times[None]
+                best = sorted(times, key=times.get)[:3]
+                shown = ", ".join(f"{t or 'chosen'}: {times[t] * 1e6:.1f}" for t in best)
+                print(f"{name} {shape:8} {tokens:4}: {times[None] * 1e6:.1f}; {shown}", flush=True)
+                del weights, expected
+            torch.cuda.empty_cache()
+        ratios = ", ".join(f"{n} {sums['bf16'] / sums[n]:.0%} of bf16's rate" for n in names)
+        print(f"{tokens:5} tokens, a layer: bf16 {sums['bf16'] * 1e6:.0f} us; {ratios}", flush=True)
 
 
 def time_few(rate: float) -> None:

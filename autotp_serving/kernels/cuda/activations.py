@@ -3,7 +3,8 @@
 Everything is bfloat16 and rounded where transformers' own code rounds. Products of few tokens with
 an integer format take 8-bit integers with a scale per 64, by the rule of the CPU's kernels; they
 are written here, where the numbers are made, in the order that the products read. Products of
-many tokens take bfloat16 of what those integers stand for.
+many tokens take bfloat16: of what those integers stand for, or the numbers themselves in the order
+of csrc/wide_products.cu.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ HEADS = 32
 
 
 class Rounding(Enum):
-    """What a product takes: numbers as they are, 8-bit integers, or what those stand for."""
+    """What a product takes: numbers as they are, 8-bit integers, what those stand for, or numbers
+    as they are in the order of csrc/wide_products.cu.
+    """
 
     NONE = 0
     INTEGERS = 1
     VALUES = 2
+    WIDE = 3
+
+    @property
+    def way(self) -> int:
+        """What csrc/activations.cu calls it, where it is bfloat16."""
+        return {Rounding.VALUES: 1, Rounding.WIDE: 2}.get(self, 0)
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,10 @@ class Activations:
     """Activations [num_tokens, columns] as a product takes them.
 
     Attributes:
-        plain: bfloat16 [num_tokens, columns], or None where `codes` are there.
+        plain: bfloat16 [num_tokens, columns], or None where `codes` or `wide` are there.
         codes: uint8 [token tiles, blocks, 8, 64], tiles of 8 tokens; see csrc/activations.cu.
         scales, sums: float32 [token tiles, blocks, 8]: what a code is worth, and the block's sum.
+        wide: bfloat16 [blocks, token tiles, 8, 64]; see csrc/activations.cu.
     """
 
     num_tokens: int
@@ -48,11 +58,17 @@ class Activations:
     codes: Tensor | None = None
     scales: Tensor | None = None
     sums: Tensor | None = None
+    wide: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
-        return (self.codes if self.plain is None else self.plain).device
+        return next(x for x in (self.plain, self.codes, self.wide) if x is not None).device
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """The bfloat16, in either order."""
+        return self.plain if self.wide is None else self.wide
 
     def slice(self, start: int, stop: int) -> Activations:
         """Tokens `start` to `stop` as views; `start` is a multiple of 8."""
@@ -68,11 +84,14 @@ class Activations:
     def empty(
         num_tokens: int, columns: int, rounding: Rounding, device: torch.device
     ) -> Activations:
-        """Memory for them; nothing is written yet. Integers take columns in whole blocks."""
-        if rounding is not Rounding.INTEGERS:
+        """Memory for them; nothing is written yet. Blocks are whole where there are any."""
+        if rounding in (Rounding.NONE, Rounding.VALUES):
             plain = torch.empty(num_tokens, columns, dtype=torch.bfloat16, device=device)
             return Activations(num_tokens, columns, plain)
         tiles, blocks = -(-num_tokens // TOKENS), columns // BLOCK
+        if rounding is Rounding.WIDE:
+            wide = torch.empty(blocks, tiles, TOKENS, BLOCK, dtype=torch.bfloat16, device=device)
+            return Activations(num_tokens, columns, None, wide=wide)
         sizes = (tiles, blocks, TOKENS)
         return Activations(
             num_tokens,
@@ -93,7 +112,10 @@ def quantize_tokens(x: Tensor, rounding: Rounding) -> Activations:
     _kernel("quantize_tokens", x)(
         (num_tokens, -(-columns // (CHUNK * THREADS))),
         THREADS,
-        (x, Long(columns), Long(x.stride(0)), to.codes, to.scales, to.sums, to.plain),
+        (
+            *(x, Long(columns), Long(x.stride(0))),
+            *(to.codes, to.scales, to.sums, to.numbers, rounding.way),
+        ),
     )
     return to
 
@@ -107,7 +129,7 @@ def silu_multiply(gate_up: Tensor, bias: Tensor | None, rounding: Rounding) -> A
         THREADS,
         (
             *(gate_up, bias, Long(columns)),
-            *(to.codes, to.scales, to.sums, to.plain, int(rounding is Rounding.VALUES)),
+            *(to.codes, to.scales, to.sums, to.numbers, rounding.way),
         ),
     )
     return to

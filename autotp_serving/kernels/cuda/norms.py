@@ -92,7 +92,7 @@ def add_rms_norm(
         threads,
         (
             *(hidden, added, bias, weight, float(epsilon), Long(columns), num_tokens),
-            *(to.codes, to.scales, to.sums, to.plain, int(rounding is Rounding.VALUES)),
+            *(to.codes, to.scales, to.sums, to.numbers, rounding.way),
             *exchange,
         ),
         shared_bytes=columns * 2,

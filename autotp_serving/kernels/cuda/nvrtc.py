@@ -183,11 +183,16 @@ def _load_module(
     source: str, defines: tuple[tuple[str, str], ...], device_index: int
 ) -> ctypes.c_void_p:
     torch.cuda.current_stream().cuda_stream  # noqa: B018 (makes the card's context)
-    major, minor = torch.cuda.get_device_capability(device_index)
-    binary = compile_source(source, dict(defines), f"sm_{major}{minor}")
+    binary = compile_source(source, dict(defines), name_architecture(device_index))
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
     return module
+
+
+def name_architecture(device_index: int) -> str:
+    """The card's, for NVRTC; Hopper's with what only Hopper has."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
 def compile_source(source: str, defines: Mapping[str, str], architecture: str) -> bytes:

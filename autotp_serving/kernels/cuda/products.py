@@ -2,8 +2,9 @@
 
 Up to MOST_FEW tokens a kernel reads the weight's bytes once, as fast as memory gives them, and
 multiplies on the tensor cores; a token's result is bitwise the same whatever stands beside it.
-More tokens are multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace
-that the second-level cache holds, and forgotten.
+More tokens are multiplied by wide_products.py on Hopper. Thousands, and on other cards any, are
+multiplied by cuBLAS, a part of the rows at a time: dequantized into a workspace that the
+second-level cache holds, and forgotten.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from autotp_serving.kernels.cuda.weights import (
     list_arguments,
     write_defines,
 )
+from autotp_serving.kernels.cuda.wide_products import can_multiply_wide, multiply_wide
 from autotp_serving.low_bit.formats import (
     BLOCK,
     FORMATS,
@@ -50,6 +52,12 @@ MOST_FEW_INTEGERS = 256
 
 FEWEST_IN_BATCH = 16
 """Tokens from which on batch_products.py is quicker, on cards that it is for."""
+
+FEWEST_WIDE = 65
+"""Tokens from which on wide_products.py is quicker, on cards that it is for."""
+
+MOST_WIDE = {True: 1024, False: 2048}
+"""Tokens up to which it is; beyond, cuBLAS makes up for dequantizing, whether codes have 8 bits."""
 
 MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
@@ -135,7 +143,12 @@ def count_most_few(format: Format) -> int:
 
 def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
     """What the product of a format (None: bfloat16) with so many tokens takes."""
-    if format is None or find_kind(format) == 2:
+    if format is None:
+        return Rounding.NONE
+    is_wide = FEWEST_WIDE <= num_tokens <= MOST_WIDE[format.code_bits == 8]
+    if is_wide and can_multiply_wide(torch.cuda.current_device()):
+        return Rounding.WIDE
+    if find_kind(format) == 2:
         return Rounding.NONE
     return Rounding.INTEGERS if num_tokens <= count_most_few(format) else Rounding.VALUES
 
@@ -160,6 +173,8 @@ def multiply_activations(x: Activations, weight: CudaTensor | Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         few = x.num_tokens <= MOST_FEW_DENSE and not (weight.shape[0] % ROWS or x.columns % BLOCK)
         return multiply_few(x, weight) if few else functional.linear(x.plain, weight)
+    if x.wide is not None:
+        return multiply_wide(x, weight)
     if x.num_tokens > count_most_few(weight.format):
         return multiply_many(x.plain, weight)
     # Two rows are written at a time there.

@@ -4,10 +4,10 @@
 #include "common.cuh"
 #include "quantize.cuh"
 
-// x [tokens, columns] to integers, or to bfloat16 of what they stand for. Grid y: 256 chunks of 8.
+// x [tokens, columns] to integers, or to bfloat16 in one way. Grid y: 256 chunks of 8.
 extern "C" __global__ void __launch_bounds__(256)
 quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* codes, float* scales,
-                float* sums, uint16_t* plain) {
+                float* sums, uint16_t* plain, int way) {
     const Quantized to{codes, scales, sums, columns / kBlock};
     const int64_t token = blockIdx.x;
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -16,13 +16,13 @@ quantize_tokens(const uint16_t* x, int64_t columns, int64_t stride, uint8_t* cod
     if (chunk * 8 >= columns) return;  // whole groups of 8 lanes
     float v[8];
     unpack_bfloat16(*reinterpret_cast<const uint4*>(x + token * stride + chunk * 8), v);
-    write_numbers(v, token, chunk, columns, to, plain, true);
+    write_numbers(v, token, gridDim.x, chunk, columns, to, plain, way);
 }
 
 // gate_up [tokens, 2 * columns] (+ bias [2 * columns]): silu(gate) * up. Grid y: 256 chunks of 8.
 extern "C" __global__ void __launch_bounds__(256)
 silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, uint8_t* codes,
-              float* scales, float* sums, uint16_t* plain, int rounds) {
+              float* scales, float* sums, uint16_t* plain, int way) {
     const Quantized to{codes, scales, sums, columns / kBlock};
     const int64_t token = blockIdx.x;
     const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -45,7 +45,7 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) gate[i] = multiply_gated(gate[i], up[i]);
-    write_numbers(gate, token, chunk, columns, to, plain, rounds != 0);
+    write_numbers(gate, token, gridDim.x, chunk, columns, to, plain, way);
 }
 
 __device__ __forceinline__ void read_pair(const uint16_t* from, float (&v)[2]) {

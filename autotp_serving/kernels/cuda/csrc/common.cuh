@@ -10,6 +10,7 @@ typedef unsigned int uint32_t;
 typedef signed char int8_t;
 typedef int int32_t;
 typedef long int64_t;
+typedef unsigned long uint64_t;
 
 constexpr int kBlock = 64;  // weights, or activations, that share a scale
 constexpr int kLanes = 32;

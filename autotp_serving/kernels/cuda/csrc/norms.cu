@@ -91,7 +91,7 @@ __device__ __forceinline__ void take_sum(const Inbox& inbox, uint4 mine, uint32_
 extern "C" __global__ void __launch_bounds__(1024)
 add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* bias, const uint16_t* weight,
              float epsilon, int64_t columns, int tokens, uint8_t* codes, float* scales, float* sums,
-             uint16_t* plain, int rounds, uint4* inbox_of_rank, uint32_t* turns, int rank,
+             uint16_t* plain, int way, uint4* inbox_of_rank, uint32_t* turns, int rank,
              int64_t rows, const Addresses addresses) {
     extern __shared__ uint4 row[];
     __shared__ float parts[32];
@@ -174,7 +174,7 @@ add_rms_norm(uint16_t* hidden, const uint16_t* added, const uint16_t* bias, cons
             for (int i = 0; i < 8; ++i) {
                 v[i] = round_to_bfloat16(round_to_bfloat16(v[i] * factor) * w[i]);
             }
-            write_numbers(v, token, chunk, columns, to, plain, rounds != 0);
+            write_numbers(v, token, tokens, chunk, columns, to, plain, way);
         }
         __syncthreads();  // `parts` is written anew
     }

@@ -55,12 +55,38 @@ __device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t tok
     return scale;
 }
 
-// Writes 8 numbers of a row: rounded to integers, or as bfloat16 (`rounds`: what the integers
-// stand for, in bfloat16: for products of many tokens, which then see the same activations).
-__device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t chunk,
-                                              int64_t columns, const Quantized& to, uint16_t* plain,
-                                              bool rounds) {
-    if (to.codes != nullptr || rounds) {
+// How numbers that are not rounded to integers are written.
+constexpr int kRounded = 1;  // as what the integers stand for: products of many tokens see the same
+constexpr int kWide = 2;     // for wide_products.cu
+
+// Writes 8 numbers of a row for wide_products.cu: [block][token][64], tokens in whole tiles of 8.
+// Of column h * 32 + t * 8 + q * 4 + 2 * e + o, h * 2 + q is the step of 16 that the tensor cores
+// take, and o * 8 + 2 * t + e its place there. Pieces of 16 bytes are swizzled by the token.
+__device__ __forceinline__ void write_wide(const float (&v)[8], int64_t token, int64_t tokens,
+                                           int64_t chunk, uint16_t* to) {
+    const int64_t padded = (tokens + kTokens - 1) / kTokens * kTokens;
+    const int part = static_cast<int>(chunk % 8), swizzle = static_cast<int>(token % 8);
+    to += (chunk / 8 * padded + token) * kBlock + part % 4 * 2;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+            const int piece = (part / 4 * 2 + q) * 2 + o;
+            *reinterpret_cast<uint32_t*>(to + (piece ^ swizzle) * 8) =
+                pair_bfloat16(v[q * 4 + o], v[q * 4 + 2 + o]);
+        }
+    }
+}
+
+// Writes 8 numbers of a row: rounded to integers, or as bfloat16 in one of the ways above.
+__device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t tokens,
+                                              int64_t chunk, int64_t columns, const Quantized& to,
+                                              uint16_t* plain, int way) {
+    if (way == kWide) {
+        write_wide(v, token, tokens, chunk, plain);
+        return;
+    }
+    if (to.codes != nullptr || way == kRounded) {
         int8_t codes[8];
         const int part = static_cast<int>(chunk % 8);
         const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
