@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autotp_serving.kernels.cuda.activations import Activations
-from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, Words, load_kernel
+from autotp_serving.kernels.cuda.nvrtc import Kernel, Long, load_kernel
 from autotp_serving.kernels.cuda.tiles import CudaTensor
 from autotp_serving.kernels.cuda.weights import LANES, describe_format, find_kind, write_defines
 from autotp_serving.low_bit.formats import BLOCK, FORMATS, num_blocks
@@ -170,18 +170,16 @@ def _launch(x: Activations, weight: CudaTensor, out: Tensor, part: Part) -> None
 
 
 @functools.cache
-def find_level_bytes(format_name: str) -> tuple[Words, Words]:
-    """Low and high bytes of a table's levels in bfloat16; zeros in formats without a table."""
-    words = Words(), Words()
+def find_level_bytes(format_name: str) -> tuple[bytes, bytes]:
+    """Low and high bytes of a table's 16 levels in bfloat16; zeros in formats without a table."""
     format = FORMATS[format_name]
-    if find_kind(format) == 1:
-        codes = torch.arange(2**format.code_bits, dtype=torch.uint8)[:, None]
-        levels = decode(codes, None, None, format).flatten().bfloat16().view(torch.int16).tolist()
-        for place, half in enumerate(words):
-            found = bytes(level >> (8 * place) & 0xFF for level in levels).ljust(16, b"\0")
-            for index in range(4):
-                half.words[index] = int.from_bytes(found[4 * index : 4 * index + 4], "little")
-    return words
+    if find_kind(format) != 1:
+        return bytes(16), bytes(16)
+    codes = torch.arange(2**format.code_bits, dtype=torch.uint8)[:, None]
+    levels = decode(codes, None, None, format).flatten().bfloat16().view(torch.int16).tolist()
+    low = bytes(level & 0xFF for level in levels)
+    high = bytes(level >> 8 & 0xFF for level in levels)
+    return low.ljust(16, b"\0"), high.ljust(16, b"\0")
 
 
 @functools.cache
