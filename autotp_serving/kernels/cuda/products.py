@@ -56,8 +56,8 @@ FEWEST_IN_BATCH = 16
 FEWEST_WIDE = 65
 """Tokens from which on wide_products.py is quicker, on cards that it is for."""
 
-MOST_WIDE = {True: 1024, False: 2048}
-"""Tokens up to which it is; beyond, cuBLAS makes up for dequantizing, whether codes have 8 bits."""
+MOST_WIDE = 2048
+"""Tokens up to which it is; beyond, cuBLAS makes up for dequantizing."""
 
 MOST_FEW_DENSE = 8
 """Tokens up to which a bfloat16 weight is multiplied here and not by cuBLAS."""
@@ -145,7 +145,7 @@ def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
     """What the product of a format (None: bfloat16) with so many tokens takes."""
     if format is None:
         return Rounding.NONE
-    is_wide = FEWEST_WIDE <= num_tokens <= MOST_WIDE[format.code_bits == 8]
+    is_wide = FEWEST_WIDE <= num_tokens <= MOST_WIDE
     if is_wide and can_multiply_wide(torch.cuda.current_device()):
         return Rounding.WIDE
     if find_kind(format) == 2:
