@@ -3,8 +3,8 @@
 Everything is bfloat16 and rounded where transformers' own code rounds. Products of few tokens with
 an integer format take 8-bit integers with a scale per 64, by the rule of the CPU's kernels; they
 are written here, where the numbers are made, in the order that the products read. Products of
-many tokens take bfloat16: of what those integers stand for, or the numbers themselves in the order
-of csrc/wide_products.cu.
+many tokens take bfloat16, of what those integers stand for, plainly or in the order of
+csrc/wide_products.cu.
 """
 
 from __future__ import annotations
@@ -26,19 +26,26 @@ HEADS = 32
 
 
 class Rounding(Enum):
-    """What a product takes: numbers as they are, 8-bit integers, what those stand for, or numbers
-    as they are in the order of csrc/wide_products.cu.
+    """What a product takes: numbers as they are, 8-bit integers, or what those stand for; and the
+    first and the last in the order of csrc/wide_products.cu.
     """
 
     NONE = 0
     INTEGERS = 1
     VALUES = 2
     WIDE = 3
+    WIDE_VALUES = 4
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is in that order."""
+        return self in (Rounding.WIDE, Rounding.WIDE_VALUES)
 
     @property
     def way(self) -> int:
-        """What csrc/activations.cu calls it, where it is bfloat16."""
-        return {Rounding.VALUES: 1, Rounding.WIDE: 2}.get(self, 0)
+        """What csrc/quantize.cuh calls it, where it is bfloat16."""
+        is_rounded = self in (Rounding.VALUES, Rounding.WIDE_VALUES)
+        return is_rounded + 2 * self.is_wide
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Activations:
             plain = torch.empty(num_tokens, columns, dtype=torch.bfloat16, device=device)
             return Activations(num_tokens, columns, plain)
         tiles, blocks = -(-num_tokens // TOKENS), columns // BLOCK
-        if rounding is Rounding.WIDE:
+        if rounding.is_wide:
             wide = torch.empty(blocks, tiles, TOKENS, BLOCK, dtype=torch.bfloat16, device=device)
             return Activations(num_tokens, columns, None, wide=wide)
         sizes = (tiles, blocks, TOKENS)

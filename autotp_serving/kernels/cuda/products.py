@@ -146,10 +146,11 @@ def rounding_of(format: Format | None, num_tokens: int) -> Rounding:
     if format is None:
         return Rounding.NONE
     is_wide = FEWEST_WIDE <= num_tokens <= MOST_WIDE
-    if is_wide and can_multiply_wide(torch.cuda.current_device()):
-        return Rounding.WIDE
+    is_wide = is_wide and can_multiply_wide(torch.cuda.current_device())
     if find_kind(format) == 2:
-        return Rounding.NONE
+        return Rounding.WIDE if is_wide else Rounding.NONE
+    if is_wide:
+        return Rounding.WIDE_VALUES
     return Rounding.INTEGERS if num_tokens <= count_most_few(format) else Rounding.VALUES
 
 

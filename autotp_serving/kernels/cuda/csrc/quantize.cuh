@@ -55,7 +55,7 @@ __device__ __forceinline__ float quantize_block(const float (&v)[8], int64_t tok
     return scale;
 }
 
-// How numbers that are not rounded to integers are written.
+// How bfloat16 is written, bit by bit.
 constexpr int kRounded = 1;  // as what the integers stand for: products of many tokens see the same
 constexpr int kWide = 2;     // for wide_products.cu
 
@@ -82,17 +82,17 @@ __device__ __forceinline__ void write_wide(const float (&v)[8], int64_t token, i
 __device__ __forceinline__ void write_numbers(float (&v)[8], int64_t token, int64_t tokens,
                                               int64_t chunk, int64_t columns, const Quantized& to,
                                               uint16_t* plain, int way) {
-    if (way == kWide) {
-        write_wide(v, token, tokens, chunk, plain);
-        return;
-    }
-    if (to.codes != nullptr || way == kRounded) {
+    if (to.codes != nullptr || way & kRounded) {
         int8_t codes[8];
         const int part = static_cast<int>(chunk % 8);
         const float scale = quantize_block(v, token, chunk / 8, part, to, codes);
         if (to.codes != nullptr) return;
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = scale * static_cast<float>(codes[i]);
+    }
+    if (way & kWide) {
+        write_wide(v, token, tokens, chunk, plain);
+        return;
     }
     *reinterpret_cast<uint4*>(plain + token * columns + chunk * 8) = pack_bfloat16(v);
 }
