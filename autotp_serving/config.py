@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from autotp_serving.structured_output import ReasoningFormat, ToolFormat
@@ -28,10 +28,10 @@ KV_CACHE_DTYPES = ("auto", "int8")
 SCHEDULING_POLICIES = ("fcfs", "priority", "strict-priority")
 
 MIN_STEP_TIMEOUT = 1.0
+"""On a busy machine a healthy rank may be silent for nearly as long."""
 
 MIN_KEPT_STATES = 4
 """Even a server of one sequence at a time has a few conversations, each with a beginning."""
-"""On a busy machine a healthy rank may be silent for nearly as long."""
 
 MAX_SPECULATIVE_TOKENS = 16
 """Longer guesses are hardly ever right to their end."""
@@ -426,6 +426,7 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if not self.model_path:
             raise ConfigError("--repo-id-or-model-path is missing: name a checkpoint folder")
+        self._read_sizes()
         at_least_one = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue_len",
                         "max_body_size", "block_size", "kv_cache_memory", "device_memory",
                         "max_host_ram", "kv_offload_size", "tensor_parallel_size",
@@ -529,6 +530,16 @@ class ServingConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each sequence runs a token a step"
             )
+
+    def _read_sizes(self) -> None:
+        """Scripts may write sizes as the command line does, as 4GiB."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, str) and one.metadata["parse"] is parse_bytes:
+                try:
+                    object.__setattr__(self, one.name, parse_bytes(value))
+                except argparse.ArgumentTypeError as error:
+                    raise ConfigError(f"--{one.name.replace('_', '-')}: {error}") from error
 
     def _check_adapters(self) -> None:
         names = [one.partition("=")[0] for one in self.lora_modules]

@@ -144,3 +144,10 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_bytes(text)
+
+
+def test_scripts_write_sizes_as_the_command_line_does() -> None:
+    config = ServingConfig(model_path="m", kv_cache_memory="64MiB")  # type: ignore[arg-type]
+    assert config.kv_cache_memory == 64 * 2**20
+    with pytest.raises(ConfigError, match="--kv-cache-memory: 'much' is not a size"):
+        ServingConfig(model_path="m", kv_cache_memory="much")  # type: ignore[arg-type]
