@@ -7,6 +7,7 @@ so that all have the same and no other needs the folder.
 from __future__ import annotations
 
 import marshal
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -31,8 +32,9 @@ from autotp_serving.model.shards import Shard
 from autotp_serving.model.step_inputs import StepInputs
 from autotp_serving.request import AdapterError
 
-CONTROL_PREFIX = b"\xff" * 4
-"""Before a message to the other ranks that is no batch: a batch begins with a number above -1."""
+CONTROL_PREFIX = array("i", (-2,)).tobytes()
+"""Before a message to the other ranks about adapters: a batch begins with a number above -1, and a
+transfer of KV blocks with -1."""
 
 FLOAT_BYTES = 4
 

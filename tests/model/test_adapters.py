@@ -10,10 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autotp_serving import LLM, SamplingParams
+from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.model.adapter_folder import read_adapter_folder
-from autotp_serving.model.adapters import AdapterForward, AdapterSlots, drop_message
+from autotp_serving.model.adapters import (
+    CONTROL_PREFIX,
+    AdapterForward,
+    AdapterSlots,
+    drop_message,
+)
 from autotp_serving.model.forward import PlainForward
 from autotp_serving.model.fused_layers import fuse
 from autotp_serving.model.loader import load_model, read_model_config
@@ -234,3 +240,8 @@ def test_folders_that_are_none_are_refused(folders: dict[str, Path], tmp_path: P
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(AdapterError, match="pickled"):
         slots.read(1, str(folder))
+
+
+def test_what_is_said_of_adapters_is_no_transfer_of_blocks():
+    assert not BlockTransfer.is_one(drop_message(1))
+    assert not BlockTransfer().to_bytes().startswith(CONTROL_PREFIX)
