@@ -61,7 +61,7 @@ def linger() -> None:
 def load() -> None:
     """Loading raises what nobody expected."""
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **named: Any) -> None:
         raise RuntimeError("a shard vanished")
 
     worker.load_model = fail
@@ -70,7 +70,7 @@ def load() -> None:
 def refuse() -> None:
     """Loading finds a mistake of the user's, on this rank alone."""
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **named: Any) -> None:
         raise ConfigError("rank 1 has no such card: start fewer ranks")
 
     worker.load_model = fail
