@@ -104,7 +104,7 @@ def test_nobody_but_the_server_whose_turn_it_is_takes_the_cores(small_server, tm
         assert spinner.cpu_seconds() == start
         with spinner.turn():
             wait_for(lambda: spinner.cpu_seconds() > start)
-        assert {state(process) for process in spinner.processes()} == {"T"}
+        wait_for(lambda: {state(process) for process in spinner.processes()} == {"T"})
         processes = spinner.processes()
     wait_for(lambda: not any(os.path.exists(f"/proc/{one}/exe") for one in processes))
 
