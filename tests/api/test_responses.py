@@ -10,6 +10,9 @@ import httpx
 import pytest
 
 from autotp_serving.api.responses.item_memory import ItemMemory
+from autotp_serving.api.responses.schemas import MAX_ITEMS, InputItem
+from autotp_serving.api.responses.store import ResponseStore
+from autotp_serving.request import RequestError
 from tests.api import service
 from tests.api.dialects import ARGUMENTS, BOOK, CONFIG, SCHEMA, post, read_events
 from tests.fakes import ByteTokenizer
@@ -180,6 +183,18 @@ def test_a_store_keeps_responses_to_read_and_to_go_on_from():
             assert last.json()["error"]["param"] == "previous_response_id"
 
     asyncio.run(go())
+
+
+def test_a_stored_conversation_is_no_longer_than_a_body_may_be():
+    store = ResponseStore()
+    asked = [InputItem(type="reasoning")] * (MAX_ITEMS // 2 - 1)
+    for number in range(3):
+        before = f"resp_{number - 1}" if number else None
+        response = {"id": f"resp_{number}", "previous_response_id": before, "output": []}
+        store.keep("", asked, response)
+    assert len(store.conversation("", "resp_1")) == MAX_ITEMS - 2
+    with pytest.raises(RequestError, match=f"over {MAX_ITEMS} items"):
+        store.conversation("", "resp_2")
 
 
 def test_tools_in_a_namespace_keep_their_names():

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 
 from autotp_serving.api.errors import ApiError
 from autotp_serving.api.responses.item_memory import BoundedMemory
-from autotp_serving.api.responses.schemas import InputItem
+from autotp_serving.api.responses.schemas import MAX_ITEMS, InputItem
 from autotp_serving.request import RequestError
 
 MAX_RESPONSES = 2**10
@@ -86,9 +86,10 @@ class ResponseStore:
         """All items up to the end of a response, those before it first; none for None.
 
         Raises:
-            RequestError: where one of them is not kept.
+            RequestError: where one of them is not kept, or there are more than a body may hold.
         """
         parts: list[Sequence[InputItem]] = []
+        num_items = 0
         while response_id is not None:
             stored = self._memory.find(tenant, response_id)
             if stored is None:
@@ -98,6 +99,12 @@ class ResponseStore:
                     "conversation itself",
                 )
             parts += [stored.answered, stored.asked]
+            num_items += len(stored.answered) + len(stored.asked)
+            if num_items > MAX_ITEMS:
+                raise RequestError(
+                    "previous_response_id",
+                    f"goes on with a conversation of over {MAX_ITEMS} items: begin another one",
+                )
             response_id = stored.response["previous_response_id"]
         return [item for part in reversed(parts) for item in part]
 
