@@ -60,6 +60,8 @@ def read_adapter_folder(folder: Path, max_rank: int) -> AdapterFolder:
         AdapterError: it is no folder of an adapter, or one of a kind that is not served, named.
     """
     try:
+        if not (folder / CONFIG_NAME).exists():
+            raise AdapterError(f"{folder} has no {CONFIG_NAME}: name a folder as PEFT saves it")
         config = read_object(find_file(folder, CONFIG_NAME))
         rank, scale = _read_settings(folder, config, max_rank)
         if not (folder / WEIGHTS_NAME).exists() and list(folder.glob("adapter_model.bin")):
@@ -67,6 +69,8 @@ def read_adapter_folder(folder: Path, max_rank: int) -> AdapterFolder:
                 f"{folder} holds pickled weights (adapter_model.bin), which can run code when "
                 "loaded: save the adapter as safetensors"
             )
+        if not (folder / WEIGHTS_NAME).exists():
+            raise AdapterError(f"{folder} has no {WEIGHTS_NAME}: name a folder as PEFT saves it")
         weights = find_file(folder, WEIGHTS_NAME)
         tensors = _find_pairs(read_stored_tensors(weights), weights)
     except (ModelFolderError, OSError, ValueError) as error:
