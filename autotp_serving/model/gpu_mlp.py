@@ -66,9 +66,11 @@ class GatedMlp:
             This rank's part of the sum, without the bias, [num_tokens, size] bfloat16.
         """
         x, bias = make_input(self.gate_up.rounding(num_tokens)), self.gate_up.bias
-        if can_gate(self.gate_up.weight, num_tokens):
-            return self.down(multiply_gated(x, self.gate_up.weight, bias))
         rounding = self.down.rounding(num_tokens)
+        # Together they round as the first's own format does.
+        is_alike = rounding is self.gate_up.rounding(num_tokens)
+        if is_alike and can_gate(self.gate_up.weight, num_tokens):
+            return self.down(multiply_gated(x, self.gate_up.weight, bias))
         return self.down(silu_multiply(self.gate_up(x), bias, rounding))
 
 

@@ -106,11 +106,11 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1)
     __launch_bounds__(kThreads, kThreadBlocks)
 multiply_fused(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
                const uint8_t* mins, const uint8_t* values, const float* x_scales,
-               const float* x_sums, uint16_t* out, int64_t blocks, int rows, int tokens, float unit, uint4 table_words,
-               const uint16_t* bias, const int64_t* positions, const uint16_t* cos,
-               const uint16_t* sin, const int64_t* slots, uint16_t* key_pool, uint16_t* value_pool,
-               int num_heads, int num_kv_heads, int head_dim, uint8_t* out_codes,
-               float* out_scales, float* out_sums) {
+               const float* x_sums, uint16_t* out, int64_t blocks, int rows, int tokens,
+               float unit, uint4 table_words, const uint16_t* bias, const int64_t* positions,
+               const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* key_pool,
+               uint16_t* value_pool, int num_heads, int num_kv_heads, int head_dim,
+               uint8_t* out_codes, float* out_scales, float* out_sums) {
     extern __shared__ uint4 memory[];
     __shared__ float parts[kWarps][kTokens][kWidth + 1];
     __shared__ float gathered[kCluster > 1 ? kTokens : 1][kBlock];
