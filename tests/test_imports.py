@@ -41,6 +41,7 @@ BASE = (
     "batch",
     "block_transfer",
     "step_times",
+    "heap",
     "logs",
     "progress",
     "model_folder",

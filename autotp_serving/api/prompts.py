@@ -8,7 +8,6 @@ sandbox.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import hashlib
 import marshal
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from autotp_serving.engine.sandbox_helper import RefusalError, SandboxBusyError,
 from autotp_serving.engine.shortest_first import ShortestFirst
 from autotp_serving.engine.template_cost import is_cheap
 from autotp_serving.engine.tokenizer import Tokenizer, is_panic
+from autotp_serving.heap import return_free_memory
 from autotp_serving.request import RequestError
 
 MAX_INLINE_CHARS = 4096
@@ -186,11 +186,9 @@ class PromptEncoder:
         return text
 
     def _trim(self) -> None:
-        """Have the C library return what long texts took; by itself it keeps it for the next."""
+        """Return what long texts took."""
         self._trim_timer = None
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            self._long.submit(0, partial(trim, 0))
+        self._long.submit(0, return_free_memory)
 
     def _encode(
         self,

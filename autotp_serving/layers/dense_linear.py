@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autotp_serving.heap import return_free_memory
 from autotp_serving.kernels.cpu.dense import (
     DenseMatmul,
     has_kernel,
@@ -26,6 +27,9 @@ from autotp_serving.low_bit.selection import COLUMN_PARALLEL, ROW_PARALLEL
 logger = logging.getLogger(__name__)
 
 AllReduce = Callable[[Tensor], Tensor]
+
+TRIM_BYTES = 2**28
+"""So much of a model at most lies twice in memory while it is copied."""
 
 
 class DenseLinear(nn.Module):
@@ -123,10 +127,13 @@ def take_over_linears(model: nn.Module, all_reduce: AllReduce) -> None:
     """Replace AutoTP's layers that sum, and all dense ones that a kernel multiplies.
 
     Once the weights are loaded; those that a kernel reads are copied, one at a time, to where
-    that is quickest, but for a head tied to the embedding.
+    that is quickest, but for a head tied to the embedding. What they were copied from is returned
+    on the way, or a rank would hold two models.
     """
     kernels = DenseKernels()
-    for name, module in list(model.named_modules()):
+    num_copied = 0
+    for name in [name for name, _ in model.named_modules()]:  # no module is kept alive by a list
+        module = model.get_submodule(name)
         kind = type(module).__name__
         if isinstance(module, VocabParallelHead):
             if module.weight is not None:
@@ -136,4 +143,12 @@ def take_over_linears(model: nn.Module, all_reduce: AllReduce) -> None:
             reduces = kind in ROW_PARALLEL and module.mp_group is not None
             if matmul is not None or reduces:
                 reduce = all_reduce if reduces else None
-                model.set_submodule(name, DenseLinear(weight, module.bias, reduce, matmul))
+                linear = DenseLinear(weight, module.bias, reduce, matmul)
+                if matmul is not None:
+                    num_copied += weight.nbytes
+                model.set_submodule(name, linear)
+        if num_copied > TRIM_BYTES:
+            del module
+            return_free_memory()
+            num_copied = 0
+    return_free_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -137,3 +138,20 @@ def test_layers_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert torch.equal(model["plain"](x), expected[0] + biases[0])
         assert torch.equal(model["row_parallel"](x), expected[1] * 2 + biases[1])
+
+
+def test_weights_are_not_kept_beside_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {str(index): nn.Linear(64, 32).bfloat16() for index in range(3)}
+    model = nn.ModuleDict(layers)
+    del layers
+    weights = [weakref.ref(layer.weight) for layer in model.values()]
+    kept: list[int] = []
+    monkeypatch.setattr(dense_linear, "sums_like_torch", lambda matmul: True)
+    monkeypatch.setattr(dense_linear, "TRIM_BYTES", 0)
+    monkeypatch.setattr(
+        dense_linear,
+        "return_free_memory",
+        lambda: kept.append(sum(weight() is not None for weight in weights)),
+    )
+    take_over_linears(model, lambda product: product)
+    assert kept == [2, 1, 0, 0]
