@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,8 @@ def open_gpu_forward(
         if group.rank == 0:
             logger.warning("This model runs transformers' own layers, slowly: %s", reason)
         return None
+    if not config.pools:
+        forward.warm_up(config.max_num_batched_tokens, max_model_len, config.max_num_seqs)
     if not config.enforce_eager and not config.pools:
         forward.capture(config.max_num_seqs, show_progress=group.rank == 0)
         if not all(group.all_gather(forward.prove(max_model_len))):
@@ -138,6 +140,7 @@ class GpuForward:
         self._head = model.get_output_embeddings()
         self._head_product = _find_head_product(self._head)
         self._block_size = cache.block_size
+        self._cache_len = cache.num_blocks * cache.block_size
         self._vocab_size = self._head.vocab_size
         self._state = state
         state.reserve(config.max_num_batched_tokens, config.max_num_seqs)
@@ -160,6 +163,23 @@ class GpuForward:
             return graph.logits[: len(inputs.host_query_lens)]
         rows = torch.tensor(inputs.chosen_rows, device=graph.logits.device)
         return graph.logits.index_select(0, rows)
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_tokens: int, max_model_len: int, max_num_seqs: int) -> None:
+        """Run steps with prompts once, so that no request waits for what they compile.
+
+        Prompts of one sequence, of two, and of one beside a token of another.
+        """
+        max_len = min(max_model_len, self._cache_len)
+        num_seqs = min(2, max_num_seqs)
+        length = min(max_len, max_num_tokens // num_seqs)
+        alone, half = [0] * min(max_len, max_num_tokens), [0] * length
+        steps = [[(alone, 0)], [(half, 0)] * num_seqs]
+        if num_seqs > 1 and length > 2:
+            steps.append([(half[1:], 0), ([0], length - 1)])
+        for parts in steps:
+            self._launch(self._make_batch(parts))
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def capture(self, max_num_seqs: int, show_progress: bool) -> None:
@@ -202,13 +222,13 @@ class GpuForward:
         prompt = [(7919 * index + 11) % self._vocab_size for index in range(prompt_len)]
         answers = []
         for launch in (self._launch, self._replay):
-            tokens = [_best(launch(self._make_batch(prompt, 0, 1)))[0]]
+            tokens = [_best(launch(self._make_batch([(prompt, 0)])))[0]]
             for index in range(PROOF_TOKENS - 1):
-                batch = self._make_batch([tokens[-1]], prompt_len + index, 1)
+                batch = self._make_batch([([tokens[-1]], prompt_len + index)])
                 tokens.append(_best(launch(batch))[0])
             answers.append(tokens)
         for size in self._graphs:
-            batch = self._make_batch([answers[0][0]], prompt_len, size)
+            batch = self._make_batch([([answers[0][0]], prompt_len)] * size)
             answers.append(_best(self._launch(batch)))
             answers.append(_best(self._replay(batch)))
         return all(a == b for a, b in zip(answers[::2], answers[1::2], strict=True))
@@ -225,21 +245,24 @@ class GpuForward:
         """Run a batch as it will be run."""
         return self(self._state.apply(batch, self.find_padded_size(batch)))
 
-    def _make_batch(self, token_ids: list[int], start: int, num_seqs: int) -> Batch:
-        """The same sequence `num_seqs` times over, all in the same blocks."""
-        num_tokens = len(token_ids)
-        table = list(range(-(-(start + num_tokens) // self._block_size)))
-        rows = list(range(num_seqs))
+    def _make_batch(self, parts: Sequence[tuple[Sequence[int], int]]) -> Batch:
+        """A step of (token ids, first position) of sequences that are all in the same blocks."""
+        lens = [len(token_ids) for token_ids, _ in parts]
+        rows = list(range(len(parts)))
+        tables = [
+            range(-(-(start + num_tokens) // self._block_size))
+            for num_tokens, (_, start) in zip(lens, parts, strict=True)
+        ]
         return Batch(
             rows=rows,
-            starts=[start] * num_seqs,
-            query_lens=[num_tokens] * num_seqs,
-            num_known=[num_tokens] * num_seqs,
-            token_ids=token_ids * num_seqs,
+            starts=[start for _, start in parts],
+            query_lens=lens,
+            num_known=lens,
+            token_ids=[token_id for token_ids, _ in parts for token_id in token_ids],
             grown=rows,
-            first_blocks=[0] * num_seqs,
-            num_new_blocks=[len(table)] * num_seqs,
-            new_blocks=table * num_seqs,
+            first_blocks=[0] * len(parts),
+            num_new_blocks=[len(table) for table in tables],
+            new_blocks=[block for table in tables for block in table],
             sampled=rows,
         )
 

@@ -10,6 +10,7 @@ import torch
 from autotp_serving.batch import Batch
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.launch import join_group
+from autotp_serving.layers import low_bit_linear
 from tests.model.families import save_family
 
 DEMO = str(Path(__file__).parents[2] / "demo_model")
@@ -87,18 +88,30 @@ def test_logits_are_near_the_cpus(low_bit):
 
 @pytest.mark.parametrize("low_bit", ["bf16", "sym_int4", "fp8_e4m3"])
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
-def test_mixtures_of_experts(tmp_path, family, low_bit):
+def test_mixtures_of_experts(tmp_path, monkeypatch, family, low_bit):
     folder = str(save_family(family, tmp_path, torch_dtype="bfloat16"))
     on_cpu, on_card = start("cpu", low_bit, folder), start("cuda", low_bit, folder)
     assert type(on_card.runner._forward).__name__ == "GpuForward"
+    # These layers blow up what differs: integers may differ as much as rounding to them changes.
+    monkeypatch.setattr(low_bit_linear, "load_library", lambda format: None)
+    unrounded = start("cpu", low_bit, folder) if low_bit == "sym_int4" else None
     for parts in STEPS:
         batch = make_batch(parts, num_ids=300)
         expected = on_cpu.runner.run(batch).whole.float()
         got = on_card.runner.run(batch).whole.float().cpu()
+        errors = find_errors(got, expected)
+        limit = 0.05
+        if unrounded is not None:
+            noise = find_errors(unrounded.runner.run(batch).whole.float(), expected)
+            limit = max(limit, noise.median())
+        assert errors.median() < limit
         # A token near the border of two experts may be sent to the other one.
-        errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert errors.median() < 0.05
-        assert (errors < 0.2).float().mean() > 0.7
+        assert (errors < 4 * limit).float().mean() > 0.7
+
+
+def find_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far logits [rows, vocabulary] are from the expected ones, as shares of their length."""
+    return (got - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 @pytest.mark.parametrize("low_bit", ["bf16", "sym_int4"])
