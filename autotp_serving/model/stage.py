@@ -11,6 +11,15 @@ from torch import Tensor
 NUM_STAGES = 3
 """Buffers of pinned memory in turns: one more than the most steps in flight."""
 
+ALIGNMENT = 16
+"""Bytes: Triton compiles a kernel anew for addresses that are no multiple of it."""
+MAX_ARRAYS = 8
+
+
+def align(num_bytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
 
 class Stage:
     """Pinned memory on the host, and one buffer on the device; on a CPU arrays stay where they are.
@@ -25,14 +34,15 @@ class Stage:
         self._stages: deque[tuple[Tensor, torch.Event]] = deque()
 
     def reserve(self, num_bytes: int) -> None:
-        """Make the device's buffer so large."""
+        """Make the device's buffer so large, and as much more as `copy` leaves between arrays."""
+        num_bytes += MAX_ARRAYS * ALIGNMENT
         self._staged = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def copy(self, arrays: list[np.ndarray]) -> list[Tensor]:
-        """The arrays, int64 before int32, as tensors on the device."""
+        """The arrays, at most MAX_ARRAYS of int64 or int32, as tensors on the device."""
         if self._staged.is_cpu:
             return [torch.from_numpy(array) for array in arrays]
-        num_bytes = sum(array.nbytes for array in arrays)
+        num_bytes = sum(align(array.nbytes) for array in arrays)
         stage = self._take_stage(num_bytes)
         if len(self._staged) < num_bytes:
             self.reserve(2 * num_bytes)
@@ -44,7 +54,7 @@ class Stage:
             host[start:stop] = array.view(np.uint8)
             dtype = torch.int64 if array.itemsize == 8 else torch.int32
             tensors.append(self._staged[start:stop].view(dtype))
-            start = stop
+            start += align(array.nbytes)
         self._staged[:num_bytes].copy_(stage[:num_bytes], non_blocking=True)
         copied = torch.Event(self._device)
         copied.record()
