@@ -16,7 +16,14 @@ from torch import Tensor
 
 from autotp_serving.kernels.triton.cards import DecodeTiles
 from autotp_serving.kernels.triton.inputs import Inputs, Pools
-from autotp_serving.kernels.triton.parts import add_sink, cap_products, find_slots, widen
+from autotp_serving.kernels.triton.parts import (
+    add_sink,
+    cap_products,
+    find_slots,
+    launch_dependents,
+    wait_for_inputs,
+    widen,
+)
 
 
 @dataclass(frozen=True)
@@ -304,7 +311,7 @@ def decode_kernel(
             lies in the cache already is asked for meanwhile.
     """
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
+        launch_dependents()
     part = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2)
@@ -338,7 +345,7 @@ def decode_kernel(
             slots = find_slots(table, positions, positions < end, BLOCK_SIZE)
             _prefetch(keys, slots, slot_stride, row_bytes)
             _prefetch(values, slots, slot_stride, row_bytes)
-        tl.extra.cuda.gdc_wait()
+        wait_for_inputs()
     dims = tl.arange(0, DIMS)
     # In splits: of the first head's first.
     base = (seq.to(tl.int64) * num_heads + head) * MAX_SPLITS
@@ -451,8 +458,8 @@ def merge_kernel(
 ):
     """One program: the splits of one row's head."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        launch_dependents()
+        wait_for_inputs()
     head = tl.program_id(0)
     seq = tl.program_id(1)
     token = seq

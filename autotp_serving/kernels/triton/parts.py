@@ -55,3 +55,26 @@ def add_sink(largest, total, sink):
     joined = tl.maximum(largest, sink)
     kept = tl.exp2(largest - joined)
     return joined, total * kept + tl.exp2(sink - joined), kept
+
+
+if hasattr(tl.extra.cuda, "gdc_wait"):
+
+    @triton.jit
+    def launch_dependents():
+        """Let the next kernel begin before this one has ended."""
+        tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def wait_for_inputs():
+        """Wait until the kernels before this one have ended."""
+        tl.extra.cuda.gdc_wait()
+
+else:  # Triton for Intel GPUs, where kernels do not overlap
+
+    @triton.jit
+    def launch_dependents():
+        """Nothing."""
+
+    @triton.jit
+    def wait_for_inputs():
+        """Nothing."""
