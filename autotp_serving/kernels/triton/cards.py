@@ -31,6 +31,7 @@ class DecodeTiles:
             context at most, a power of two.
         use_dot: a program takes all heads of a kv head by matrix products, else one head by sums.
         merges: the last split to arrive merges them, else a second kernel with `merge_warps`.
+        programs: as long as so many are left, a program takes several splits, one after another.
         overlapping_rows: rows up to which the kernel begins while the one before it ends, and asks
             for its keys and values meanwhile; more would keep others from running.
         options: for Triton's compiler.
@@ -44,6 +45,7 @@ class DecodeTiles:
     use_dot: bool
     merges: bool
     merge_warps: int = 4
+    programs: int = 2**31
     overlapping_rows: int = 0
     options: Options = ()
 
@@ -100,7 +102,7 @@ def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> Decode
         tiles = DecodeTiles(64, 4, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
     else:
         tiles = DecodeTiles(32, 1, 2, min_split=64, max_splits=16, use_dot=True, merges=False)
-    return replace(tiles, overlapping_rows=1) if card == HOPPER else tiles
+    return replace(tiles, programs=8192, overlapping_rows=1) if card == HOPPER else tiles
 
 
 def choose_prefill(card: str, head_dim: int, is_int8: bool) -> PrefillTiles:

@@ -11,6 +11,7 @@
 // for them, with columns in the order of the weight's lanes.
 #include "common.cuh"
 #include "weights.cuh"
+#include "barriers.cuh"
 #include "wgmma.cuh"
 
 constexpr int kTileTokens = TOKENS;
@@ -30,58 +31,6 @@ constexpr int kTileBytes = kCodesBytes + kHighBytes + kScalesBytes + kMinsBytes;
 constexpr int kSumsStride = kBlockRows + 4;         // floats
 constexpr int kResultStride = kBlockRows * 2 + 16;  // bytes
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-__device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t peer) {
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(peer));
-    return there;
-}
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
-                 : "memory");
-}
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{.reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, done;}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
-}
-
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
-                                          uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
-// Tokens of 128 bytes in shared memory, eight to a swizzled kilobyte, as the tensor cores are told.
-__device__ __forceinline__ uint64_t describe_tokens(uint32_t address) {
-    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t(1) << 16 |
-           uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-
 __device__ __forceinline__ uint32_t multiply_two(uint32_t a, uint32_t b) {
     uint32_t v;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
@@ -92,12 +41,6 @@ __device__ __forceinline__ uint32_t multiply_add_two(uint32_t a, uint32_t b, uin
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
     return v;
 }
-__device__ __forceinline__ uint32_t round_two(float low, float high) {
-    uint32_t v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
 // Levels of a format that looks them up, as bfloat16: their low and their high bytes.
 struct Levels {
     Table low;
@@ -154,9 +97,9 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float scale = tile.scale[half];
-        const uint32_t most = round_two(scale, scale);
+        const uint32_t most = pair_bfloat16(scale, scale);
         const float left = scale - __uint_as_float(most & 0xffff0000u);
-        const uint32_t rest = round_two(left, left);
+        const uint32_t rest = pair_bfloat16(left, left);
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
             uint32_t pairs[2];
@@ -167,7 +110,7 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
                 if constexpr (kMins) {
                     const float low = __uint_as_float(pairs[i] << 16);
                     const float high = __uint_as_float(pairs[i] & 0xffff0000u);
-                    word = round_two(fmaf(low, scale, tile.min[half]),
+                    word = pair_bfloat16(fmaf(low, scale, tile.min[half]),
                                      fmaf(high, scale, tile.min[half]));
                 } else if constexpr (kScaleBytes == 0) {
                     word = pairs[i];
@@ -267,7 +210,7 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         for (int i = 0; i < min(kStages, count); ++i) copy_block(i);
     }
     __syncwarp();
-    const uint64_t described = describe_tokens(stages);
+    const uint64_t described = describe_rows(stages);
     uint32_t weights[2][4][4];
     // Of the block that is multiplied, the one before it and that whose stage is filled again.
     uint32_t stage = 0, parity = 0, last_stage = 0, free_stage = 0, free_parity = 0;
@@ -322,8 +265,8 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
             asm volatile(
                 "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                     to + n * 16 * kResultStride),
-                "r"(round_two(v[0], v[1])), "r"(round_two(v[2], v[3])),
-                "r"(round_two(v[4], v[5])), "r"(round_two(v[6], v[7]))
+                "r"(pair_bfloat16(v[0], v[1])), "r"(pair_bfloat16(v[2], v[3])),
+                "r"(pair_bfloat16(v[4], v[5])), "r"(pair_bfloat16(v[6], v[7]))
                 : "memory");
         }
         __syncthreads();
@@ -371,7 +314,7 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         if (rows % 4 == 0) {
             if (first_row + row < rows) {
                 *reinterpret_cast<uint2*>(to) =
-                    make_uint2(round_two(sum[0], sum[1]), round_two(sum[2], sum[3]));
+                    make_uint2(pair_bfloat16(sum[0], sum[1]), pair_bfloat16(sum[2], sum[3]));
             }
         } else {
 #pragma unroll
