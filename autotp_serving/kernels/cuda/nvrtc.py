@@ -30,11 +30,6 @@ OVERLAP_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_MEMORY_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 PLAIN_SHARED_MEMORY = 24 * 2**10  # dynamic, beside what a kernel declares
 OVERLAP_CAPABILITY = (9, 0)
-MATRIX_BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-MATRIX_PLAIN = 0  # CU_TENSOR_MAP_INTERLEAVE_NONE
-MATRIX_SWIZZLE = 3  # CU_TENSOR_MAP_SWIZZLE_128B
-MATRIX_PROMOTION = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-MATRIX_ZEROS = 0  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
 
 
 class Long(int):
@@ -103,7 +98,13 @@ class Kernel:
         Raises:
             RuntimeError: the driver refuses.
         """
-        self._allow_shared(shared_bytes)
+        if shared_bytes > self._shared_bytes:
+            _check(
+                _driver().cuFuncSetAttribute(
+                    self._function, SHARED_MEMORY_ATTRIBUTE, ctypes.c_int(shared_bytes)
+                )
+            )
+            self._shared_bytes = shared_bytes
         kinds = tuple(map(type, arguments))
         packing = self._packings.get(kinds)
         if packing is None:
@@ -116,35 +117,6 @@ class Kernel:
         config.stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         config.num_attributes = overlaps and self._overlaps
         _check(self._launch(self._config_pointer, self._function, packing.pointers, None))
-
-    def count_clusters(self, size: int, block: int, shared_bytes: int) -> int:
-        """Clusters of `size` thread blocks that the card runs at once, if it does nothing else.
-
-        Raises:
-            RuntimeError: the driver refuses.
-        """
-        self._allow_shared(shared_bytes)
-        config, count = self._config, ctypes.c_int()
-        config.grid[:] = (size, 1, 1)
-        config.block[:] = (block, 1, 1)
-        config.shared_bytes = shared_bytes
-        config.num_attributes = 0
-        _check(
-            _driver().cuOccupancyMaxActiveClusters(
-                ctypes.byref(count), self._function, self._config_pointer
-            )
-        )
-        return count.value
-
-    def _allow_shared(self, num_bytes: int) -> None:
-        """Let the function have so much dynamic shared memory."""
-        if num_bytes > self._shared_bytes:
-            _check(
-                _driver().cuFuncSetAttribute(
-                    self._function, SHARED_MEMORY_ATTRIBUTE, ctypes.c_int(num_bytes)
-                )
-            )
-            self._shared_bytes = num_bytes
 
 
 class _Packing:
@@ -273,30 +245,6 @@ def _run_nvrtc(name: str, text: str, options: list[str]) -> bytes:
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
     return binary.raw
-
-
-@functools.lru_cache(maxsize=4096)
-def describe_matrix(address: int, rows: int, columns: int, box_rows: int) -> bytes:
-    """A row-major bfloat16 matrix as kernels take it to copy boxes of `box_rows` by 64 columns.
-
-    They are swizzled by 128 bytes; what lies outside of the matrix is copied as zeros. A row's
-    bytes and the address are multiples of 16.
-
-    Raises:
-        RuntimeError: the driver refuses.
-    """
-    memory = ctypes.create_string_buffer(128 + 63)
-    aligned = -(-ctypes.addressof(memory) // 64) * 64
-    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2)
-    box, steps = (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    _check(
-        _driver().cuTensorMapEncodeTiled(
-            *(ctypes.c_void_p(aligned), MATRIX_BFLOAT16, 2, ctypes.c_void_p(address)),
-            *(sizes, strides, box, steps),
-            *(MATRIX_PLAIN, MATRIX_SWIZZLE, MATRIX_PROMOTION, MATRIX_ZEROS),
-        )
-    )
-    return ctypes.string_at(aligned, 128)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Paged attention of single tokens: each context is split, the splits merged in a fixed order.
 
 Where a split begins and ends depends on its own sequence's context alone, so that a row's result
-is the same to the bit whatever else is in the batch. With many rows a program takes several
+is the same to the bit whatever else is in the batch. Among many rows a program takes several
 splits, one after another, and leaves for each what a program of its own would. The grid depends on
 the number of rows alone and no number is read by the host: both kernels can be captured in a graph.
 """
@@ -45,14 +45,6 @@ def allocate_workspace(
         torch.empty((*sizes, 2), dtype=torch.float32, device=device),
         torch.zeros((max_rows, num_heads), dtype=torch.int32, device=device),
     )
-
-
-def count_splits_at_once(tiles: DecodeTiles, num_parts: int) -> int:
-    """Splits that a program takes, when there are `num_parts` rows' heads, or groups of them."""
-    splits, num_programs = 1, num_parts * tiles.max_splits
-    while splits < tiles.max_splits and num_programs // splits >= 2 * tiles.programs:
-        splits *= 2
-    return splits
 
 
 @triton.jit
@@ -564,7 +556,7 @@ def decode(
     sinks = workspace.stats if sinks is None else sinks
     window = sliding_window or 0
     num_parts = num_kv_heads if tiles.use_dot else num_heads
-    splits = count_splits_at_once(tiles, num_parts * num_seqs)
+    splits = tiles.splits_of_many if num_seqs >= tiles.many_rows else 1
     decode_kernel[(num_parts, tiles.max_splits // splits, num_seqs)](
         query, pools.keys, pools.values,
         pools.key_scales if is_int8 else workspace.stats,

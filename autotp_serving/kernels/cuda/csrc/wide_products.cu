@@ -11,7 +11,6 @@
 // for them, with columns in the order of the weight's lanes.
 #include "common.cuh"
 #include "weights.cuh"
-#include "barriers.cuh"
 #include "wgmma.cuh"
 
 constexpr int kTileTokens = TOKENS;
@@ -30,6 +29,58 @@ constexpr int kStageBytes = kTileTokens * kTokenBytes;
 constexpr int kTileBytes = kCodesBytes + kHighBytes + kScalesBytes + kMinsBytes;
 constexpr int kSumsStride = kBlockRows + 4;         // floats
 constexpr int kResultStride = kBlockRows * 2 + 16;  // bytes
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+__device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t peer) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(peer));
+    return there;
+}
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{.reg .pred done;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Tokens of 128 bytes in shared memory, eight to a swizzled kilobyte, as the tensor cores are told.
+__device__ __forceinline__ uint64_t describe_tokens(uint32_t address) {
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t(1) << 16 |
+           uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
 
 __device__ __forceinline__ uint32_t multiply_two(uint32_t a, uint32_t b) {
     uint32_t v;
@@ -210,7 +261,7 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         for (int i = 0; i < min(kStages, count); ++i) copy_block(i);
     }
     __syncwarp();
-    const uint64_t described = describe_rows(stages);
+    const uint64_t described = describe_tokens(stages);
     uint32_t weights[2][4][4];
     // Of the block that is multiplied, the one before it and that whose stage is filled again.
     uint32_t stage = 0, parity = 0, last_stage = 0, free_stage = 0, free_parity = 0;
