@@ -22,7 +22,7 @@ SOURCE = "activations.cu"
 TOKENS = 8
 CHUNK = 8
 THREADS = 256
-HEADS_OF_THREAD = 2
+HEADS_OF_THREAD = 3
 
 
 class Rounding(Enum):

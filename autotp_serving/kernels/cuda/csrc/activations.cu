@@ -75,14 +75,14 @@ __device__ __forceinline__ void scale_four(const uint16_t* weight, float factor,
 // there are any), rotation of queries and keys by row `positions[token]` of cos and sin
 // [longest, head_dim]. Queries stay in place; keys and values go to their slots of the pools
 // [slots, kv_heads, head_dim], or stay as well where those are null or the slot is -1. `span` lanes,
-// a power of two, take a head, each four numbers of either half; a thread takes two heads, which it
+// a power of two, take a head, each four numbers of either half; a thread takes three heads, which it
 // asks for together. head_dim is a multiple of 8 and at most 8 * span.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
 rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm,
                  const uint16_t* key_norm, float epsilon, const int64_t* positions,
                  const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* keys,
                  uint16_t* values, int heads, int kv_heads, int head_dim, int span) {
-    constexpr int kHeads = 2;
+    constexpr int kHeads = 3;
     const int64_t token = blockIdx.x;
     const int half = head_dim / 2, all_heads = heads + 2 * kv_heads;
     const int column = threadIdx.x % span * 4, beside = blockDim.x / span;
@@ -100,13 +100,13 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
         packed[turn][1] = load_four(rows + head * head_dim + half);
     }
     const int64_t slot = slots == nullptr ? -1 : slots[token];
-    float c[2][4] = {}, s[2][4] = {};
+    uint2 cosines[2] = {}, sines[2] = {};
     if (is_there) {
         const int64_t angle = positions[token] * head_dim + column;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            read_four(load_four(cos + angle + i * half), c[i]);
-            read_four(load_four(sin + angle + i * half), s[i]);
+            cosines[i] = load_four(cos + angle + i * half);
+            sines[i] = load_four(sin + angle + i * half);
         }
     }
 #pragma unroll
@@ -147,6 +147,12 @@ rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm
             to = (is_value ? values : keys) + (slot * kv_heads + kv_head) * head_dim + column;
         }
         if (!is_value) {
+            float c[2][4], s[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                read_four(cosines[i], c[i]);
+                read_four(sines[i], s[i]);
+            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float a = low[i], b = high[i];

@@ -99,7 +99,8 @@ struct Levels {
 };
 
 // Four numbers of a row half and a group of columns as pairs (0, 2) and (1, 3) of bfloat16, before
-// scale and minimum; exact but for the tables' levels, which are rounded.
+// scale and minimum; exact but for the tables' levels, which are rounded. Small floats that have a
+// scale are 2**-112 as large.
 __device__ __forceinline__ void take_levels(const Tile& tile, int half, int group,
                                             const Levels& levels, uint32_t (&pairs)[2]) {
     constexpr uint32_t kOne = 0x3f803f80u;
@@ -132,10 +133,18 @@ __device__ __forceinline__ void take_levels(const Tile& tile, int half, int grou
         pairs[0] = __byte_perm(low, high, 0x6240);
         pairs[1] = __byte_perm(low, high, 0x7351);
     } else {
-        uint32_t beside[2];
-        take_floats(tile, half, group, beside);
-        pairs[0] = __byte_perm(beside[0], beside[1], 0x5410);
-        pairs[1] = __byte_perm(beside[0], beside[1], 0x7632);
+        // Sign, exponent and mantissa where bfloat16 has them, but 2**-112 as large.
+        constexpr int kShift = 7 - kMantissaBits;
+        constexpr uint32_t kMagnitude = ((1u << (kBits - 1)) - 1) * 0x10001u << kShift;
+        const uint32_t codes = take_codes(tile, half, group);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t two = codes >> (8 * i);
+            pairs[i] = (two << kShift & kMagnitude) | (two << (16 - kBits) & 0x80008000u);
+            if constexpr (kScaleBytes == 0) {
+                pairs[i] = multiply_add_two(pairs[i], 0x77807780u, 0x80008000u);
+            }
+        }
     }
 }
 
@@ -147,7 +156,9 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
                                            uint32_t (&to)[4][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float scale = tile.scale[half];
+        // Of floats it makes up for what `take_levels` leaves out. It must stay below 65,408, which
+        // fp6 reaches at weights of 447, fp8 at 114,000.
+        const float scale = tile.scale[half] * (kKind == 2 ? 0x1p112f : 1.0f);
         const uint32_t most = pair_bfloat16(scale, scale);
         const float left = scale - __uint_as_float(most & 0xffff0000u);
         const uint32_t rest = pair_bfloat16(left, left);
