@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from autotp_serving.kernels.cuda.activations import (
     Activations,
+    HeadsEnd,
     Rotation,
     Rounding,
     quantize_tokens,
@@ -303,7 +304,7 @@ def check_activations() -> None:
 
         expected = torch.cat([rotate(query), rotate(key), value], 1)
         rotation = Rotation(cos, sin, head_norm, head_norm, 1e-6, bias)
-        rotate_and_store(qkv, rotation, positions, heads, kv_heads, slots, pools)
+        rotate_and_store(qkv, HeadsEnd(rotation, positions, heads, kv_heads, slots, pools))
         got = qkv.view(9, 16, head_dim).clone()
         for row, slot in enumerate(slots.tolist()):
             if slot >= 0:

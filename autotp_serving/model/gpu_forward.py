@@ -270,13 +270,15 @@ class GpuForward:
         """Logits [num_logit_rows, vocab_size] of the step that the buffers hold."""
         hidden = functional.embedding(inputs.token_ids, self._embedding.weight)
         added = None
-        for layer in self._layers:
-            added = layer.run(hidden, added, inputs)
+        for layer in self._layers[:-1]:
+            hidden, added = layer.run(hidden, added, inputs)
+        last = self._layers[-1]
         if len(inputs.logit_rows) == 0:
+            last.store(hidden, added, inputs)
             return hidden.new_empty(0, self._vocab_size)
-        if not inputs.is_padded:  # a padded step has logits of all tokens
-            hidden = hidden.index_select(0, inputs.logit_rows)
-            added = added.select(inputs.logit_rows)
+        # A padded step has logits of all tokens; of a prompt's the last layer runs few.
+        rows = None if inputs.is_padded else inputs.logit_rows
+        hidden, added = last.run(hidden, added, inputs, rows)
         if self._head_product is None:
             x = self._add_norm(hidden, added, self._norm, Rounding.NONE)
             return self._head(x.plain)

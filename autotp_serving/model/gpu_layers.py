@@ -101,23 +101,33 @@ class GpuLayer:
             workspace=workspace,
         )
 
-    def run(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> Addend:
+    def run(
+        self, hidden: Tensor, added: Addend | None, inputs: StepInputs, rows: Tensor | None = None
+    ) -> tuple[Tensor, Addend]:
         """Run the step's tokens through the layer.
 
         Args:
             hidden: [num_tokens, size] bfloat16, altered.
             added: what is still to be added to it, or None.
+            rows: tokens that are needed of the result; None: all. There is at least one.
 
         Returns:
-            What is to be added to it next.
+            The tokens' hidden state, and what is to be added to it next.
         """
-        attended = self._attend(self._make_heads(hidden, added, inputs), inputs)
+        out = self._attend(self._make_heads(hidden, added, inputs), inputs)
+        if rows is not None:
+            hidden, out = hidden.index_select(0, rows), out.index_select(0, rows)
+        attended = quantize_tokens(out, self.output.rounding(len(out)))
         added = Addend(self.output(attended), self.output.bias)
 
         def add_norm(rounding: Rounding) -> Activations:
             return self.add_norm(hidden, added, self.mlp_norm, rounding)
 
-        return Addend(self.mlp.run(add_norm, len(hidden)), self.mlp.bias)
+        return hidden, Addend(self.mlp.run(add_norm, len(hidden)), self.mlp.bias)
+
+    def store(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> None:
+        """Write the step's keys and values to the cache, and no more; see `run`."""
+        self._make_heads(hidden, added, inputs)
 
     def _make_heads(self, hidden: Tensor, added: Addend | None, inputs: StepInputs) -> Tensor:
         """[num_tokens, all heads, head_dim]: queries, rotated; keys and values are in the cache."""
@@ -144,9 +154,9 @@ class GpuLayer:
             triton_attention.store(key, value, inputs.slots, pools)
         return qkv
 
-    def _attend(self, qkv: Tensor, inputs: StepInputs) -> Activations:
-        """[num_tokens, num_heads * head_dim], as the output's product takes it."""
-        query, num_tokens = qkv[:, : self.num_heads], len(qkv)
+    def _attend(self, qkv: Tensor, inputs: StepInputs) -> Tensor:
+        """[num_tokens, num_heads * head_dim] bfloat16."""
+        query = qkv[:, : self.num_heads]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         attend = triton_attention.decode if inputs.is_decode else triton_attention.prefill
         attend(
@@ -160,7 +170,7 @@ class GpuLayer:
             out,
             self.workspace,
         )
-        return quantize_tokens(out.view(num_tokens, -1), self.output.rounding(num_tokens))
+        return out.view(len(out), -1)
 
 
 def check_sizes(model: Any, head_dim: int, longest_rotary: Tensor) -> None:
@@ -171,7 +181,7 @@ def check_sizes(model: Any, head_dim: int, longest_rotary: Tensor) -> None:
     """
     if longest_rotary.shape[-1] != head_dim:  # Phi-3 may rotate a part of a head only
         raise UnfitLayer("it rotates a part of each head")
-    if head_dim % 4 or head_dim > 256:
+    if head_dim % 8 or head_dim > 256:
         raise UnfitLayer(f"its heads have {head_dim} numbers")
     if model.config.hidden_size % BLOCK:
         raise UnfitLayer(f"its size {model.config.hidden_size} is no multiple of {BLOCK}")

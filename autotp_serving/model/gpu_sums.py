@@ -35,10 +35,6 @@ class Addend:
     part: Tensor
     bias: Tensor | None
 
-    def select(self, tokens: Tensor) -> Addend:
-        """That of some tokens."""
-        return Addend(self.part.index_select(0, tokens), self.bias)
-
 
 @dataclass(frozen=True)
 class AddNorm:

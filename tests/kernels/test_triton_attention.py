@@ -267,6 +267,17 @@ def test_a_row_is_the_same_alone_and_among_others(tiles: DecodeTiles) -> None:
     assert torch.equal(mixed[2], case.run("prefill", tiles, [2])[0])
 
 
+@pytest.mark.parametrize("tiles", [BY_DOT, BY_SUM], ids=["dot", "sum"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_row_is_the_same_whoever_takes_its_splits(tiles: DecodeTiles, window: int | None) -> None:
+    case = make_case(singles(0, 1, 33, 129, 200))
+    expected = case.run("decode", tiles, window=window)
+    for splits in (2, 4):
+        outputs = case.run("decode", replace(tiles, splits_of_many=splits), window=window)
+        for one, other in zip(outputs, expected, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("window", [None, 21])
 def test_a_prompt_is_the_same_at_once_and_in_chunks(window: int | None) -> None:
     whole = make_case([(75, 75)])

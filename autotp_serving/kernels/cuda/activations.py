@@ -22,7 +22,7 @@ SOURCE = "activations.cu"
 TOKENS = 8
 CHUNK = 8
 THREADS = 256
-HEADS = 32
+HEADS_OF_THREAD = 3
 
 
 class Rounding(Enum):
@@ -182,19 +182,22 @@ def rotate_and_store(qkv: Tensor, end: HeadsEnd) -> None:
     """Bias, norms and rotation: queries in place, keys and values to their slots of the cache.
 
     Args:
-        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] bfloat16.
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] bfloat16; head_dim is a
+            multiple of 8 and at most 256.
     """
     rotation = end.rotation
     head_dim = rotation.cos.shape[1]
     all_heads = end.num_heads + 2 * end.num_kv_heads
+    span = 1 << (head_dim // 8 - 1).bit_length()
+    heads = THREADS // span * HEADS_OF_THREAD
     keys, values = end.pools or (None, None)
     _kernel("rotate_and_store", qkv)(
-        (qkv.shape[0], -(-all_heads // HEADS)),
+        (qkv.shape[0], -(-all_heads // heads)),
         THREADS,
         (
             *(qkv, rotation.bias, rotation.query_norm, rotation.key_norm, float(rotation.epsilon)),
             *(end.positions, rotation.cos, rotation.sin, end.slots, keys, values),
-            *(end.num_heads, end.num_kv_heads, head_dim),
+            *(end.num_heads, end.num_kv_heads, head_dim, span),
         ),
     )
 

@@ -31,6 +31,8 @@ class DecodeTiles:
             context at most, a power of two.
         use_dot: a program takes all heads of a kv head by matrix products, else one head by sums.
         merges: the last split to arrive merges them, else a second kernel with `merge_warps`.
+        many_rows, splits_of_many: rows from which on a program takes so many splits, one after
+            another; a power of two, at most max_splits.
         overlapping_rows: rows up to which the kernel begins while the one before it ends, and asks
             for its keys and values meanwhile; more would keep others from running.
         options: for Triton's compiler.
@@ -44,6 +46,8 @@ class DecodeTiles:
     use_dot: bool
     merges: bool
     merge_warps: int = 4
+    many_rows: int = 1
+    splits_of_many: int = 1
     overlapping_rows: int = 0
     options: Options = ()
 
@@ -93,7 +97,10 @@ def choose_decode(card: str, group: int, head_dim: int, is_int8: bool) -> Decode
         options = make_intel_options()
         return DecodeTiles(tile, warps, 1, 64, 16, False, False, merge_warps=8, options=options)
     if group == 1 and not is_int8:
-        tiles = DecodeTiles(16, 1, 3, min_split=64, max_splits=32, use_dot=True, merges=True)
+        tiles = DecodeTiles(
+            16, 1, 3, min_split=64, max_splits=32, use_dot=True, merges=True, many_rows=8,
+            splits_of_many=2,
+        )  # fmt: skip
     elif group == 1:
         tiles = DecodeTiles(16, 1, 2, min_split=64, max_splits=16, use_dot=False, merges=True)
     elif not is_int8:

@@ -1,8 +1,9 @@
 """Paged attention of single tokens: each context is split, the splits merged in a fixed order.
 
 Where a split begins and ends depends on its own sequence's context alone, so that a row's result
-is the same to the bit whatever else is in the batch. The grid depends on the number of rows alone
-and no number is read by the host: both kernels can be captured in a graph.
+is the same to the bit whatever else is in the batch. Among many rows a program takes several
+splits, one after another, and leaves for each what a program of its own would. The grid depends on
+the number of rows alone and no number is read by the host: both kernels can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def _attend_by_sum(
     first,
     begin,
     end,
+    split_len,
+    stats,
+    results,
     slot_stride,
     scale_stride,
     scaling,
@@ -111,9 +115,13 @@ def _attend_by_sum(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """One head over positions [begin, end): largest logit, total weight, weighted values [DIMS]."""
+    """One head over positions [begin, end): largest logit, total weight, weighted values [DIMS].
+
+    Those of each split are stored, the first's at `stats` and `results`.
+    """
     is_int8: tl.constexpr = keys.dtype.element_ty == tl.int8
     dims = tl.arange(0, DIMS)
     offsets = tl.arange(0, TILE)
@@ -121,6 +129,7 @@ def _attend_by_sum(
     largest = float("-inf")
     total = 0.0
     sums = tl.zeros([DIMS], tl.float32)
+    split_end = tl.minimum(begin + split_len, end)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         positions = start + offsets
         is_seen = (positions < end) & (positions >= first)
@@ -144,7 +153,20 @@ def _attend_by_sum(
             weights *= tl.load(value_scales + slots * scale_stride, mask=is_seen, other=0.0)
         sums = sums * kept + tl.sum(weights[:, None] * value, axis=0)
         largest = new_largest
-    return largest, total, sums
+        if SPLITS > 1:  # noqa: SIM102 (the one is known to the compiler)
+            if start + TILE >= split_end:
+                tl.store(stats, largest)
+                tl.store(stats + 1, total)
+                tl.store(results + dims, sums, mask=dims < HEAD_DIM)
+                stats += 2
+                results += HEAD_DIM
+                split_end = tl.minimum(split_end + split_len, end)
+                # What was summed up so far counts nothing from here on.
+                largest = tl.full([], float("-inf"), tl.float32)
+    if SPLITS == 1:
+        tl.store(stats, largest)
+        tl.store(stats + 1, total)
+        tl.store(results + dims, sums, mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -158,6 +180,9 @@ def _attend_by_dot(
     first,
     begin,
     end,
+    split_len,
+    stats,
+    results,
     query_head_stride,
     slot_stride,
     scale_stride,
@@ -170,9 +195,14 @@ def _attend_by_dot(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """The heads of a group over [begin, end): largest [HEADS], totals, values [HEADS, DIMS]."""
+    """The heads of a group over [begin, end): largest [HEADS], totals, values [HEADS, DIMS].
+
+    Those of each split are stored, the first head's of the first at `stats` and `results`.
+    """
     is_int8: tl.constexpr = keys.dtype.element_ty == tl.int8
     # Codes times a scale would leave fp16's range; bf16 holds codes exactly and any scale.
     weight_type: tl.constexpr = tl.bfloat16 if is_int8 else values.dtype.element_ty
@@ -187,6 +217,10 @@ def _attend_by_dot(
     largest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([HEADS, DIMS], tl.float32)
+    split_end = tl.minimum(begin + split_len, end)
+    places = heads * MAX_SPLITS
+    is_head = heads < GROUP
+    is_result = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         positions = start + offsets
         is_seen = (positions < end) & (positions >= first)
@@ -212,7 +246,21 @@ def _attend_by_dot(
             weights *= scales[None, :]
         sums = sums * kept[:, None] + tl.dot(weights.to(weight_type), value.to(weight_type))
         largest = new_largest
-    return largest, total, sums
+        if SPLITS > 1:  # noqa: SIM102 (the one is known to the compiler)
+            if start + TILE >= split_end:
+                tl.store(stats + places * 2, largest, mask=is_head)
+                tl.store(stats + places * 2 + 1, total, mask=is_head)
+                to = results + places[:, None] * HEAD_DIM + dims[None, :]
+                tl.store(to, sums, mask=is_result)
+                places += 1
+                split_end = tl.minimum(split_end + split_len, end)
+                # What was summed up so far counts nothing from here on.
+                largest = tl.full([HEADS], float("-inf"), tl.float32)
+    if SPLITS == 1:
+        tl.store(stats + places * 2, largest, mask=is_head)
+        tl.store(stats + places * 2 + 1, total, mask=is_head)
+        to = results + places[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(to, sums, mask=is_result)
 
 
 @triton.jit
@@ -294,6 +342,7 @@ def decode_kernel(
     STAGES: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
     USE_DOT: tl.constexpr,
     MERGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -302,9 +351,10 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """One program: a split of a row's context, for one head or for the group of a kv head.
+    """One program: some splits of a row's context, for one head or for the group of a kv head.
 
     Args:
+        SPLITS: how many a program takes, one after another, a power of two.
         IS_MIXED: rows of several tokens are left out, and a row's token is found in query_starts.
         MERGES: the last split of a head to arrive merges them all; else `merge_kernel` does.
         OVERLAPS: the program may begin before the step's keys, values and queries are there: what
@@ -313,7 +363,7 @@ def decode_kernel(
     if OVERLAPS:
         launch_dependents()
     part = tl.program_id(0)
-    split = tl.program_id(1)
+    split = tl.program_id(1) * SPLITS
     seq = tl.program_id(2)
     token = seq
     if IS_MIXED:
@@ -329,7 +379,7 @@ def decode_kernel(
     if split * split_len >= tl.maximum(length, 1):
         return
     begin += split * split_len
-    end = tl.minimum(begin + split_len, context_len)
+    end = tl.minimum(begin + SPLITS * split_len, context_len)
     slot_stride = num_kv_heads * HEAD_DIM
     kv_head = part if USE_DOT else part // GROUP
     head = part * GROUP if USE_DOT else part
@@ -346,11 +396,10 @@ def decode_kernel(
             _prefetch(keys, slots, slot_stride, row_bytes)
             _prefetch(values, slots, slot_stride, row_bytes)
         wait_for_inputs()
-    dims = tl.arange(0, DIMS)
     # In splits: of the first head's first.
     base = (seq.to(tl.int64) * num_heads + head) * MAX_SPLITS
     if USE_DOT:
-        largest, total, result = _attend_by_dot(
+        _attend_by_dot(
             query,
             keys,
             values,
@@ -360,6 +409,9 @@ def decode_kernel(
             first,
             begin,
             end,
+            split_len,
+            stats + (base + split) * 2,
+            sums + (base + split) * HEAD_DIM,
             query_head_stride,
             slot_stride,
             num_kv_heads,
@@ -372,20 +424,12 @@ def decode_kernel(
             BLOCK_SIZE,
             TILE,
             STAGES,
+            SPLITS,
+            MAX_SPLITS,
             HAS_SOFTCAP,
         )
-        heads = tl.arange(0, HEADS)
-        is_head = heads < GROUP
-        places = base + heads * MAX_SPLITS + split
-        tl.store(stats + places * 2, largest, mask=is_head)
-        tl.store(stats + places * 2 + 1, total, mask=is_head)
-        tl.store(
-            sums + places[:, None] * HEAD_DIM + dims[None, :],
-            result,
-            mask=is_head[:, None] & (dims < HEAD_DIM)[None, :],
-        )
     else:
-        largest, total, result = _attend_by_sum(
+        _attend_by_sum(
             query,
             keys,
             values,
@@ -395,6 +439,9 @@ def decode_kernel(
             first,
             begin,
             end,
+            split_len,
+            stats + (base + split) * 2,
+            sums + (base + split) * HEAD_DIM,
             slot_stride,
             num_kv_heads,
             scaling,
@@ -404,19 +451,16 @@ def decode_kernel(
             BLOCK_SIZE,
             TILE,
             STAGES,
+            SPLITS,
             HAS_SOFTCAP,
         )
-        place = base + split
-        tl.store(stats + place * 2, largest)
-        tl.store(stats + place * 2 + 1, total)
-        tl.store(sums + place * HEAD_DIM + dims, result, mask=dims < HEAD_DIM)
     if MERGES:
         # Every thread's stores come before the arrival, which releases them to the last program.
         tl.debug_barrier()
         splits = tl.arange(0, MAX_SPLITS)
-        num_splits = tl.sum((splits * split_len < length).to(tl.int32), axis=0)
+        num_programs = tl.sum((splits * SPLITS * split_len < length).to(tl.int32), axis=0)
         arrival = arrivals + seq * num_heads + head
-        if tl.atomic_add(arrival, 1, sem="acq_rel") >= num_splits - 1:
+        if tl.atomic_add(arrival, 1, sem="acq_rel") >= num_programs - 1:
             tl.store(arrival, 0)
             for index in range(GROUP if USE_DOT else 1):
                 _merge_head(
@@ -519,7 +563,8 @@ def decode(
     sinks = workspace.stats if sinks is None else sinks
     window = sliding_window or 0
     num_parts = num_kv_heads if tiles.use_dot else num_heads
-    decode_kernel[(num_parts, tiles.max_splits, num_seqs)](
+    splits = tiles.splits_of_many if num_seqs >= tiles.many_rows else 1
+    decode_kernel[(num_parts, tiles.max_splits // splits, num_seqs)](
         query, pools.keys, pools.values,
         pools.key_scales if is_int8 else workspace.stats,
         pools.value_scales if is_int8 else workspace.stats,
@@ -528,7 +573,7 @@ def decode(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         inputs.block_tables.stride(0), num_kv_heads, scaling, softcap or 1.0, window,
         GROUP=group, HEADS=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
-        STAGES=tiles.stages, USE_DOT=tiles.use_dot, MERGES=tiles.merges,
+        STAGES=tiles.stages, SPLITS=splits, USE_DOT=tiles.use_dot, MERGES=tiles.merges,
         HAS_SOFTCAP=softcap is not None, num_warps=tiles.warps, num_stages=tiles.stages, **shape,
         **options,
     )  # fmt: skip

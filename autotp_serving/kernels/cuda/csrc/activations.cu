@@ -48,109 +48,121 @@ silu_multiply(const uint16_t* gate_up, const uint16_t* bias, int64_t columns, ui
     write_numbers(gate, token, gridDim.x, chunk, columns, to, plain, way);
 }
 
-__device__ __forceinline__ void read_pair(const uint16_t* from, float (&v)[2]) {
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-    v[0] = __uint_as_float(pair << 16), v[1] = __uint_as_float(pair & 0xffff0000u);
+// Four neighbouring numbers of a row.
+__device__ __forceinline__ void read_four(uint2 from, float (&v)[4]) {
+    v[0] = __uint_as_float(from.x << 16), v[1] = __uint_as_float(from.x & 0xffff0000u);
+    v[2] = __uint_as_float(from.y << 16), v[3] = __uint_as_float(from.y & 0xffff0000u);
 }
-__device__ __forceinline__ void add_pair(const uint16_t* from, float (&v)[2]) {
-    float more[2];
-    read_pair(from, more);
-    v[0] = round_to_bfloat16(v[0] + more[0]), v[1] = round_to_bfloat16(v[1] + more[1]);
+__device__ __forceinline__ uint2 load_four(const uint16_t* from) {
+    return *reinterpret_cast<const uint2*>(from);
 }
-__device__ __forceinline__ void scale_pair(const uint16_t* weight, float factor, float (&v)[2]) {
-    float w[2];
-    read_pair(weight, w);
-    v[0] = round_to_bfloat16(round_to_bfloat16(v[0] * factor) * w[0]);
-    v[1] = round_to_bfloat16(round_to_bfloat16(v[1] * factor) * w[1]);
+__device__ __forceinline__ void add_four(const uint16_t* from, float (&v)[4]) {
+    float more[4];
+    read_four(load_four(from), more);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = round_to_bfloat16(v[i] + more[i]);
+}
+__device__ __forceinline__ void scale_four(const uint16_t* weight, float factor, float (&v)[4]) {
+    float w[4];
+    read_four(load_four(weight), w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v[i] = round_to_bfloat16(round_to_bfloat16(v[i] * factor) * w[i]);
+    }
 }
 
 // Queries, keys and values [tokens, (heads + 2 * kv_heads) * head_dim]: bias, norm of heads (where
 // there are any), rotation of queries and keys by row `positions[token]` of cos and sin
 // [longest, head_dim]. Queries stay in place; keys and values go to their slots of the pools
-// [slots, kv_heads, head_dim], or stay as well where those are null or the slot is -1. A warp takes
-// 4 heads; grid y: all heads / 32. head_dim is a multiple of 4 and at most 256.
-extern "C" __global__ void __launch_bounds__(256)
+// [slots, kv_heads, head_dim], or stay as well where those are null or the slot is -1. `span` lanes,
+// a power of two, take a head, each four numbers of either half; a thread takes three heads, which it
+// asks for together. head_dim is a multiple of 8 and at most 8 * span.
+extern "C" __global__ void __launch_bounds__(256, 5)
 rotate_and_store(uint16_t* qkv, const uint16_t* bias, const uint16_t* query_norm,
                  const uint16_t* key_norm, float epsilon, const int64_t* positions,
                  const uint16_t* cos, const uint16_t* sin, const int64_t* slots, uint16_t* keys,
-                 uint16_t* values, int heads, int kv_heads, int head_dim) {
-    constexpr int kMost = 2;  // of two neighbouring pairs a lane
-    constexpr int kHeads = 4;  // a warp, one after another: they share cos and sin
+                 uint16_t* values, int heads, int kv_heads, int head_dim, int span) {
+    constexpr int kHeads = 3;
     const int64_t token = blockIdx.x;
-    const int lane = threadIdx.x % kLanes;
     const int half = head_dim / 2, all_heads = heads + 2 * kv_heads;
+    const int column = threadIdx.x % span * 4, beside = blockDim.x / span;
+    const bool is_there = column < half;
+    const int first_head = blockIdx.y * kHeads * beside + threadIdx.x / span;
     let_next_begin();
-    float c[kMost][2][2], s[kMost][2][2];
     wait_for_inputs();
-    const int64_t angle = positions[token] * head_dim;
-    const int64_t slot = slots == nullptr ? -1 : slots[token];
+    uint16_t* const rows = qkv + token * all_heads * head_dim + column;
+    uint2 packed[kHeads][2] = {};
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-        const int column = (lane + i * kLanes) * 2;
-        if (column >= half) continue;
-        read_pair(cos + angle + column, c[i][0]);
-        read_pair(sin + angle + column, s[i][0]);
-        read_pair(cos + angle + column + half, c[i][1]);
-        read_pair(sin + angle + column + half, s[i][1]);
+    for (int turn = 0; turn < kHeads; ++turn) {
+        const int head = first_head + turn * beside;
+        if (!is_there || head >= all_heads) continue;
+        packed[turn][0] = load_four(rows + head * head_dim);
+        packed[turn][1] = load_four(rows + head * head_dim + half);
+    }
+    const int64_t slot = slots == nullptr ? -1 : slots[token];
+    uint2 cosines[2] = {}, sines[2] = {};
+    if (is_there) {
+        const int64_t angle = positions[token] * head_dim + column;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            cosines[i] = load_four(cos + angle + i * half);
+            sines[i] = load_four(sin + angle + i * half);
+        }
     }
 #pragma unroll
     for (int turn = 0; turn < kHeads; ++turn) {
-        const int head = (blockIdx.y * kHeads + turn) * 8 + threadIdx.x / kLanes;
-        if (head >= all_heads) return;
-        uint16_t* row = qkv + (token * all_heads + head) * head_dim;
-        float low[kMost][2], high[kMost][2];
-        float square = 0;
-#pragma unroll
-        for (int i = 0; i < kMost; ++i) {
-            const int column = (lane + i * kLanes) * 2;
-            if (column >= half) continue;
-            read_pair(row + column, low[i]);
-            read_pair(row + column + half, high[i]);
-            if (bias != nullptr) {
-                add_pair(bias + head * head_dim + column, low[i]);
-                add_pair(bias + head * head_dim + column + half, high[i]);
-            }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                square = fmaf(low[i][j], low[i][j], fmaf(high[i][j], high[i][j], square));
-            }
+        const int head = first_head + turn * beside;
+        if (head >= all_heads) return;  // all lanes of a head together
+        float low[4], high[4];
+        read_four(packed[turn][0], low);
+        read_four(packed[turn][1], high);
+        if (bias != nullptr && is_there) {
+            add_four(bias + head * head_dim + column, low);
+            add_four(bias + head * head_dim + column + half, high);
         }
         const bool is_query = head < heads, is_value = head >= heads + kv_heads;
         const uint16_t* norm = is_value ? nullptr : is_query ? query_norm : key_norm;
         if (norm != nullptr) {
+            const uint32_t group =
+                (0xffffffffu >> (kLanes - span)) << (threadIdx.x % kLanes / span * span);
+            float square = 0;
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                square += __shfl_xor_sync(0xffffffffu, square, step);
+            for (int i = 0; i < 4; ++i) {
+                square = fmaf(low[i], low[i], fmaf(high[i], high[i], square));
+            }
+            for (int step = span / 2; step > 0; step /= 2) {
+                square += __shfl_xor_sync(group, square, step);
             }
             const float mean = __fdiv_rn(square, static_cast<float>(head_dim));
             const float factor = __frsqrt_rn(mean + epsilon);
-#pragma unroll
-            for (int i = 0; i < kMost; ++i) {
-                const int column = (lane + i * kLanes) * 2;
-                if (column >= half) continue;
-                scale_pair(norm + column, factor, low[i]);
-                scale_pair(norm + column + half, factor, high[i]);
+            if (is_there) {
+                scale_four(norm + column, factor, low);
+                scale_four(norm + column + half, factor, high);
             }
         }
-        uint16_t* to = row;
+        if (!is_there) continue;
+        uint16_t* to = rows + head * head_dim;
         if (!is_query && slot >= 0) {
             const int kv_head = head - heads - (is_value ? kv_heads : 0);
-            to = (is_value ? values : keys) + (slot * kv_heads + kv_head) * head_dim;
+            to = (is_value ? values : keys) + (slot * kv_heads + kv_head) * head_dim + column;
         }
+        if (!is_value) {
+            float c[2][4], s[2][4];
 #pragma unroll
-        for (int i = 0; i < kMost; ++i) {
-            const int column = (lane + i * kLanes) * 2;
-            if (column >= half) continue;
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const float a = low[i][j], b = high[i][j];
-                if (is_value) continue;
-                low[i][j] = rotate(a, -b, c[i][0][j], s[i][0][j]);
-                high[i][j] = rotate(b, a, c[i][1][j], s[i][1][j]);
+            for (int i = 0; i < 2; ++i) {
+                read_four(cosines[i], c[i]);
+                read_four(sines[i], s[i]);
             }
-            *reinterpret_cast<uint32_t*>(to + column) = pair_bfloat16(low[i][0], low[i][1]);
-            *reinterpret_cast<uint32_t*>(to + column + half) =
-                pair_bfloat16(high[i][0], high[i][1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float a = low[i], b = high[i];
+                low[i] = rotate(a, -b, c[0][i], s[0][i]);
+                high[i] = rotate(b, a, c[1][i], s[1][i]);
+            }
         }
+        *reinterpret_cast<uint2*>(to) =
+            make_uint2(pair_bfloat16(low[0], low[1]), pair_bfloat16(low[2], low[3]));
+        *reinterpret_cast<uint2*>(to + half) =
+            make_uint2(pair_bfloat16(high[0], high[1]), pair_bfloat16(high[2], high[3]));
     }
 }

@@ -61,21 +61,33 @@ constexpr int kWide = 2;     // for wide_products.cu
 
 // Writes 8 numbers of a row for wide_products.cu: [block][token][64], tokens in whole tiles of 8.
 // Of column h * 32 + t * 8 + q * 4 + 2 * e + o, h * 2 + q is the step of 16 that the tensor cores
-// take, and o * 8 + 2 * t + e its place there. Pieces of 16 bytes are swizzled by the token.
+// take, and o * 8 + 2 * t + e its place there. Pieces of 16 bytes are swizzled by the token. Four
+// lanes give each other words, so that each writes a piece.
 __device__ __forceinline__ void write_wide(const float (&v)[8], int64_t token, int64_t tokens,
                                            int64_t chunk, uint16_t* to) {
     const int64_t padded = (tokens + kTokens - 1) / kTokens * kTokens;
     const int part = static_cast<int>(chunk % 8), swizzle = static_cast<int>(token % 8);
-    to += (chunk / 8 * padded + token) * kBlock + part % 4 * 2;
+    const uint32_t group = 0xffu << (threadIdx.x % kLanes / 8 * 8);  // others may have left
+    uint32_t words[4];  // [q * 2 + o] of this lane's t; then [t] of this lane's q * 2 + o
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
+    for (int i = 0; i < 4; ++i) {
+        const int first = i / 2 * 4 + i % 2;
+        words[i] = pair_bfloat16(v[first], v[first + 2]);
+    }
 #pragma unroll
-        for (int o = 0; o < 2; ++o) {
-            const int piece = (part / 4 * 2 + q) * 2 + o;
-            *reinterpret_cast<uint32_t*>(to + (piece ^ swizzle) * 8) =
-                pair_bfloat16(v[q * 4 + o], v[q * 4 + 2 + o]);
+    for (int step = 1; step < 4; step *= 2) {
+        const bool is_upper = part & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const uint32_t theirs =
+                __shfl_xor_sync(group, is_upper ? words[i] : words[i + step], step);
+            if (is_upper) words[i] = theirs;
+            if (!is_upper) words[i + step] = theirs;
         }
     }
+    to += (chunk / 8 * padded + token) * kBlock + (part ^ swizzle) * 8;
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Writes 8 numbers of a row: rounded to integers, or as bfloat16 in one of the ways above.

@@ -92,12 +92,6 @@ __device__ __forceinline__ uint32_t multiply_add_two(uint32_t a, uint32_t b, uin
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
     return v;
 }
-__device__ __forceinline__ uint32_t round_two(float low, float high) {
-    uint32_t v;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
-
 // Levels of a format that looks them up, as bfloat16: their low and their high bytes.
 struct Levels {
     Table low;
@@ -105,7 +99,8 @@ struct Levels {
 };
 
 // Four numbers of a row half and a group of columns as pairs (0, 2) and (1, 3) of bfloat16, before
-// scale and minimum; exact but for the tables' levels, which are rounded.
+// scale and minimum; exact but for the tables' levels, which are rounded. Small floats that have a
+// scale are 2**-112 as large.
 __device__ __forceinline__ void take_levels(const Tile& tile, int half, int group,
                                             const Levels& levels, uint32_t (&pairs)[2]) {
     constexpr uint32_t kOne = 0x3f803f80u;
@@ -138,10 +133,18 @@ __device__ __forceinline__ void take_levels(const Tile& tile, int half, int grou
         pairs[0] = __byte_perm(low, high, 0x6240);
         pairs[1] = __byte_perm(low, high, 0x7351);
     } else {
-        uint32_t beside[2];
-        take_floats(tile, half, group, beside);
-        pairs[0] = __byte_perm(beside[0], beside[1], 0x5410);
-        pairs[1] = __byte_perm(beside[0], beside[1], 0x7632);
+        // Sign, exponent and mantissa where bfloat16 has them, but 2**-112 as large.
+        constexpr int kShift = 7 - kMantissaBits;
+        constexpr uint32_t kMagnitude = ((1u << (kBits - 1)) - 1) * 0x10001u << kShift;
+        const uint32_t codes = take_codes(tile, half, group);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t two = codes >> (8 * i);
+            pairs[i] = (two << kShift & kMagnitude) | (two << (16 - kBits) & 0x80008000u);
+            if constexpr (kScaleBytes == 0) {
+                pairs[i] = multiply_add_two(pairs[i], 0x77807780u, 0x80008000u);
+            }
+        }
     }
 }
 
@@ -153,10 +156,12 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
                                            uint32_t (&to)[4][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float scale = tile.scale[half];
-        const uint32_t most = round_two(scale, scale);
+        // Of floats it makes up for what `take_levels` leaves out. It must stay below 65,408, which
+        // fp6 reaches at weights of 447, fp8 at 114,000.
+        const float scale = tile.scale[half] * (kKind == 2 ? 0x1p112f : 1.0f);
+        const uint32_t most = pair_bfloat16(scale, scale);
         const float left = scale - __uint_as_float(most & 0xffff0000u);
-        const uint32_t rest = round_two(left, left);
+        const uint32_t rest = pair_bfloat16(left, left);
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
             uint32_t pairs[2];
@@ -167,7 +172,7 @@ __device__ __forceinline__ void dequantize(const Tile& tile, const Levels& level
                 if constexpr (kMins) {
                     const float low = __uint_as_float(pairs[i] << 16);
                     const float high = __uint_as_float(pairs[i] & 0xffff0000u);
-                    word = round_two(fmaf(low, scale, tile.min[half]),
+                    word = pair_bfloat16(fmaf(low, scale, tile.min[half]),
                                      fmaf(high, scale, tile.min[half]));
                 } else if constexpr (kScaleBytes == 0) {
                     word = pairs[i];
@@ -322,8 +327,8 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
             asm volatile(
                 "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                     to + n * 16 * kResultStride),
-                "r"(round_two(v[0], v[1])), "r"(round_two(v[2], v[3])),
-                "r"(round_two(v[4], v[5])), "r"(round_two(v[6], v[7]))
+                "r"(pair_bfloat16(v[0], v[1])), "r"(pair_bfloat16(v[2], v[3])),
+                "r"(pair_bfloat16(v[4], v[5])), "r"(pair_bfloat16(v[6], v[7]))
                 : "memory");
         }
         __syncthreads();
@@ -371,7 +376,7 @@ multiply_wide(const uint8_t* codes, const uint8_t* high, const uint8_t* scales,
         if (rows % 4 == 0) {
             if (first_row + row < rows) {
                 *reinterpret_cast<uint2*>(to) =
-                    make_uint2(round_two(sum[0], sum[1]), round_two(sum[2], sum[3]));
+                    make_uint2(pair_bfloat16(sum[0], sum[1]), pair_bfloat16(sum[2], sum[3]));
             }
         } else {
 #pragma unroll
