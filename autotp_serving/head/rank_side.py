@@ -64,7 +64,7 @@ class HeadLine:
         self._rank = rank
         self.num_loading, self.group_name = num_loading, group_name
         try:
-            self._line = Line(_greet(address, secret, rank))
+            self._line = Line(_greet(address, secret, rank), is_awake=True)
             pulse = _greet(address, secret, num_ranks + rank)
             self.config = ServingConfig(**self._line.receive())
         except OSError as error:
