@@ -42,6 +42,7 @@ BASE = (
     "block_transfer",
     "step_times",
     "logs",
+    "collector",
     "progress",
     "model_folder",
     "pooling",
