@@ -267,6 +267,10 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     config = resolve_model(config, LocalRankGroup())
     api_keys, traces = check_before_loading(config)
     sock = reserve_port(config.host, config.port)
+    logging.getLogger("autotp_serving").info("Starting %d rank(s)", num_groups * num_ranks)
+    pool = ThreadPoolExecutor(1)
+    loading = pool.submit(load_ahead, config)
+    pool.shutdown(wait=False)
     launcher = find_launcher(num_ranks)
     supervisors = [
         Supervisor(
@@ -276,13 +280,10 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
         for number, place in enumerate(places)
     ]  # fmt: skip
     try:
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(load_ahead, config)
-            ready = start_groups(supervisors, in_turn=in_turn)
-            loaded = loading.result()
+        ready = start_groups(supervisors, in_turn=in_turn)
         app, engine = build_server(
             config, [one.runner for one in supervisors], ready.max_model_len, ready.vocab_size,
-            api_keys, traces, loaded, on_stalls=[one.end_group for one in supervisors],
+            api_keys, traces, loading.result(), on_stalls=[one.end_group for one in supervisors],
         )  # fmt: skip
         for supervisor, one in zip(supervisors, engine.engines, strict=True):
             supervisor.give_engine(one)
@@ -314,7 +315,7 @@ def part_folders(config: ServingConfig, group_name: str) -> ServingConfig:
 
 
 def load_ahead(config: ServingConfig) -> LoadedTokenizer:
-    """In the head, while its ranks load: what it serves with, the model's tokenizer with it."""
+    """In the head, while its ranks start: what it serves with, the model's tokenizer with it."""
     if not config.trust_remote_code:  # by which code may come that imports torch
         do_without_torch()
     with without_collector():
