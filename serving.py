@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from autotp_serving.api.engine_client import EngineClient, OutputSink
     from autotp_serving.api.traces import Traces
     from autotp_serving.batch import Runner
+    from autotp_serving.engine.tokenizer_files import LoadedTokenizer
     from autotp_serving.worker.runner import LeadRunner
+    from autotp_serving.worker.worker import Worker
 
 EXIT_CANNOT_START = 2
 
@@ -51,6 +54,7 @@ def report_missing(error: ModuleNotFoundError) -> int:
 
 
 try:
+    from autotp_serving.collector import without_collector
     from autotp_serving.command_line import parse_args
     from autotp_serving.config import ConfigError, ServingConfig
     from autotp_serving.distributed.launch import (
@@ -182,9 +186,9 @@ def run_rank(
 
 def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     """Rank 0: load, then answer requests until told to stop."""
-    with tell_silence():
-        logging.getLogger("autotp_serving").info("Starting %d rank(s), importing torch", group.size)
-        from autotp_serving.api.server import serve
+    with tell_start(group):
+        with without_collector():
+            from autotp_serving.api.server import serve
 
         app, engine, runner, sock = load(config, group, stand_in)
     exit_code = serve(app, engine, config, sock)
@@ -195,16 +199,30 @@ def lead(config: ServingConfig, group: RankGroup, stand_in: StandIn) -> int:
     return exit_code
 
 
+@contextlib.contextmanager
+def tell_start(group: RankGroup) -> Iterator[None]:
+    """On rank 0, while it loads: the console is never silent for long."""
+    with tell_silence():
+        logging.getLogger("autotp_serving").info("Starting %d rank(s), importing torch", group.size)
+        yield
+
+
+def import_worker() -> Callable[..., Worker]:
+    """`start_worker`, and torch with it."""
+    with without_collector():
+        from autotp_serving.worker.worker import start_worker
+    return start_worker
+
+
 def load(
     config: ServingConfig, group: RankGroup, stand_in: StandIn
 ) -> tuple[FastAPI, EngineClient, LeadRunner, socket.socket]:
     """Rank 0: the application around a running engine, and the port that it will listen at."""
-    from autotp_serving.api.server import reserve_port
-    from autotp_serving.worker.worker import start_worker
+    from autotp_serving.api.port import reserve_port
 
     api_keys, traces = check_before_loading(config)
     sock = reserve_port(config.host, config.port)
-    worker = start_worker(config, group)
+    worker = import_worker()(config, group)
     runner = worker.lead
     assert runner is not None, "only rank 0 leads"
     app, engine = build_server(
@@ -232,7 +250,7 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     if sys.platform != "linux":
         raise ConfigError("ranks are started by the server itself on Linux only: leave "
                           "--tensor-parallel-size out, and start with mpirun")  # fmt: skip
-    from autotp_serving.api.server import reserve_port, serve
+    from autotp_serving.api.port import reserve_port
     from autotp_serving.devices.base import has_card_files, is_host_name
     from autotp_serving.distributed.placement import read_topology
     from autotp_serving.head.places import find_places
@@ -249,7 +267,10 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
     config = resolve_model(config, LocalRankGroup())
     api_keys, traces = check_before_loading(config)
     sock = reserve_port(config.host, config.port)
-    do_without_torch(config)
+    logging.getLogger("autotp_serving").info("Starting %d rank(s)", num_groups * num_ranks)
+    pool = ThreadPoolExecutor(1)
+    loading = pool.submit(load_ahead, config)
+    pool.shutdown(wait=False)
     launcher = find_launcher(num_ranks)
     supervisors = [
         Supervisor(
@@ -262,13 +283,15 @@ def run_head(config: ServingConfig, num_ranks: int) -> int:
         ready = start_groups(supervisors, in_turn=in_turn)
         app, engine = build_server(
             config, [one.runner for one in supervisors], ready.max_model_len, ready.vocab_size,
-            api_keys, traces, on_stalls=[one.end_group for one in supervisors],
+            api_keys, traces, loading.result(), on_stalls=[one.end_group for one in supervisors],
         )  # fmt: skip
         for supervisor, one in zip(supervisors, engine.engines, strict=True):
             supervisor.give_engine(one)
         spare_collector()
         engine.engine.start()
         load_adapters(config, engine)
+        from autotp_serving.api.server import serve
+
         exit_code = serve(app, engine, config, sock)
         ignore_signals()
         if not exit_code and not engine.engine.shutdown():
@@ -291,30 +314,40 @@ def part_folders(config: ServingConfig, group_name: str) -> ServingConfig:
     return replace(config, kv_offload_dir=f"{config.kv_offload_dir}/group-{group_name}")
 
 
-def do_without_torch(config: ServingConfig) -> None:
+def load_ahead(config: ServingConfig) -> LoadedTokenizer:
+    """In the head, while its ranks start: what it serves with, the model's tokenizer with it."""
+    if not config.trust_remote_code:  # by which code may come that imports torch
+        do_without_torch()
+    with without_collector():
+        import autotp_serving.api.app
+        import autotp_serving.api.server  # noqa: F401
+        from autotp_serving.engine.tokenizer_files import load_tokenizer
+
+    return load_tokenizer(Path(config.model_path), config.trust_remote_code)
+
+
+def do_without_torch() -> None:
     """Have transformers believe that there is no torch: the head needs its tokenizers alone.
 
-    With torch it would start three seconds later and take four times the memory. Code that comes
-    with a model may import it.
+    With torch it would start three seconds later and take four times the memory.
     """
-    if config.trust_remote_code:
-        return
     sys.modules["torch"] = None  # type: ignore[assignment]
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # of just that
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    import transformers  # noqa: F401
+    log = logging.getLogger("transformers")
+    log.addFilter(is_not_advice)
+    with without_collector():
+        import transformers  # noqa: F401
+    log.removeFilter(is_not_advice)
 
-    del os.environ[name]  # the ranks' is as it was
-    if before is not None:
-        os.environ[name] = before
+
+def is_not_advice(_: logging.LogRecord) -> bool:
+    """While transformers is imported without torch: all that it says is that there is none."""
+    return False
 
 
 def obey(head: HeadLine, group: RankGroup) -> int:
     """Rank 0 of a head: load, then run the steps that it sends."""
-    from autotp_serving.worker.worker import start_worker
-
-    worker = start_worker(head.config, group, head.num_loading)
+    with tell_start(group):
+        worker = import_worker()(head.config, group, head.num_loading)
     assert worker.lead is not None, "only rank 0 leads"
     ignore_signals()
     spare_collector()
@@ -346,8 +379,7 @@ def load_adapters(config: ServingConfig, engine: EngineClient) -> None:
 def check_before_loading(config: ServingConfig) -> tuple[ApiKeys, Traces | None]:
     """Read what HTTP and adapters need before minutes go into loading a model."""
     from autotp_serving.api.api_keys import load_api_keys
-    from autotp_serving.api.server import check_tls
-    from autotp_serving.api.traces import open_traces
+    from autotp_serving.api.port import check_tls
     from autotp_serving.engine.adapters import parse_adapters
     from autotp_serving.model.adapter_folder import read_adapter_folder
     from autotp_serving.request import AdapterError
@@ -359,6 +391,10 @@ def check_before_loading(config: ServingConfig) -> tuple[ApiKeys, Traces | None]
             read_adapter_folder(Path(path), config.max_lora_rank)
         except AdapterError as error:
             raise ConfigError(f"--lora-modules {name}={path}: {error}") from error
+    if config.otlp_traces_endpoint is None:
+        return api_keys, None
+    from autotp_serving.api.traces import open_traces
+
     return api_keys, open_traces(config)
 
 
@@ -369,6 +405,7 @@ def build_server(
     vocab_size: int,
     api_keys: ApiKeys,
     traces: Traces | None,
+    loaded: LoadedTokenizer | None = None,
     *,
     on_stalls: Sequence[Callable[[str], None]] = (),
     find_late_ranks: Callable[[], str] = lambda: "a rank hangs",
@@ -377,16 +414,21 @@ def build_server(
 
     Args:
         runners: one for each group of ranks.
+        loaded: the model's tokenizer, where it is loaded already.
         on_stalls: told where a group's step does not end; none: its engine fails.
     """
-    from autotp_serving.api.app import build_app
-    from autotp_serving.api.engine_client import EngineClient
-    from autotp_serving.engine import Engine, EngineGroups
-    from autotp_serving.engine.sandbox import Sandbox
-    from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
+    with without_collector():
+        from autotp_serving.api.app import build_app
+        from autotp_serving.api.engine_client import EngineClient
+        from autotp_serving.engine import Engine, EngineGroups
+        from autotp_serving.engine.sandbox import Sandbox
+        from autotp_serving.engine.tokenizer import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(
-        Path(config.model_path), trust_remote_code=config.trust_remote_code, num_rows=vocab_size
+        Path(config.model_path),
+        trust_remote_code=config.trust_remote_code,
+        num_rows=vocab_size,
+        loaded=loaded,
     )
     sandbox = Sandbox(tokenizer)
     sandbox.start()
@@ -437,9 +479,7 @@ def follow(config: ServingConfig, group: RankGroup, head: HeadLine | None = None
 
     Where there is a head, that notices when one of them is lost.
     """
-    from autotp_serving.worker.worker import start_worker
-
-    worker = start_worker(config, group, head.num_loading if head else 1)
+    worker = import_worker()(config, group, head.num_loading if head else 1)
     ignore_signals()
     spare_collector()
     group.all_gather("ready")

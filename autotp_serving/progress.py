@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 3.0
+SECONDS = 2.0
 """At most so long is nothing heard."""
 
 

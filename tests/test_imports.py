@@ -43,6 +43,7 @@ BASE = (
     "step_times",
     "heap",
     "logs",
+    "collector",
     "progress",
     "model_folder",
     "pooling",

@@ -1,13 +1,11 @@
-"""Runs the application under uvicorn: port, console lines, drain, exit code. Rank 0 only."""
+"""Runs the application under uvicorn: console lines, drain, exit code. Rank 0 only."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import socket
-import ssl
 import time
 from types import FrameType
 from typing import cast
@@ -19,7 +17,7 @@ from autotp_serving.api.connections import Acceptor, Place, Places, find_max_con
 from autotp_serving.api.engine_client import EngineClient
 from autotp_serving.api.http_protocol import HttpProtocol
 from autotp_serving.api.stalled_clients import cut_all, cut_stalled
-from autotp_serving.config import ConfigError, ServingConfig
+from autotp_serving.config import ServingConfig
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -31,66 +29,6 @@ FLUSH_SECONDS_OF_FAILURE = 1.0
 FAILED_SECONDS = 0.8
 # A Ctrl+C reaches us from the terminal and once more from mpirun: that is one signal, not two.
 SAME_SIGNAL_SECONDS = 1.0
-
-
-def reserve_port(host: str, port: int) -> socket.socket:
-    """Bind early, so that a port in use is known before minutes go into loading a model.
-
-    Raises:
-        ConfigError: naming the address and the cure.
-    """
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host} is not an address of this machine: {error}") from error
-    family, kind, protocol, _, address = infos[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        try:
-            # Without SO_REUSEADDR: two servers that both load may not share the port.
-            sock.bind(address)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            # With it the remains of a server just stopped (TIME_WAIT) are no obstacle.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} is taken: stop what listens on it, or choose another with --port"
-            ) from error
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-    return sock
-
-
-def check_tls(config: ServingConfig) -> None:
-    """Read certificate and key early, for the same reason.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    for flag, path in (
-        ("--ssl-certfile", config.ssl_certfile),
-        ("--ssl-keyfile", config.ssl_keyfile),
-    ):
-        try:
-            if path is not None:
-                open(path, "rb").close()
-        except OSError as error:
-            raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    if config.ssl_certfile is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # The password is empty, or the terminal would be asked for one.
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(
-            f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile} are no "
-            f"certificate with its key, both in PEM and without a password: {error}"
-        ) from error
 
 
 def serve(app: FastAPI, engine: EngineClient, config: ServingConfig, sock: socket.socket) -> int:

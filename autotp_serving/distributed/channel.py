@@ -12,15 +12,14 @@ everywhere a rank shows a secret, drawn by rank 0 and handed over by the launche
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
 
+from autotp_serving.distributed.awake_reader import AwakeReader
 from autotp_serving.distributed.launch import LaunchError, RankGroup, own_host
 from autotp_serving.distributed.listeners import admit_only, find_source, find_sources
 from autotp_serving.distributed.peer_monitor import PeerMonitor, describe_loss, probe_peer
@@ -29,14 +28,6 @@ LENGTH = struct.Struct("!I")
 SECRET_LEN = 16
 CONNECT_SECONDS = 60.0
 GREETING_SECONDS = 5.0
-SPIN_SECONDS = 0.01
-LONG_YIELD_SECONDS = 0.001
-MAX_LONG_WAITS = 3
-REST_SECONDS = 0.5
-"""So many waits in a row with a long yield: each has given a whole slice of the core away, to a
-process of lowest priority as to any other. Who sleeps gets the core back at once, so that is how
-waits begin for a while."""
-
 MAX_REPORT_BYTES = 2**16
 STOP_PATIENCE = 2.0
 LOSS_SECONDS = 1.0
@@ -59,8 +50,7 @@ class StepChannel:
         self._reports: dict[int, bytearray] = {}  # of each follower, the beginning of its next
         self._names = ["rank 0"]
         self._monitor: PeerMonitor | None = None
-        self._num_long_waits = 0
-        self._rests_until = 0.0
+        self._reader: AwakeReader | None = None
         if group.size == 1:
             return
         listener = self._listen() if group.rank == 0 else None
@@ -81,6 +71,7 @@ class StepChannel:
                 self._accept_followers(listener, secret)
         else:
             self._lead = self._greet(address, secret, group.rank)
+            self._reader = AwakeReader(self._lead)
             self._pulses[0] = self._greet(address, secret, group.size + group.rank)
 
     def _greet(self, address: tuple[str, int], secret: bytes, number: int) -> socket.socket:
@@ -231,40 +222,18 @@ class StepChannel:
     def receive(self) -> bytes:
         """On the other ranks: wait for the next message.
 
-        The next step usually comes within milliseconds, so the wait begins awake, unless others
-        want the core; then the process sleeps in the kernel for as long as the server is idle.
-
         Raises:
             ConnectionError: rank 0 is gone.
         """
-        assert self._lead is not None, "rank 0 does not receive"
+        assert self._lead is not None and self._reader is not None, "rank 0 does not receive"
         try:
-            return self._receive(self._lead)
+            header = self._reader.read(LENGTH.size)
+            if not header:
+                raise ConnectionError("closed")
+            header += _read(self._lead, LENGTH.size - len(header))
+            return _read(self._lead, LENGTH.unpack(header)[0])
         except OSError as error:
             raise self._loss(0, error) from error
-
-    def _receive(self, lead: socket.socket) -> bytes:
-        header = b""
-        lead.setblocking(False)
-        is_long = False
-        now = time.monotonic()
-        deadline = now + SPIN_SECONDS
-        while not header and self._rests_until <= now < deadline:
-            try:
-                header = lead.recv(LENGTH.size)
-            except BlockingIOError:
-                os.sched_yield()
-                before, now = now, time.monotonic()
-                is_long = is_long or now - before > LONG_YIELD_SECONDS
-            else:
-                if not header:
-                    raise ConnectionError("closed")
-        self._num_long_waits = self._num_long_waits + 1 if is_long else 0
-        if self._num_long_waits == MAX_LONG_WAITS:
-            self._rests_until = now + REST_SECONDS
-        lead.setblocking(True)
-        header += _read(lead, LENGTH.size - len(header))
-        return _read(lead, LENGTH.unpack(header)[0])
 
     def _loss(self, rank: int, error: OSError | None = None) -> ConnectionError:
         """What to raise when the connection to a rank has ended."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from autotp_serving.collector import without_collector
 from autotp_serving.devices.build import (
     BuildError,
     cache_folder,
@@ -81,8 +82,9 @@ def join_collectives(
         DS_ACCELERATOR=device_kind,
     )
     with quiet_deepspeed():
-        import deepspeed
-        import deepspeed.comm
+        with without_collector():
+            import deepspeed
+            import deepspeed.comm
 
         if is_host:
             _load_shared_memory_op(group)

@@ -16,9 +16,9 @@ from autotp_serving.config import ConfigError
 from autotp_serving.engine.chat_template import ChatTemplate, ChatTemplateError, describe_error
 from autotp_serving.engine.reasoning_formats import list_reasoning_tags
 from autotp_serving.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
-from autotp_serving.engine.tokenizer_files import load_tokenizer
+from autotp_serving.engine.tokenizer_files import LoadedTokenizer, load_tokenizer, read_state
 from autotp_serving.engine.tool_formats import list_tags
-from autotp_serving.model_folder import check_model_folder, read_object
+from autotp_serving.model_folder import read_object
 from autotp_serving.request import RequestError
 
 logger = logging.getLogger(__name__)
@@ -87,16 +87,21 @@ class HuggingFaceTokenizer:
         folder: of the checkpoint.
         trust_remote_code: run Python code that comes with it.
         num_rows: tokens that the model has an embedding and logits for; None as many as needed.
+        loaded: what `load_tokenizer` gave, where it was called ahead.
 
     Raises:
         ConfigError: the folder has none, or only one without a fast implementation.
     """
 
     def __init__(
-        self, folder: Path, *, trust_remote_code: bool = False, num_rows: int | None = None
+        self,
+        folder: Path,
+        *,
+        trust_remote_code: bool = False,
+        num_rows: int | None = None,
+        loaded: LoadedTokenizer | None = None,
     ) -> None:
-        check_model_folder(folder)
-        loaded = load_tokenizer(folder, trust_remote_code)
+        loaded = loaded or load_tokenizer(folder, trust_remote_code)
         self._outer, self._inner = loaded.outer, loaded.inner
         # Not how many there are: ids may have gaps.
         num_ids = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -130,7 +135,7 @@ class HuggingFaceTokenizer:
             if number < self.vocab_size and added[number].content not in kept
         )
         self._is_byte_level = '"ByteLevel"' in json.dumps(
-            [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
+            [read_state(part) for part in (self._inner.decoder, self._inner.pre_tokenizer)]
         )
 
     def _find_template(self) -> tuple[ChatTemplate | None, frozenset[str]]:

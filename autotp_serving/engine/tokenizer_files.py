@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_serving.config import ConfigError
-from autotp_serving.model_folder import read_object
+from autotp_serving.model_folder import check_model_folder, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> LoadedTokenizer:
     """Load a folder's tokenizer.
 
     Args:
-        folder: of the checkpoint, looked at already.
+        folder: of the checkpoint.
         trust_remote_code: run Python code that comes with it; what that makes is left as it is.
 
     Raises:
         ConfigError: there is none, or only one without a fast implementation.
     """
+    check_model_folder(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -225,7 +226,7 @@ def _find_differences(ours: Any, theirs: Any) -> list[str]:
     names = [
         name
         for name in ("normalizer", "pre_tokenizer", "decoder")
-        if _state(getattr(ours, name)) != _state(getattr(theirs, name))
+        if read_state(getattr(ours, name)) != read_state(getattr(theirs, name))
     ]
     if any(
         getattr(ours.model, name, None) != getattr(theirs.model, name, None)
@@ -237,6 +238,6 @@ def _find_differences(ours: Any, theirs: Any) -> list[str]:
     return names
 
 
-def _state(part: Any) -> Any:
+def read_state(part: Any) -> Any:
     """The settings of one part, in the words of tokenizer.json; None where there is none."""
     return None if part is None else json.loads(part.__getstate__())

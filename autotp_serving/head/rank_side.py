@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import socket
 import sys
@@ -63,8 +64,10 @@ class HeadLine:
     ) -> None:
         self._rank = rank
         self.num_loading, self.group_name = num_loading, group_name
+        # Awake, this rank would keep the head from a core that both need.
+        has_room = len(os.sched_getaffinity(0)) > num_ranks
         try:
-            self._line = Line(_greet(address, secret, rank))
+            self._line = Line(_greet(address, secret, rank), is_awake=has_room)
             pulse = _greet(address, secret, num_ranks + rank)
             self.config = ServingConfig(**self._line.receive())
         except OSError as error:

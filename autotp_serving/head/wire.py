@@ -14,6 +14,7 @@ from dataclasses import MISSING, astuple, fields
 from typing import Any, NamedTuple
 
 from autotp_serving.batch import PoolInput, SampleInput, ScoreInput, StepResult
+from autotp_serving.distributed.awake_reader import AwakeReader
 from autotp_serving.distributed.channel import LENGTH
 from autotp_serving.request import Pooling, SamplingParams, TokenLogprobs
 
@@ -65,11 +66,15 @@ class Line:
     """One end of the connection between the head and a rank; whole messages of plain values.
 
     One thread may send and one receive. Both raise LineClosed.
+
+    Args:
+        is_awake: a wait for a message begins awake, see AwakeReader.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, is_awake: bool = False) -> None:
         self.connection = connection
         self._unread = bytearray()
+        self._read = AwakeReader(connection).read if is_awake else connection.recv
 
     def send(self, message: Any) -> None:
         """Hand over a message, in one write."""
@@ -91,7 +96,7 @@ class Line:
     def _read_until(self, num_bytes: int) -> None:
         while len(self._unread) < num_bytes:
             try:
-                part = self.connection.recv(READ_BYTES)
+                part = self._read(READ_BYTES)
             except OSError as error:
                 raise LineClosed from error
             if not part:

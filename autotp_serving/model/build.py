@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp_serving.collector import without_collector
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.distributed.collectives import quiet_deepspeed
 from autotp_serving.distributed.launch import RankGroup
@@ -16,6 +17,7 @@ from autotp_serving.layers.head import PoolingHead, VocabParallelHead
 from autotp_serving.layers.unfuse import deal_out_experts, finish_split, split_layers
 from autotp_serving.model.attention import ATTENTION_NAME, register_paged_attention
 from autotp_serving.model.families import PROVED, check_heads, check_sharding, refuse_by_name
+from autotp_serving.model.postponed_compiler import postpone_compiler
 from autotp_serving.model.shapes import find_dtype_name
 from autotp_serving.model.sharding_plan import AllReduce, find_layer_sharding, shard_layers
 from autotp_serving.model.state_layers import list_state_layers, replace_state_layers
@@ -68,12 +70,13 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
 
     What AutoTP cannot shard is taken apart already.
     """
-    from transformers import AutoModelForCausalLM
+    with postpone_compiler(), without_collector():
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 
-    register_paged_attention()
+        register_paged_attention()
     model_config._attn_implementation = ATTENTION_NAME
     model_config.use_cache = False
-    with refuse_by_name(model_config):
+    with refuse_by_name(model_config), postpone_compiler():
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(

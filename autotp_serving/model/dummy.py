@@ -7,9 +7,9 @@ tensor only, so all numbers of ranks serve the same model.
 
 from __future__ import annotations
 
-import os
+import functools
+import math
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from autotp_serving.model.checkpoint import Ranges
 
 WEIGHT_STD = 0.02
 ROW_GROUP = 64
-"""Rows made from one seed: a rank that keeps some of them makes no more than it must."""
+"""Rows that follow each other in the table."""
+
+TABLE_SIZE = 2**22 - 3
+"""Random numbers that all tensors are cut from: to draw each number would take most of a start. No
+multiple of a row's length."""
 
 
 class DummyCheckpoint:
@@ -81,17 +85,27 @@ class DummyCheckpoint:
         (start, stop), *others = ranges
         inner = tuple(slice(*bounds) for bounds in others)
         tensor = torch.empty(sizes, dtype=torch.bfloat16)
-        row_shape = self._shapes[name][1:]
-        num_rows = self._shapes[name][0]
-
-        def draw(group: int) -> None:
+        num_rows, *row_shape = self._shapes[name]
+        for group in range(start // ROW_GROUP, -(-stop // ROW_GROUP)):
             first, last = group * ROW_GROUP, min((group + 1) * ROW_GROUP, num_rows)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{group}".encode()))
-            rows = torch.randn((last - first, *row_shape), generator=generator) * WEIGHT_STD
+            numbers = self._draw(f"{name}/{group}", (last - first) * math.prod(row_shape))
+            rows = numbers.view(last - first, *row_shape)
             low, high = max(first, start), min(last, stop)
             own = rows[(slice(low - first, high - first), *inner)]
             tensor[low - start : high - start] = own
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(draw, range(start // ROW_GROUP, -(-stop // ROW_GROUP))))
         return tensor
+
+    def _draw(self, name: str, number: int) -> torch.Tensor:
+        """So many numbers that are always the same for a name."""
+        start = zlib.crc32(name.encode()) % TABLE_SIZE
+        if number <= TABLE_SIZE:
+            return self._table[start : start + number]
+        own = self._table[start : start + TABLE_SIZE]
+        return own.repeat(-(-number // TABLE_SIZE))[:number]
+
+    @functools.cached_property
+    def _table(self) -> torch.Tensor:
+        """[2 * TABLE_SIZE], the second half as the first."""
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randn(TABLE_SIZE, generator=generator) * WEIGHT_STD
+        return numbers.bfloat16().repeat(2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp_serving.batch import Batch
-from autotp_serving.kernels.cpu.adapters import AdapterRuns, CpuAdapters
+from autotp_serving.kernels.cpu.adapters import AdapterRuns, CpuAdapters, SlotMemory
 from autotp_serving.kernels.cpu.attention import CpuCache
 from autotp_serving.kernels.cpu.dense import DenseMatmul
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
@@ -162,11 +162,12 @@ class FusedForward:
         """
         self._adapter_step, self._max_adapter_rank = step, 3 * max_rank
         sinks: dict[nn.Module, FusedAdapters] = {}
+        memory = SlotMemory(num_slots)
 
         def make(*linears: nn.Module) -> CpuAdapters:
             (cols,) = {linear.weight.shape[1] for linear in linears}
             widths = [linear.weight.shape[0] for linear in linears]
-            product = CpuAdapters(self._ops, cols, widths, num_slots)
+            product = CpuAdapters(self._ops, cols, widths, memory, max_rank)
             for part, linear in enumerate(linears):
                 own = linear if len(linears) == 1 else None
                 sinks[linear] = FusedAdapters(product, part, own, lambda: self._runs)

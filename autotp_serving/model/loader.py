@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp_serving.collector import without_collector
 from autotp_serving.config import DEFAULT_LOW_BIT, ConfigError, ServingConfig
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.kernels.ipex_llm import check_ipex_llm, convert_linear
@@ -32,6 +33,7 @@ from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.families import adapt_rope, check_family, refuse_by_name
 from autotp_serving.model.gguf.checkpoint import GgufCheckpoint
 from autotp_serving.model.gguf.folder import is_converted
+from autotp_serving.model.postponed_compiler import postpone_compiler
 from autotp_serving.model.quantized.settings import find_quantization
 from autotp_serving.model.shards import Shard, find_head_name, find_shards
 from autotp_serving.model.sizes import check_loaded_sizes, check_sizes
@@ -53,7 +55,8 @@ def read_model_config(config: ServingConfig) -> Any:
     Raises:
         ConfigError: the folder is no checkpoint that transformers can read.
     """
-    from transformers import AutoConfig
+    with without_collector():
+        from transformers import AutoConfig
 
     folder = Path(config.model_path)
     check_model_folder(folder)
@@ -64,7 +67,8 @@ def read_model_config(config: ServingConfig) -> Any:
         )
     check_sizes(read_object(folder / "config.json"))
     try:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        with postpone_compiler(), without_collector():  # it imports much
+            found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # each family checks its own settings, and raises what it likes
         reason = " ".join(str(error).split())
         raise ConfigError(

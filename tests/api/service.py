@@ -22,7 +22,8 @@ from autotp_serving.api import connections, http_protocol, request_body
 from autotp_serving.api.api_keys import load_api_keys
 from autotp_serving.api.app import build_app
 from autotp_serving.api.engine_client import EngineClient
-from autotp_serving.api.server import reserve_port, serve
+from autotp_serving.api.port import reserve_port
+from autotp_serving.api.server import serve
 from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.engine.engine import Engine
 from autotp_serving.logs import configure_logging

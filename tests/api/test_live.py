@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from autotp_serving.api.server import reserve_port
+from autotp_serving.api.port import reserve_port
 from autotp_serving.config import ConfigError
 from tests.api.conftest import ROOT, LiveServer
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from autotp_serving.api.api_keys import ApiKeys, load_api_keys
-from autotp_serving.api.server import check_tls
+from autotp_serving.api.port import check_tls
 from autotp_serving.config import ConfigError, ServingConfig
 from tests.api.conftest import LiveServer
 from tests.api.service import Service, client

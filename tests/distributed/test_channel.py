@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autotp_serving.distributed import channel
+from autotp_serving.distributed import awake_reader, channel
 from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.distributed.launch import LaunchError, LocalRankGroup
 
@@ -90,23 +90,23 @@ def test_a_follower_whose_yields_are_long_waits_asleep_for_a_while(
     def give_away() -> None:  # and the message comes meanwhile
         nonlocal num_yields
         num_yields += 1
-        time.sleep(2 * channel.LONG_YIELD_SECONDS)
+        time.sleep(2 * awake_reader.LONG_YIELD_SECONDS)
         lead.send(b"step")
 
-    monkeypatch.setattr(channel.os, "sched_yield", give_away)
-    monkeypatch.setattr(channel, "SPIN_SECONDS", 60.0)
-    monkeypatch.setattr(channel, "REST_SECONDS", 60.0)
-    for _ in range(channel.MAX_LONG_WAITS):
+    monkeypatch.setattr(awake_reader.os, "sched_yield", give_away)
+    monkeypatch.setattr(awake_reader, "SPIN_SECONDS", 60.0)
+    monkeypatch.setattr(awake_reader, "REST_SECONDS", 60.0)
+    for _ in range(awake_reader.MAX_LONG_WAITS):
         assert follower.receive() == b"step"
-    assert num_yields == channel.MAX_LONG_WAITS
+    assert num_yields == awake_reader.MAX_LONG_WAITS
     timer = threading.Timer(0.02, lead.send, [b"asleep"])
     timer.start()
     assert follower.receive() == b"asleep"
-    assert num_yields == channel.MAX_LONG_WAITS
+    assert num_yields == awake_reader.MAX_LONG_WAITS
 
-    follower._rests_until = 0.0  # that is over
+    follower._reader.rests_until = 0.0  # that is over
     assert follower.receive() == b"step"
-    assert num_yields == channel.MAX_LONG_WAITS + 1
+    assert num_yields == awake_reader.MAX_LONG_WAITS + 1
 
 
 def test_a_header_in_pieces_is_put_together() -> None:

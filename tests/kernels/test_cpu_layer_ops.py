@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autotp_serving.devices.build import ISAS, BuildError, processor_flags
 from autotp_serving.kernels.cpu import layer_ops
+from autotp_serving.kernels.cpu.adapters import AdapterRuns, CpuAdapters, SlotMemory
 from autotp_serving.kernels.cpu.layer_ops import LayerOps, load_layer_ops
 from autotp_serving.kernels.kv_pools import quantize
 from tests.compiler import can_compile
@@ -137,6 +138,35 @@ def test_silu_multiply_of_extremes(ops: LayerOps) -> None:
     out = ops.silu_multiply(gate_up)[0, :8].float()
     expected = 2 * torch.nn.functional.silu(gate[:8].bfloat16().float())
     torch.testing.assert_close(out, expected.bfloat16().float(), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("cols", "widths", "ranks"),
+    [(48, (32, 16), (5, 8)), (2048, (64,), (16, 1)), (80, (16, 16, 48), (3, 7))],
+)
+def test_adapters_add_their_products(
+    ops: LayerOps, cols: int, widths: tuple[int, ...], ranks: tuple[int, int]
+) -> None:
+    """Odd ranks, columns that are no whole vectors, runs of one token and of several."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).bfloat16()
+
+    adapters = CpuAdapters(ops, cols, widths, SlotMemory(2), 16)
+    x, out = draw(9, cols), draw(9, sum(widths))
+    spans = [(0, 1, 1), (1, 7, 2), (8, 9, 1)]
+    expected = out.double()
+    for slot, rank in enumerate(ranks, start=1):
+        for part, rows in enumerate(expected.split(widths, dim=1)):
+            down, up = draw(rank, cols), draw(widths[part], rank)
+            adapters.put(slot, part, down, up, 0.5)
+            for start, stop, of_slot in spans:
+                if of_slot == slot:
+                    low_rank = x[start:stop].double() @ down.double().T
+                    rows[start:stop] += 0.5 * low_rank @ up.double().T
+    adapters.add(x, out, AdapterRuns(spans, 3 * 16))
+    torch.testing.assert_close(out.double(), expected, rtol=ONE_STEP, atol=1e-3)
 
 
 def test_no_compiler_means_no_operations(

@@ -8,10 +8,14 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from autotp_serving.devices import huge_pages
 from autotp_serving.kernels.cpu.layer_ops import LayerOps
 
 TILE = 16
+LINE = 32
+"""Numbers of bfloat16 in a line of the cache."""
 
 
 class _Part(ctypes.Structure):
@@ -62,21 +66,56 @@ class AdapterRuns:
         self.address = ctypes.addressof(self._described)
 
 
+class SlotMemory:
+    """Adapters' matrices: those of a slot one behind the other, as a step reads them.
+
+    A slot's memory stays its own for as long as the server runs; one never used takes none.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._num_numbers = 0
+        self._of_slot: dict[int, Tensor] = {}
+
+    def reserve(self, num_numbers: int) -> int:
+        """Room for so many numbers in every slot; where it begins."""
+        start = self._num_numbers
+        self._num_numbers += round_to_line(num_numbers)
+        return start
+
+    def find(self, slot: int) -> Tensor:
+        """All of a slot's numbers, bfloat16; after the last `reserve`."""
+        if slot not in self._of_slot:
+            self._of_slot[slot] = huge_pages.zeros((self._num_numbers,), torch.bfloat16)
+        return self._of_slot[slot]
+
+
+def round_to_line(num_numbers: int) -> int:
+    return -(-num_numbers // LINE) * LINE
+
+
 class CpuAdapters:
     """What adapters add to one product of a layer, or to several layers' joined products.
 
     Args:
         cols: of the product's input, a multiple of 16.
         widths: rows of each of the layers that it joins, multiples of 16.
+        memory: where matrices go.
+        max_rank: of an adapter.
     """
 
-    def __init__(self, ops: LayerOps, cols: int, widths: Sequence[int], num_slots: int) -> None:
+    def __init__(
+        self, ops: LayerOps, cols: int, widths: Sequence[int], memory: SlotMemory, max_rank: int
+    ) -> None:
         self._add = ops.add_adapters
         self._cols, self._widths = cols, tuple(widths)
         self._first_rows = list(accumulate(widths, initial=0))
         self.num_parts = len(self._widths)
-        self._parts = (_Part * (num_slots * self.num_parts))()
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts = (_Part * (memory.num_slots * self.num_parts))()
+        self._memory = memory
+        numbers_per_rank = self.num_parts * cols + self._first_rows[-1]
+        self._start = memory.reserve((max_rank + 1) * numbers_per_rank)
+        self._held: set[int] = set()
         self.address = ctypes.addressof(self._parts)
 
     def put(self, slot: int, part: int, down: Tensor, up: Tensor, scale: float) -> None:
@@ -84,28 +123,34 @@ class CpuAdapters:
 
         Args:
             slot: from 1.
-            down: [rank, cols].
+            down: [rank, cols], the rank that of the slot's other parts.
             up: [rows, rank].
         """
         rank, width = len(down), self._widths[part]
-        down = down.to(torch.bfloat16).contiguous()
-        up = up.to(torch.bfloat16).view(width // TILE, TILE, rank).transpose(1, 2).contiguous()
+        pairs = functional.pad(up, (0, rank % 2)).view(width // TILE, TILE, -1, 2)
+        own = self._memory.find(slot)[self._start :]
+        ups = round_to_line(self.num_parts * rank * self._cols)
+        kept_down = own[part * rank * self._cols :][: down.numel()]
+        kept_up = own[ups + self._first_rows[part] * (rank + rank % 2) :][: pairs.numel()]
+        kept_down.view(down.shape).copy_(down)
+        pairs = pairs.transpose(1, 2)
+        kept_up.view(pairs.shape).copy_(pairs)
         index = (slot - 1) * self.num_parts + part
-        self._kept[index] = down, up
+        self._held.add(index)
         self._parts[index] = _Part(
-            down.data_ptr(), up.data_ptr(), rank, self._first_rows[part], width, scale
+            kept_down.data_ptr(), kept_up.data_ptr(), rank, self._first_rows[part], width, scale
         )
 
     def drop(self, slot: int, part: int) -> None:
         """Forget them; nothing where there are none."""
         index = (slot - 1) * self.num_parts + part
         self._parts[index] = _Part()
-        self._kept.pop(index, None)
+        self._held.discard(index)
 
     @property
     def is_empty(self) -> bool:
         """Whether no adapter adds to this product."""
-        return not self._kept
+        return not self._held
 
     def add(self, x: Tensor, out: Tensor, runs: AdapterRuns) -> None:
         """Add to `out` [num_tokens, rows] what the adapters make of `x` [num_tokens, cols]."""

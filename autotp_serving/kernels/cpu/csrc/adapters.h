@@ -10,7 +10,7 @@
 // An adapter's two matrices for one of the layers that a product joins.
 struct AutotpAdapterPart {
     const uint16_t* down;  // [rank, cols] bfloat16, or null where it has none
-    const uint16_t* up;    // [num_rows / 16, rank, 16]
+    const uint16_t* up;    // [num_rows / 16, rank / 2, 16, 2], the rank rounded up
     int64_t rank, first_row, num_rows;
     float scale;
 };
@@ -27,26 +27,38 @@ namespace {
 
 constexpr int64_t kTokensAtOnce = 4;
 
+// Numbers asked for before they are needed. An adapter's matrices lie one behind the other, and
+// are read from front to back: the processor's own reading ahead ends with each 4 KiB.
+constexpr int64_t kAhead = 1536;
+
 // sums[token] = scale * dot(weight, x[token]) for kTokens tokens `x_stride` apart; `cols` is a
 // multiple of 16.
 template <int kTokens>
 void dot_tokens(const uint16_t* weight, const uint16_t* x, int64_t x_stride, int64_t cols,
                 float scale, float* sums, int64_t sums_stride) {
+    constexpr int kPairs = 32;  // numbers of a vector of pairs
     Floats even[kTokens], odd[kTokens];
     for (int token = 0; token < kTokens; ++token) even[token] = odd[token] = same_float(0);
-    int64_t i = 0;
-    for (; i + 32 <= cols; i += 32) {
-        const Floats first = load_bfloat16(weight + i), second = load_bfloat16(weight + i + 16);
+    const auto add_pairs = [&](Floats* to, int64_t from) {
+        prefetch_near(weight + from + kAhead);
+        const Bytes weights = load_bytes(weight + from);
         for (int token = 0; token < kTokens; ++token) {
-            const uint16_t* from = x + token * x_stride + i;
-            even[token] = multiply_add(first, load_bfloat16(from), even[token]);
-            odd[token] = multiply_add(second, load_bfloat16(from + 16), odd[token]);
+            to[token] = dot_pairs(to[token], weights, load_bytes(x + token * x_stride + from));
         }
+    };
+    int64_t i = 0;
+    for (; i + 2 * kPairs <= cols; i += 2 * kPairs) {
+        add_pairs(even, i);
+        add_pairs(odd, i + kPairs);
+    }
+    if (i + kPairs <= cols) {
+        add_pairs(even, i);
+        i += kPairs;
     }
     if (i < cols) {
         const Floats last = load_bfloat16(weight + i);
         for (int token = 0; token < kTokens; ++token) {
-            even[token] = multiply_add(last, load_bfloat16(x + token * x_stride + i), even[token]);
+            odd[token] = multiply_add(last, load_bfloat16(x + token * x_stride + i), odd[token]);
         }
     }
     for (int token = 0; token < kTokens; ++token) {
@@ -58,18 +70,23 @@ void dot_tokens(const uint16_t* weight, const uint16_t* x, int64_t x_stride, int
 template <int kTokens>
 void add_tile(const uint16_t* tile, int64_t rank, const float* low_rank, int64_t low_rank_stride,
               uint16_t* out, int64_t out_stride) {
-    Floats sums[kTokens];
-    for (int token = 0; token < kTokens; ++token) sums[token] = same_float(0);
-    for (int64_t row = 0; row < rank; ++row) {
-        const Floats weights = load_bfloat16(tile + row * 16);
+    Floats even[kTokens], odd[kTokens];
+    for (int token = 0; token < kTokens; ++token) even[token] = odd[token] = same_float(0);
+    const auto add_rows = [&](Floats* to, Floats weights, int64_t row) {
         for (int token = 0; token < kTokens; ++token) {
             const Floats factor = same_float(low_rank[token * low_rank_stride + row]);
-            sums[token] = multiply_add(factor, weights, sums[token]);
+            to[token] = multiply_add(factor, weights, to[token]);
         }
+    };
+    for (int64_t row = 0; row < rank; row += 2) {
+        prefetch_near(tile + row * 16 + kAhead);
+        const Bytes pairs = load_bytes(tile + row * 16);
+        add_rows(even, lower_bfloat16(pairs), row);
+        if (row + 1 < rank) add_rows(odd, upper_bfloat16(pairs), row + 1);
     }
     for (int token = 0; token < kTokens; ++token) {
         uint16_t* to = out + token * out_stride;
-        store_bfloat16(to, add(load_bfloat16(to), sums[token]), 16);
+        store_bfloat16(to, add(load_bfloat16(to), add(even[token], odd[token])), 16);
     }
 }
 
@@ -124,11 +141,11 @@ void add_adapters(const AutotpAdapterPart* adapters, int64_t num_parts,
             for (int64_t index = 0; index < num_parts; ++index) {
                 const AutotpAdapterPart& part = adapters[run[2] * num_parts + index];
                 if (!part.down) continue;
-                const int64_t tiles = part.num_rows / 16;
+                const int64_t tiles = part.num_rows / 16, tile_size = (part.rank + 1) / 2 * 32;
 #pragma omp for schedule(static) nowait
                 for (int64_t item = 0; item < blocks * tiles; ++item) {
                     const int64_t column = item % tiles;
-                    const uint16_t* tile = part.up + column * part.rank * 16;
+                    const uint16_t* tile = part.up + column * tile_size;
                     uint16_t* to = out + part.first_row + column * 16;
                     for_block(
                         item / tiles, first, count,

@@ -214,6 +214,21 @@ inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
     return {dot(sum.first, weights.first), dot(sum.second, weights.second)};
 }
 
+// Of 16 pairs of bfloat16, those at the lower or the upper places.
+inline Floats lower_bfloat16(Bytes pairs) {
+    const Bytes moved = shift_left<16>(pairs);
+    return {_mm256_castsi256_ps(moved.first), _mm256_castsi256_ps(moved.second)};
+}
+inline Floats upper_bfloat16(Bytes pairs) {
+    const Bytes kept = both(pairs, same_int(static_cast<int32_t>(0xffff0000)));
+    return {_mm256_castsi256_ps(kept.first), _mm256_castsi256_ps(kept.second)};
+}
+// The same as above with a pair of `x` for each lane.
+inline Floats dot_pairs(Floats sum, Bytes weights, Bytes x) {
+    sum = multiply_add(lower_bfloat16(weights), lower_bfloat16(x), sum);
+    return multiply_add(upper_bfloat16(weights), upper_bfloat16(x), sum);
+}
+
 // Rounds to the nearest, halves to even; NaN stays NaN.
 inline void store_bfloat16(uint16_t* to, Floats a, int count) {
     float values[16];

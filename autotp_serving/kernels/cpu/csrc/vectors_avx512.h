@@ -131,6 +131,25 @@ inline Floats dot_pairs(Floats sum, Bytes weights, int32_t x) {
 #endif
 }
 
+// Of 16 pairs of bfloat16, those at the lower or the upper places.
+inline Floats lower_bfloat16(Bytes pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+inline Floats upper_bfloat16(Bytes pairs) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+// The same as above with a pair of `x` for each lane.
+inline Floats dot_pairs(Floats sum, Bytes weights, Bytes x) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights),
+                            reinterpret_cast<__m512bh>(x));
+#else
+    sum = _mm512_fmadd_ps(lower_bfloat16(weights), lower_bfloat16(x), sum);
+    return _mm512_fmadd_ps(upper_bfloat16(weights), upper_bfloat16(x), sum);
+#endif
+}
+
 // To the nearest bfloat16, halves to even; NaN stays NaN. Numbers below the smallest normal may
 // become 0.
 inline __m256i to_bfloat16(Floats a) {
