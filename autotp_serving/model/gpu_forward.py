@@ -1,7 +1,8 @@
 """A quick forward pass on a CUDA card for models whose layers are Llama's. Ranks on CUDA.
 
 Steps in which every sequence runs one token are replayed from graphs, captured at start for a few
-batch sizes and padded to the next of them; others are launched kernel by kernel. Before a graph is
+batch sizes and padded to the next of them; others are launched kernel by kernel. A draft counts as
+a sequence here: it has its sequence's row and the context that it ends. Before a graph is
 trusted its tokens are compared with those of the same step launched kernel by kernel.
 """
 
@@ -87,7 +88,7 @@ def open_gpu_forward(
             logger.warning("This model runs transformers' own layers, slowly: %s", reason)
         return None
     if not config.enforce_eager and not config.pools:
-        forward.capture(config.max_num_seqs, show_progress=group.rank == 0)
+        forward.capture(config.max_decode_rows, show_progress=group.rank == 0)
         if not all(group.all_gather(forward.prove(max_model_len))):
             forward.drop_graphs()
             if group.rank == 0:
@@ -100,6 +101,8 @@ def open_gpu_forward(
 
 class GpuForward:
     """Runs steps as `PlainForward` does, quicker; made by `open_gpu_forward`."""
+
+    can_draft = True
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class GpuForward:
             rotary = self._make_rotary(decoder.rotary_emb, max_model_len, device)
             check_sizes(model, head_dim, rotary[0])
             workspace = triton_attention.allocate_workspace(
-                config.max_num_seqs,
+                config.max_decode_rows,
                 num_heads,
                 num_kv_heads,
                 head_dim,
@@ -140,7 +143,8 @@ class GpuForward:
         self._block_size = cache.block_size
         self._vocab_size = self._head.vocab_size
         self._state = state
-        state.reserve(config.max_num_batched_tokens, config.max_num_seqs)
+        num_rows = config.max_decode_rows
+        state.reserve(max(config.max_num_batched_tokens, num_rows), num_rows)
         self._graphs: dict[int, Graph] = {}
 
     def find_padded_size(self, batch: Batch) -> int:
@@ -226,21 +230,20 @@ class GpuForward:
         return self(self._state.apply(batch, self.find_padded_size(batch)))
 
     def _make_batch(self, token_ids: list[int], start: int, num_seqs: int) -> Batch:
-        """The same sequence `num_seqs` times over, all in the same blocks."""
+        """The same sequence `num_seqs` times over, all in the same row."""
         num_tokens = len(token_ids)
         table = list(range(-(-(start + num_tokens) // self._block_size)))
-        rows = list(range(num_seqs))
         return Batch(
-            rows=rows,
+            rows=[0] * num_seqs,
             starts=[start] * num_seqs,
             query_lens=[num_tokens] * num_seqs,
             num_known=[num_tokens] * num_seqs,
             token_ids=token_ids * num_seqs,
-            grown=rows,
-            first_blocks=[0] * num_seqs,
-            num_new_blocks=[len(table)] * num_seqs,
-            new_blocks=table * num_seqs,
-            sampled=rows,
+            grown=[0],
+            first_blocks=[0],
+            num_new_blocks=[len(table)],
+            new_blocks=table,
+            sampled=list(range(num_seqs)),
         )
 
     def _run(self, inputs: StepInputs) -> Tensor:

@@ -33,7 +33,6 @@ from autotp_serving.model.adapters import AdapterSlots
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.fused_layers import FusedForward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
@@ -168,7 +167,7 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
     # A refused draft leaves nothing behind in blocks; in states it would.
-    can_draft = isinstance(forward, FusedForward) and forward.is_exact_at_any_width
+    can_draft = forward.can_draft
     if adapters is not None:
         forward = adapters.use(forward, PlainForward(model, cache))
     broadcast = None
