@@ -582,7 +582,7 @@ class ServingConfig:
 
     @property
     def num_drafts(self) -> int:
-        """Most tokens of a sequence that are guessed ahead, if the model and the device allow it."""
+        """Most tokens of a sequence that are guessed ahead, if its model allows it."""
         if self.speculative_tokens is not None:
             return self.speculative_tokens
         return 0 if self.load_format == "dummy" else DEFAULT_NUM_DRAFTS

@@ -24,6 +24,9 @@ MEMORY = 0.95
 MARGIN = 1.15
 """By how much a draft must be worth more than its cost, as both are estimates."""
 
+FIRST_MARGIN, WAITING_MARGIN = 1.4, 1.0
+"""The same of all drafts of a step and the wait for it: for the first time, and while it goes on."""
+
 PLAIN_INTERVAL = 32
 """Steps with drafts after which one without is measured."""
 
@@ -68,7 +71,7 @@ class DraftHistory:
         index: where drafts are looked up; None before the first time.
         num_steps_without: steps since it had drafts.
         interval: after how many it is to have one.
-        guess: which token is expected at which place, where it is not known yet; see `wants_tokens`.
+        guess: where a token is not known yet: its place, and which is expected.
     """
 
     def __init__(self, acceptance: float) -> None:
@@ -194,7 +197,7 @@ class Drafter:
                 drafts[sequence] = found
                 num_left -= len(found)
         lens = {sequence: len(found) for sequence, found in drafts.items()}
-        if not is_trial and not self._is_worth_waiting(lens, len(sequences), *costs):
+        if not is_trial and not self._is_worth_waiting(lens, len(sequences), *costs, WAITING_MARGIN):
             if not self._is_trial_due(lens):
                 return {}
             is_trial = True
@@ -234,7 +237,7 @@ class Drafter:
         if self._is_trial_due(lens):
             return True
         lens = {one: count for one, count in lens.items() if count != TRIAL}
-        return self._is_worth_waiting(lens, len(sequences), *costs)
+        return self._is_worth_waiting(lens, len(sequences), *costs, FIRST_MARGIN)
 
     def add_outcome(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Take note of what a step did with a sequence's drafts."""
@@ -278,7 +281,12 @@ class Drafter:
         return self._choose_lens(sequences, plain + self._costs.wait, cost)
 
     def _is_worth_waiting(
-        self, lens: dict[Sequence, int], num_seqs: int, plain: float, cost: float
+        self,
+        lens: dict[Sequence, int],
+        num_seqs: int,
+        plain: float,
+        cost: float,
+        margin: float,
     ) -> bool:
         """Whether all these drafts together are worth that steps do not overlap."""
         if not self._costs.wait:
@@ -288,7 +296,7 @@ class Drafter:
             acceptance = _history_of(sequence).acceptance
             num_tokens += sum(acceptance**place for place in range(1, count + 1))
         seconds = self._costs.wait + sum(lens.values()) * cost
-        return num_tokens * plain > MARGIN * seconds * num_seqs
+        return num_tokens * plain > margin * seconds * num_seqs
 
     def _is_trial_due(self, sequences: Iterable[Sequence]) -> bool:
         """Whether some have been without drafts so long that what they bring may have changed."""
