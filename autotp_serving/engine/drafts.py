@@ -46,8 +46,8 @@ WAITING_INTERVAL = 128
 NUM_PLAIN_AFTER = 2
 """How many of those that follow it go without, until steps overlap again."""
 
-MOST_WAITING = 0.01
-"""Share of the time that may go into waiting for trials."""
+MOST_TRIALS = 0.01
+"""Share of the time that may go into trials that have to wait."""
 
 LARGEST_GROWTH = 1.25
 """Of a step's time over what was expected; more is taken for a pause of the machine."""
@@ -202,8 +202,9 @@ class Drafter:
                 return {}
             is_trial = True
         if is_trial:
-            waiting = self._costs.wait / costs[0] / MOST_WAITING
-            self._num_until_trial = max(MIN_INTERVAL, round(waiting))
+            plain, cost = costs
+            share = (self._costs.wait + cost) / plain if self._costs.wait else 0.0
+            self._num_until_trial = max(MIN_INTERVAL, round(share / MOST_TRIALS))
         for sequence, found in tuple(drafts.items()):
             if has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
