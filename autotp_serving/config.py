@@ -379,9 +379,9 @@ class ServingConfig:
     speculative_tokens: int | None = setting(
         None,
         "most tokens of a sequence that are guessed and verified along with its next one: those "
-        "that followed the same tokens before, in prompt or answer; text does not depend on it; "
-        "default: 4 where that is certain (docs/speed.md), else 0, which is off, as it is with "
-        "--load-format dummy, whose text loops",
+        "that followed the same tokens before, in prompt or answer; text does not depend on it, on "
+        "cards but for rounding; default: 4 where that is certain (docs/speed.md), else 0, which is "
+        "off, as it is with --load-format dummy, whose text loops",
         parse=int,
         unit="TOKENS",
     )
