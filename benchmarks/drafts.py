@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         max_num_seqs = max(options.streams, config.max_num_seqs)
         config = replace(config, speculative_tokens=max_drafts, max_num_seqs=max_num_seqs)
         if options.entries is None:
-            # Equal answers need equal steps: blocks of the run before may differ in their last bits.
+            # Blocks of the run before may differ in their last bits, and answers with them.
             config = replace(config, enable_prefix_caching=False)
         with LLM(config.model_path, **settings_of(config)) as llm:
             results = run(llm, options, max_drafts)

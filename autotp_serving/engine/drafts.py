@@ -2,8 +2,9 @@
 
 Speculative decoding after Leviathan et al. 2023, with guesses that cost nothing to make. A step
 verifies a sequence's drafts beside each other and keeps those that it would have chosen anyway, so
-text does not depend on them; what they cost is a wider step. So a draft runs where the tokens that
-it is expected to bring are worth that, by what was measured of both.
+text does not depend on them; what they cost is a wider step, and where steps overlap that they no
+longer do. So a draft runs where the tokens that it is expected to bring are worth that, by what was
+measured of both. Past 250 lines, as what is measured, expected and chosen are one rule.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MARGIN = 1.15
 """By how much a draft must be worth more than its cost, as both are estimates."""
 
 FIRST_MARGIN, WAITING_MARGIN = 1.4, 1.0
-"""The same of all drafts of a step and the wait for it: for the first time, and while it goes on."""
+"""The same of all drafts of a step and its wait: for the first time, and while it goes on."""
 
 PLAIN_INTERVAL = 32
 """Steps with drafts after which one without is measured."""
@@ -163,6 +164,7 @@ class Drafter:
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
         self._num_steps_with = self._num_until_trial = self._num_plain_left = 0
+        self._waits_for_trial = False
 
     def propose(
         self,
@@ -184,34 +186,29 @@ class Drafter:
         costs = self._find_costs(sequences)
         if costs is None:
             return {}
+        self._num_until_trial -= 1
         drafts: dict[Sequence, list[int]] = {}
-        is_trial = False
-        for sequence, wanted in self._list_wanted(sequences, *costs):
-            if wanted == TRIAL and (is_trial or self._num_until_trial > 0):
+        for sequence, wanted in self._choose_lens(sequences, *costs):
+            is_trial = wanted == TRIAL
+            if is_trial and self._num_until_trial > 0:
                 continue
-            self._check_guess(sequence)
-            count = min(abs(wanted), num_left)
-            found = self.look_up(sequence, count) if count else []
-            is_trial = is_trial or (wanted == TRIAL and bool(found or self._costs.wait))
-            if found:
-                drafts[sequence] = found
-                num_left -= len(found)
-        lens = {sequence: len(found) for sequence, found in drafts.items()}
-        if not is_trial and not self._is_worth_waiting(lens, len(sequences), *costs, WAITING_MARGIN):
-            if not self._is_trial_due(lens):
-                return {}
-            is_trial = True
-        if is_trial:
-            plain, cost = costs
-            share = (self._costs.wait + cost) / plain if self._costs.wait else 0.0
-            self._num_until_trial = max(MIN_INTERVAL, round(share / MOST_TRIALS))
-        for sequence, found in tuple(drafts.items()):
-            if has_room(sequence, len(found)):
+            wanted = min(abs(wanted), num_left)
+            found = self.look_up(sequence, wanted) if wanted else []
+            if found and has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
-            else:
-                del drafts[sequence]
-        if drafts:
-            self._num_steps_with += 1
+                drafts[sequence] = found
+                if is_trial:
+                    self._num_until_trial = MIN_INTERVAL
+                num_left -= len(found)
+        if self._waits_for_trial:
+            spent = self._costs.wait + sum(map(len, drafts.values())) * costs[1]
+            self._num_until_trial = max(MIN_INTERVAL, round(spent / costs[0] / MOST_TRIALS))
+        elif self._costs.wait:
+            lens = {sequence: len(found) for sequence, found in drafts.items()}
+            if not self._is_worth_waiting(lens, len(sequences), *costs, WAITING_MARGIN):
+                drafts = {}  # the blocks are for the tokens after the next
+        self._waits_for_trial = False
+        self._num_steps_with += bool(drafts)
         return drafts
 
     def wants_tokens(self, sequences: list[Sequence], num_left: int) -> bool:
@@ -233,12 +230,18 @@ class Drafter:
         if self._num_plain_left:
             self._num_plain_left -= 1
             return False
-        wanted = dict(self._list_wanted(sequences, *costs))
+        self._num_until_trial -= 1
+        wanted = dict(self._choose_lens(sequences, *costs))
         lens = {one: wanted[one] for one in quoting if wanted.get(one)}
-        if self._is_trial_due(lens):
-            return True
+        if not self._costs.wait:
+            return bool(lens)
+        histories = map(_history_of, lens)
+        is_due = any(one.num_steps_without >= one.interval for one in histories)
+        self._waits_for_trial = is_due and self._num_until_trial <= 0
         lens = {one: count for one, count in lens.items() if count != TRIAL}
-        return self._is_worth_waiting(lens, len(sequences), *costs, FIRST_MARGIN)
+        worth_it = self._is_worth_waiting(lens, len(sequences), *costs, FIRST_MARGIN)
+        self._waits_for_trial = self._waits_for_trial and not worth_it
+        return worth_it or self._waits_for_trial
 
     def add_outcome(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Take note of what a step did with a sequence's drafts."""
@@ -262,7 +265,7 @@ class Drafter:
                 self._num_steps_with = 0
 
     def _find_costs(self, sequences: list[Sequence]) -> tuple[float, float] | None:
-        """See StepCosts.find; None where a step without drafts is to be measured."""
+        """A step's seconds, with the wait, and a draft's; None if one without is to be measured."""
         new = [sequence for sequence in sequences if sequence.drafts is None]
         for sequence in new:
             sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
@@ -272,38 +275,23 @@ class Drafter:
             self._num_steps_with = 0
             self._num_plain_left = NUM_PLAIN_AFTER
             return None
-        return costs
-
-    def _list_wanted(
-        self, sequences: list[Sequence], plain: float, cost: float
-    ) -> Iterable[tuple[Sequence, int]]:
-        """See `_choose_lens`; once a step, or twice where drafts were worth waiting for."""
-        self._num_until_trial -= 1
-        return self._choose_lens(sequences, plain + self._costs.wait, cost)
+        return costs[0] + self._costs.wait, costs[1]
 
     def _is_worth_waiting(
         self,
         lens: dict[Sequence, int],
         num_seqs: int,
-        plain: float,
+        seconds: float,
         cost: float,
         margin: float,
     ) -> bool:
         """Whether all these drafts together are worth that steps do not overlap."""
-        if not self._costs.wait:
-            return bool(lens)
         num_tokens = 0.0
         for sequence, count in lens.items():
             acceptance = _history_of(sequence).acceptance
             num_tokens += sum(acceptance**place for place in range(1, count + 1))
-        seconds = self._costs.wait + sum(lens.values()) * cost
-        return num_tokens * plain > margin * seconds * num_seqs
-
-    def _is_trial_due(self, sequences: Iterable[Sequence]) -> bool:
-        """Whether some have been without drafts so long that what they bring may have changed."""
-        histories = map(_history_of, sequences)
-        is_due = any(one.num_steps_without >= one.interval for one in histories)
-        return is_due and self._num_until_trial <= 0
+        more_seconds = self._costs.wait + sum(lens.values()) * cost
+        return num_tokens * (seconds - self._costs.wait) > margin * more_seconds * num_seqs
 
     def _foretells(self, sequence: Sequence) -> bool:
         """Whether what is known of a sequence foretells tokens after the one in flight."""
