@@ -381,7 +381,7 @@ class ServingConfig:
         "most tokens of a sequence that are guessed and verified along with its next one: those "
         "that followed the same tokens before, in prompt or answer; text does not depend on it, on "
         "cards but for rounding; default: 4 where that is certain (docs/speed.md), else 0, which "
-        "is off, as it is with --load-format dummy, whose text loops",
+        "is off, as it is on several cards and with --load-format dummy, whose text loops",
         parse=int,
         unit="TOKENS",
     )

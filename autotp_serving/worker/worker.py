@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,6 +115,8 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
         device = open_device(config.device, group.local_rank)
     except DeviceError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
+    if group.size > 1 and not device.is_host and config.speculative_tokens is None:
+        config = replace(config, speculative_tokens=0)  # not tried yet on several cards
     times = StepTimes()
     all_reduce = join_collectives(group, device.kind, device.backend, times, is_host=device.is_host)
     if device.is_host:
@@ -167,7 +169,7 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
     # A refused draft leaves nothing behind in blocks; in states it would.
-    can_draft = forward.can_draft
+    can_draft = forward.can_draft and config.num_drafts > 0
     if adapters is not None:
         forward = adapters.use(forward, PlainForward(model, cache))
     broadcast = None
