@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from autotp_serving.block_transfer import BlockTransfer
@@ -83,6 +83,30 @@ class Batch:
     def is_decode(self) -> bool:
         """True when every sequence runs a single token."""
         return max(self.query_lens) == 1
+
+    def spread_drafts(self) -> Batch:
+        """The same tokens with each draft as a sequence of one token, in its sequence's row.
+
+        Kernels for sequences that decode verify drafts so, if keys and values of all tokens of a
+        step are stored before any attends to them.
+        """
+        if not self.num_drafts:
+            return self
+        spread = replace(self, rows=[], starts=[], query_lens=[], sampled=[], num_drafts=[])
+        places, adapters = [], []
+        is_sampled = set(self.sampled)
+        for index, num_drafts in enumerate(self.num_drafts):
+            place, start = len(spread.rows), self.starts[index]
+            end = start + self.query_lens[index]
+            places.append(place)
+            if index in is_sampled:
+                spread.sampled += range(place, place + 1 + num_drafts)
+            spread.rows += [self.rows[index]] * (1 + num_drafts)
+            spread.starts += [start, *range(end - num_drafts, end)]
+            spread.query_lens += [end - num_drafts - start, *[1] * num_drafts]
+            adapters += self.adapters[index : index + 1] * (1 + num_drafts)
+        grown = [places[index] for index in self.grown]
+        return replace(spread, num_known=spread.query_lens, grown=grown, adapters=adapters)
 
     def to_bytes(self) -> bytes:
         """Pack into native 32-bit integers: counts, then the lists; the commonest take no room."""

@@ -33,8 +33,13 @@ MIN_STEP_TIMEOUT = 1.0
 MIN_KEPT_STATES = 4
 """Even a server of one sequence at a time has a few conversations, each with a beginning."""
 
+DEFAULT_NUM_DRAFTS = 4
+
 MAX_SPECULATIVE_TOKENS = 16
 """Longer guesses are hardly ever right to their end."""
+
+MOST_ROWS_WITH_DRAFTS = 64
+"""Of a step. In wider ones a row costs so much that guesses hardly pay."""
 
 DEFAULT_OFFLOAD_SIZE = 8 * 2**30
 MAX_LORAS, MAX_LORA_RANK = 256, 512
@@ -374,9 +379,9 @@ class ServingConfig:
     speculative_tokens: int | None = setting(
         None,
         "most tokens of a sequence that are guessed and verified along with its next one: those "
-        "that followed the same tokens before, in prompt or answer; text does not depend on it; "
-        "default: 4 where that is certain (docs/speed.md), else 0, which is off, as it is with "
-        "--load-format dummy, whose text loops",
+        "that followed the same tokens before, in prompt or answer; text does not depend on it, on "
+        "cards but for rounding; default: 4 where that is certain (docs/speed.md), else 0, which "
+        "is off, as it is on several cards and with --load-format dummy, whose text loops",
         parse=int,
         unit="TOKENS",
     )
@@ -574,6 +579,19 @@ class ServingConfig:
     def num_rows(self) -> int:
         """Rows that a rank keeps of sequences: of each running one, and one for padding."""
         return self.max_num_seqs + 1
+
+    @property
+    def num_drafts(self) -> int:
+        """Most tokens of a sequence that are guessed ahead, if its model allows it."""
+        if self.speculative_tokens is not None:
+            return self.speculative_tokens
+        return 0 if self.load_format == "dummy" else DEFAULT_NUM_DRAFTS
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Most tokens of a step without prompts: the next one of each sequence, and guesses."""
+        num_rows = self.max_num_seqs * (1 + self.num_drafts)
+        return max(self.max_num_seqs, min(num_rows, MOST_ROWS_WITH_DRAFTS))
 
     @property
     def num_kept_states(self) -> int:

@@ -9,13 +9,15 @@ With --entries a prompt is three entries of that file and the question of one of
 stands in the prompt, and drafts are looked up there. With --acceptance prompts are random tokens,
 and drafts are scripted: each is the right token with that chance, whatever the model. How many
 drafts run is up to the server in both. Every flag of serving.py works too. Each line is a pair of
-runs' median and all pairs' ratios; the last line is JSON.
+runs' median and all pairs' ratios; the last line is JSON. Drafts must change no answer on a CPU;
+on cards, where rounding depends on how many tokens a step has, it says how many are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import random
 import statistics
@@ -27,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from autotp_serving import LLM, SamplingParams
-from autotp_serving.config import ConfigError
+from autotp_serving.config import DEFAULT_NUM_DRAFTS, ConfigError
 from autotp_serving.distributed.launch import GroupFailure, LaunchError, is_first_rank
-from autotp_serving.engine.drafts import DEFAULT_NUM_DRAFTS, Drafter
+from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.sequence import Sequence as RunningSequence
 from autotp_serving.request import RequestError
 from benchmarks.offline import (
@@ -93,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         max_drafts = config.speculative_tokens or DEFAULT_NUM_DRAFTS
         max_num_seqs = max(options.streams, config.max_num_seqs)
         config = replace(config, speculative_tokens=max_drafts, max_num_seqs=max_num_seqs)
+        if options.entries is None:
+            # Blocks of the run before may differ in their last bits, and answers with them.
+            config = replace(config, enable_prefix_caching=False)
         with LLM(config.model_path, **settings_of(config)) as llm:
             results = run(llm, options, max_drafts)
     except (ConfigError, GroupFailure, LaunchError, RequestError, OSError) as error:
@@ -115,7 +120,8 @@ def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str
     params = SamplingParams(
         max_tokens=options.output_len, temperature=0.0, ignore_eos=options.entries is None
     )
-    answers, _ = _time(llm, Drafter(0), prompts, params, options.streams)
+    for _ in range(2):  # the first time warms up
+        answers, _ = _time(llm, Drafter(0), prompts, params, options.streams)
     results = []
     for chance in options.acceptance if options.entries is None else [None]:
         drafter = Drafter(max_drafts)
@@ -123,21 +129,26 @@ def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str
             right = dict(zip(map(tuple, prompts), answers, strict=True))
             drafter = ScriptedDrafter(max_drafts, right, chance)
         pairs = []
+        num_same = 0
         for _ in range(options.pairs):
             expected, plain = _time(llm, Drafter(0), prompts, params, options.streams)
             found, drafted = _time(llm, drafter, prompts, params, options.streams)
-            assert expected == found == answers, "drafts changed an answer"
-            pairs.append((plain, drafted))
-        num_tokens = sum(map(len, answers))
-        ratios = [plain / drafted for plain, drafted in pairs]
+            num_same += sum(map(operator.eq, expected, found))
+            pairs.append((_rate(expected, plain), _rate(found, drafted)))
+        num_answers = options.pairs * len(answers)
+        # On cards the last bits of a token depend on how many run beside it.
+        is_exact = llm._engine._runner.max_in_flight == 1
+        assert num_same == num_answers or not is_exact, "drafts changed an answer"
+        ratios = [drafted / plain for plain, drafted in pairs]
         result = {
             "acceptance": chance,
-            "plain_tokens_per_second": num_tokens / statistics.median(one for one, _ in pairs),
-            "tokens_per_second": num_tokens / statistics.median(one for _, one in pairs),
+            "plain_tokens_per_second": statistics.median(one for one, _ in pairs),
+            "tokens_per_second": statistics.median(one for _, one in pairs),
             "ratio": statistics.median(ratios),
             "ratios": ratios,
             "num_draft_tokens": drafter.num_draft_tokens,
             "num_accepted_tokens": drafter.num_accepted_tokens,
+            "share_of_same_answers": num_same / num_answers,
         }
         results.append(result)
         shown = "looked up" if chance is None else f"right with a chance of {chance:g}"
@@ -145,10 +156,16 @@ def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str
             f"drafts {shown}, {options.streams} stream(s): "
             f"{result['plain_tokens_per_second']:.1f} -> {result['tokens_per_second']:.1f} tokens/s"
             f", x {', '.join(f'{ratio:.3f}' for ratio in ratios)}; "
-            f"{drafter.num_accepted_tokens} of {drafter.num_draft_tokens} drafts accepted",
+            f"{drafter.num_accepted_tokens} of {drafter.num_draft_tokens} drafts accepted, "
+            f"{num_same} of {num_answers} answers the same",
             flush=True,
         )
     return results
+
+
+def _rate(answers: list[list[int]], seconds: float) -> float:
+    """Tokens per second."""
+    return sum(map(len, answers)) / seconds
 
 
 def _quote(rng: random.Random, path: Path, llm: LLM) -> list[int]:

@@ -2,8 +2,9 @@
 
 Speculative decoding after Leviathan et al. 2023, with guesses that cost nothing to make. A step
 verifies a sequence's drafts beside each other and keeps those that it would have chosen anyway, so
-text does not depend on them; what they cost is a wider step. So a draft runs where the tokens that
-it is expected to bring are worth that, by what was measured of both.
+text does not depend on them; what they cost is a wider step, and where steps overlap that they no
+longer do. So a draft runs where the tokens that it is expected to bring are worth that, by what was
+measured of both. Past 250 lines, as what is measured, expected and chosen are one rule.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from autotp_serving.engine.batch_builder import Step
 from autotp_serving.engine.ngram_index import NgramIndex
 from autotp_serving.engine.sequence import Sequence
 
-DEFAULT_NUM_DRAFTS = 4
-
 FIRST_ACCEPTANCE = 0.5
 """Share of drafts that are accepted, as long as nobody knows."""
 
@@ -25,6 +24,9 @@ MEMORY = 0.95
 
 MARGIN = 1.15
 """By how much a draft must be worth more than its cost, as both are estimates."""
+
+FIRST_MARGIN, WAITING_MARGIN = 1.4, 1.0
+"""The same of all drafts of a step and its wait: for the first time, and while it goes on."""
 
 PLAIN_INTERVAL = 32
 """Steps with drafts after which one without is measured."""
@@ -38,6 +40,15 @@ NUM_PLAIN = 3
 
 PLAIN_SHARE, DRAFT_SHARE = 0.3, 0.1
 """Weights of a measured time, and of what drafts cost in it, beside those before."""
+
+WAITING_INTERVAL = 128
+"""The same where drafts wait for the tokens before them: of such steps several go without."""
+
+NUM_PLAIN_AFTER = 2
+"""How many of those that follow it go without, until steps overlap again."""
+
+MOST_TRIALS = 0.01
+"""Share of the time that may go into trials that have to wait."""
 
 LARGEST_GROWTH = 1.25
 """Of a step's time over what was expected; more is taken for a pause of the machine."""
@@ -61,12 +72,14 @@ class DraftHistory:
         index: where drafts are looked up; None before the first time.
         num_steps_without: steps since it had drafts.
         interval: after how many it is to have one.
+        guess: where a token is not known yet: its place, and which is expected.
     """
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
         self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
+        self.guess: tuple[int, int] | None = None
 
     @property
     def acceptance(self) -> float:
@@ -84,28 +97,44 @@ class DraftHistory:
 
 
 class StepCosts:
-    """What steps of so many sequences take without drafts, and what a draft adds to any."""
+    """What steps of so many sequences take without drafts, and what a draft adds to any.
+
+    Attributes:
+        wait: seconds that a step takes longer where the next one waits for its tokens.
+    """
 
     def __init__(self) -> None:
+        self.wait = 0.0
+        self._num_waited = 0
         self._plain: dict[int, float] = {}
         self._num_plain: Counter[int] = Counter()
         self._draft = 0.0
         self._num_drafted = 0
 
-    def add(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
-        """Take note of a step in which all sequences decoded."""
+    def add(self, num_seqs: int, num_drafts: int, seconds: float, *, waited: bool = False) -> None:
+        """Take note of a step in which all sequences decoded.
+
+        Args:
+            waited: the next began only once its tokens were known, though steps may overlap.
+        """
         plain = self._plain.get(num_seqs)
         if plain is not None and self._num_drafted:
-            expected = plain + num_drafts * self._draft
+            expected = plain + self.wait * (waited or num_drafts > 0) + num_drafts * self._draft
             seconds = min(seconds, LARGEST_GROWTH * expected)
-        if num_drafts == 0:
+        if num_drafts == 0 and not waited:
             self._num_plain[num_seqs] += 1
             share = max(PLAIN_SHARE, 1 / self._num_plain[num_seqs])
             self._plain[num_seqs] = seconds * share + (plain or 0.0) * (1 - share)
+        elif num_drafts == 0 and plain is not None:
+            self._num_waited += 1
+            share = max(DRAFT_SHARE, 1 / self._num_waited)
+            # Neither the host nor the device takes longer than the step of both together.
+            wait = min(max(0.0, seconds - plain), plain)
+            self.wait = wait * share + self.wait * (1 - share)
         elif plain is not None:
             self._num_drafted += 1
             share = max(DRAFT_SHARE, 1 / self._num_drafted)
-            cost = (seconds - plain) / num_drafts
+            cost = (seconds - plain - self.wait) / num_drafts
             self._draft = max(0.0, cost * share + self._draft * (1 - share))
 
     def find(self, num_seqs: int) -> tuple[float, float] | None:
@@ -134,7 +163,8 @@ class Drafter:
         self._max_drafts = max_drafts
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
-        self._num_steps_with = self._num_until_trial = 0
+        self._num_steps_with = self._num_until_trial = self._num_plain_left = 0
+        self._waits_for_trial = False
 
     def propose(
         self,
@@ -153,12 +183,8 @@ class Drafter:
         """
         if not self._max_drafts:
             return {}
-        new = [sequence for sequence in sequences if sequence.drafts is None]
-        for sequence in new:
-            sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
-        costs = self._costs.find(len(sequences))
-        if costs is None or new or self._num_steps_with >= PLAIN_INTERVAL:
-            self._num_steps_with = 0
+        costs = self._find_costs(sequences)
+        if costs is None:
             return {}
         self._num_until_trial -= 1
         drafts: dict[Sequence, list[int]] = {}
@@ -174,25 +200,121 @@ class Drafter:
                 if is_trial:
                     self._num_until_trial = MIN_INTERVAL
                 num_left -= len(found)
-        self._num_steps_with = self._num_steps_with + 1 if drafts else 0
+        if self._waits_for_trial:
+            spent = self._costs.wait + sum(map(len, drafts.values())) * costs[1]
+            self._num_until_trial = max(MIN_INTERVAL, round(spent / costs[0] / MOST_TRIALS))
+        elif self._costs.wait:
+            lens = {sequence: len(found) for sequence, found in drafts.items()}
+            if not self._is_worth_waiting(lens, len(sequences), *costs, WAITING_MARGIN):
+                drafts = {}  # the blocks are for the tokens after the next
+        self._waits_for_trial = False
+        self._num_steps_with += bool(drafts)
         return drafts
+
+    def wants_tokens(self, sequences: list[Sequence], num_left: int) -> bool:
+        """Whether drafts of the next step are worth waiting for the tokens in flight.
+
+        What is known tells nearly whether there will be some, as a quotation mostly goes on. What
+        it says of the token in flight is a draft that costs nothing: acceptance is learned so.
+
+        Args:
+            sequences: those that would decode in the next step.
+            num_left: most drafts in all.
+        """
+        if not self._max_drafts or num_left <= 0:
+            return False
+        costs = self._find_costs(sequences)
+        quoting = [sequence for sequence in sequences if self._foretells(sequence)]
+        if costs is None:
+            return False
+        if self._num_plain_left:
+            self._num_plain_left -= 1
+            return False
+        self._num_until_trial -= 1
+        wanted = dict(self._choose_lens(sequences, *costs))
+        lens = {one: wanted[one] for one in quoting if wanted.get(one)}
+        if not self._costs.wait:
+            return bool(lens)
+        histories = map(_history_of, lens)
+        is_due = any(one.num_steps_without >= one.interval for one in histories)
+        self._waits_for_trial = is_due and self._num_until_trial <= 0
+        lens = {one: count for one, count in lens.items() if count != TRIAL}
+        worth_it = self._is_worth_waiting(lens, len(sequences), *costs, FIRST_MARGIN)
+        self._waits_for_trial = self._waits_for_trial and not worth_it
+        return worth_it or self._waits_for_trial
 
     def add_outcome(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Take note of what a step did with a sequence's drafts."""
         self.num_drafts += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
-        _history_of(sequence).add(num_drafts, num_accepted)
-        self._accepted = 0.98 * self._accepted + 0.02 * num_accepted
-        self._refused = 0.98 * self._refused + 0.02 * (num_accepted < num_drafts)
+        self._learn(sequence, num_drafts, num_accepted)
 
-    def add_step(self, step: Step, seconds: float) -> None:
-        """Take note of how long a step lasted, unless it ran more of a prompt."""
+    def add_step(self, step: Step, seconds: float, *, waited: bool = False) -> None:
+        """Take note of how long a step lasted, unless it ran more of a prompt.
+
+        Args:
+            waited: the next one began only once its tokens were known.
+        """
         if not self._max_drafts:
             return
         num_seqs, num_drafts = len(step.sampled), sum(step.batch.num_drafts)
         if step.num_tokens == num_seqs + num_drafts:
-            self._costs.add(num_seqs, num_drafts, seconds)
+            self._costs.add(num_seqs, num_drafts, seconds, waited=waited)
+            if not num_drafts and not waited:
+                self._num_steps_with = 0
+
+    def _find_costs(self, sequences: list[Sequence]) -> tuple[float, float] | None:
+        """A step's seconds, with the wait, and a draft's; None if one without is to be measured."""
+        new = [sequence for sequence in sequences if sequence.drafts is None]
+        for sequence in new:
+            sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
+        costs = self._costs.find(len(sequences))
+        interval = WAITING_INTERVAL if self._costs.wait else PLAIN_INTERVAL
+        if costs is None or new or self._num_steps_with >= interval:
+            self._num_steps_with = 0
+            self._num_plain_left = NUM_PLAIN_AFTER
+            return None
+        return costs[0] + self._costs.wait, costs[1]
+
+    def _is_worth_waiting(
+        self,
+        lens: dict[Sequence, int],
+        num_seqs: int,
+        seconds: float,
+        cost: float,
+        margin: float,
+    ) -> bool:
+        """Whether all these drafts together are worth that steps do not overlap."""
+        num_tokens = 0.0
+        for sequence, count in lens.items():
+            acceptance = _history_of(sequence).acceptance
+            num_tokens += sum(acceptance**place for place in range(1, count + 1))
+        more_seconds = self._costs.wait + sum(lens.values()) * cost
+        return num_tokens * (seconds - self._costs.wait) > margin * more_seconds * num_seqs
+
+    def _foretells(self, sequence: Sequence) -> bool:
+        """Whether what is known of a sequence foretells tokens after the one in flight."""
+        if self._find_most(sequence) <= 0:
+            return False
+        self._check_guess(sequence)
+        found = self.look_up(sequence, 2)
+        if found:
+            _history_of(sequence).guess = sequence.num_tokens, found[0]
+        return len(found) > 1
+
+    def _check_guess(self, sequence: Sequence) -> None:
+        """Take note of what became of the guess before, once that is known."""
+        history = _history_of(sequence)
+        if history.guess is not None and history.guess[0] < sequence.num_tokens:
+            place, token = history.guess
+            history.guess = None
+            self._learn(sequence, 1, int(sequence.token_ids[place] == token))
+
+    def _learn(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        _history_of(sequence).add(num_drafts, num_accepted)
+        self._accepted = 0.98 * self._accepted + 0.02 * num_accepted
+        self._refused = 0.98 * self._refused + 0.02 * (num_accepted < num_drafts)
 
     def _choose_lens(
         self, sequences: list[Sequence], plain: float, cost: float
@@ -236,7 +358,8 @@ class Drafter:
         params = sequence.params
         if sequence.guide is not None or params.has_penalties:
             return 0
-        return min(self._max_drafts, params.max_tokens - sequence.num_output_tokens - 1)
+        num_tokens = sequence.num_output_tokens + sequence.num_pending_tokens
+        return min(self._max_drafts, params.max_tokens - num_tokens - 1)
 
 
 def _history_of(sequence: Sequence) -> DraftHistory:

@@ -29,7 +29,6 @@ from autotp_serving.engine.active_requests import ActiveRequests
 from autotp_serving.engine.adapters import AdapterTable
 from autotp_serving.engine.batch_builder import Progress, Step
 from autotp_serving.engine.block_store import BlockStore
-from autotp_serving.engine.drafts import DEFAULT_NUM_DRAFTS
 from autotp_serving.engine.output_processor import OutputProcessor
 from autotp_serving.engine.scheduler import INVALID_NUMBERS, MAX_LOSSES, Scheduler
 from autotp_serving.engine.stats import EngineStats
@@ -100,11 +99,8 @@ class Engine:
         self.refusal: str | None = None  # for requests, once that takes too long
         self.last_step_time: float | None = None  # monotonic; of the last good one on all ranks
         self.is_sound = True  # the latest step to give numbers gave finite ones
-        if not runner.can_draft or runner.max_in_flight > 1:
-            config = replace(config, speculative_tokens=0)
-        elif config.speculative_tokens is None:
-            num_drafts = 0 if config.load_format == "dummy" else DEFAULT_NUM_DRAFTS
-            config = replace(config, speculative_tokens=num_drafts)
+        num_drafts = config.num_drafts if runner.can_draft else 0
+        config = replace(config, speculative_tokens=num_drafts)
         self._runner = runner
         self.watchdog = StepWatchdog(config.step_timeout, self._tell_stall)
         self.scheduler = Scheduler(
@@ -285,7 +281,8 @@ class Engine:
         """Take in what is in the inbox, begin steps, collect the oldest, hand out its outputs.
 
         As many are begun as may be in flight: with one it is begun and collected here, with two
-        the next already runs while the outputs of this one are written.
+        the next already runs while the outputs of this one are written. Where the next step needs
+        the tokens of the one in flight, as drafts do, that is collected first.
 
         Args:
             wait: with nothing to run, sleep until there is a note in the inbox.
@@ -298,15 +295,19 @@ class Engine:
         try:
             self._read_inbox(wait)
             started = time.perf_counter()
-            step = self._schedule() if self.outage is None else None
+            waits = self.scheduler.wants_tokens()
+            step = None if waits or self.outage is not None else self._schedule()
             oldest = self._in_flight[0] if self._in_flight else step
             if oldest is not None:
                 self.watchdog.begin(oldest.num_tokens)
                 try:
-                    while step is not None:
-                        self._launch(step)
-                        step = self._schedule()
-                    self._collect()
+                    if waits:
+                        self._collect_first()
+                    else:
+                        while step is not None:
+                            self._launch(step)
+                            step = self._schedule()
+                        self._collect()
                 finally:
                     self.watchdog.end()
             self._output_processor.publish()
@@ -314,7 +315,8 @@ class Engine:
                 self._drop_unused_adapters()
             if oldest is not None:
                 self._last_step_seconds = time.perf_counter() - started
-                self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
+                seconds = self._last_step_seconds
+                self.scheduler.drafter.add_step(oldest, seconds, waited=waits)
             self._store_blocks(oldest)
         except ENDS_OF_PROCESS:
             raise
@@ -526,9 +528,27 @@ class Engine:
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and write what it did."""
+        step = self._in_flight[0]
+        self._write(step, self._take_result())
+
+    def _collect_first(self) -> None:
+        """Collect the step in flight, begin the next, and write what the first did meanwhile."""
+        step = self._in_flight[0]
+        done = self._take_result()
+        try:
+            following = self._schedule()
+            if following is not None:
+                self._launch(following)
+        finally:  # the sequences have their tokens, even if the ranks are lost now
+            self._write(step, done)
+
+    def _take_result(self) -> list[Progress]:
+        """Wait for the oldest step in flight; what it did."""
         result = self._runner.collect()
-        step = self._in_flight.popleft()
-        done = self.scheduler.update(step, result)
+        return self.scheduler.update(self._in_flight.popleft(), result)
+
+    def _write(self, step: Step, done: list[Progress]) -> None:
+        """Write what a step did."""
         for progress in done:
             self._emit(progress)
         self._num_steps += 1

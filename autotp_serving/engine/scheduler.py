@@ -142,8 +142,11 @@ class Scheduler:
 
         A sequence whose guide does not know yet what may come next sits the step out; so does one
         whose next token depends on one that is in flight. Where nothing is in flight and nothing
-        else to do, this waits for a guide, and not for long: others may arrive.
+        else to do, this waits for a guide, and not for long: others may arrive. Nothing begins
+        before drafts in flight are verified.
         """
+        if self._in_flight and self._in_flight[-1].drafts:
+            return None
         chunks = self._choose_chunks()
         if not chunks and not self._in_flight:
             late = [one.guide for one in self.running if not one.is_ready and one.guide]
@@ -158,6 +161,21 @@ class Scheduler:
         self._keep_states(step)
         self._in_flight.append(step)
         return step
+
+    def wants_tokens(self) -> bool:
+        """Whether the step in flight is to be collected before the next is scheduled.
+
+        What follows drafts depends on how many are accepted, and drafts on the tokens before them.
+        """
+        if not self._in_flight:
+            return False
+        if self._in_flight[-1].drafts:
+            return True
+        if any(sequence.num_unscheduled_tokens > 1 for sequence in self.running):
+            return False
+        decoding = [one for one in self.running if one.num_unscheduled_tokens and one.is_ready]
+        num_left = self._config.max_decode_rows - len(decoding)
+        return bool(decoding) and self.drafter.wants_tokens(decoding, num_left)
 
     def _choose_chunks(self) -> list[tuple[Sequence, int]]:
         """Sequences that run next, each with how many of its tokens."""
@@ -185,9 +203,18 @@ class Scheduler:
         return chunks
 
     def _propose_drafts(self, chunks: list[tuple[Sequence, int]]) -> dict[Sequence, list[int]]:
-        """Drafts for sequences that decode, as far as tokens of a step, logits and blocks go."""
+        """Drafts for sequences that decode, as far as tokens of a step, logits and blocks go.
+
+        None behind tokens that are in flight.
+        """
+        if self._in_flight:
+            return {}
         num_tokens = sum(query_len for _, query_len in chunks)
-        num_left = min(self._config.max_num_batched_tokens - num_tokens, self._num_score_rows_left)
+        num_left = min(
+            self._config.max_num_batched_tokens - num_tokens,
+            self._config.max_decode_rows - len(chunks),
+            self._num_score_rows_left,
+        )
         decoding = [sequence for sequence, _ in chunks if sequence.num_unscheduled_tokens == 1]
         return self.drafter.propose(decoding, num_left, self._has_room)
 

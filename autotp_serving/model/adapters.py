@@ -178,6 +178,7 @@ class AdapterForward:
 
     def __init__(self, forward: Forward, plain: Forward | None, step: AdapterStep) -> None:
         self._forward, self._plain, self._step = forward, plain, step
+        self.can_draft = forward.can_draft
 
     def find_padded_size(self, batch: Batch) -> int:
         """See Forward: steps with adapters have no graphs."""

@@ -55,7 +55,7 @@ class BatchState:
         )
         # Slots are computed on the host, which needs the tables as well. On a CPU they are one.
         self._tables = np.zeros(self.block_tables.shape, np.int32)
-        if self._is_host:
+        if self.is_host:
             self._tables = self.block_tables.numpy()
         self._counts = np.arange(max_rows + 1)
         self._int_counts = self._counts.astype(np.int32)
@@ -66,7 +66,8 @@ class BatchState:
         self._rows = torch.empty(0, dtype=torch.int32, device=device)  # of the latest step
 
     @property
-    def _is_host(self) -> bool:
+    def is_host(self) -> bool:
+        """Whether the tensors are in the host's memory."""
         return self.block_tables.is_cpu
 
     def apply(self, batch: Batch, num_padded_seqs: int = 0) -> StepInputs:
@@ -125,7 +126,7 @@ class BatchState:
         num_tokens = len(batch.token_ids)
         is_decode = num_tokens == batch.num_samples == sum(batch.query_lens)
         is_few = num_tokens <= FEW_TOKENS and len(batch.sampled) == len(batch.rows)
-        return is_decode and is_few and self._is_host and not batch.score_rows
+        return is_decode and is_few and self.is_host and not batch.score_rows
 
     def _apply_few(self, batch: Batch) -> StepInputs:
         """What `apply` makes of a few sequences that decode on a CPU."""
@@ -248,13 +249,15 @@ class BatchState:
             row = batch.rows[index]
             self._tables[row, first : first + count] = batch.new_blocks[begin : begin + count]
             begin += count
-            if not self._is_host:
+            if not self.is_host:
                 rows.extend([row] * count)
                 columns.extend(range(first, first + count))
         return np.asarray([rows, columns, batch.new_blocks]) if rows else None
 
     def reserve(self, num_tokens: int, num_seqs: int) -> None:
         """Make the device's buffer large enough for steps of this size, once and for all."""
+        self._counts = np.arange(num_seqs + 1)
+        self._int_counts = self._counts.astype(np.int32)
         self._stage.reserve(8 * 4 * num_tokens + 4 * (6 * num_seqs + 1) + 8)
 
 

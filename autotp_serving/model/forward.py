@@ -15,7 +15,17 @@ from autotp_serving.model.step_inputs import StepInputs
 
 
 class Forward(Protocol):
-    """A way through the model's layers."""
+    """A way through the model's layers.
+
+    Attributes:
+        can_draft: whether tokens that are guessed may run beside the ones they follow, which get
+            the logits that they would get alone.
+    """
+
+    @property
+    def can_draft(self) -> bool:
+        """See above."""
+        ...
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Run a step's tokens. Returns logits [num_logit_rows, vocab_size], in the model's type;
@@ -31,6 +41,8 @@ class Forward(Protocol):
 
 class PlainForward:
     """Runs any model whose attention goes through `paged_attention`."""
+
+    can_draft = False
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
         self._model = model

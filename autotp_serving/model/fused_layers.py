@@ -190,8 +190,8 @@ class FusedForward:
         return sinks
 
     @property
-    def is_exact_at_any_width(self) -> bool:
-        """Whether a token's logits are the same to the last bit however many run beside it."""
+    def can_draft(self) -> bool:
+        """See Forward: a token's logits are the same to the last bit at any width of a step."""
         if self._native_layers is None or not isinstance(self._head, VocabParallelHead):
             return False
         products = [

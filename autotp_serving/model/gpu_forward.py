@@ -1,7 +1,8 @@
 """A quick forward pass on a CUDA card for models whose layers are Llama's. Ranks on CUDA.
 
 Steps in which every sequence runs one token are replayed from graphs, captured at start for a few
-batch sizes and padded to the next of them; others are launched kernel by kernel. Before a graph is
+batch sizes and padded to the next of them; others are launched kernel by kernel. A draft counts as
+a sequence here: it has its sequence's row and the context that it ends. Before a graph is
 trusted its tokens are compared with those of the same step launched kernel by kernel.
 """
 
@@ -89,7 +90,7 @@ def open_gpu_forward(
     if not config.pools:
         forward.warm_up(config.max_num_batched_tokens, max_model_len, config.max_num_seqs)
     if not config.enforce_eager and not config.pools:
-        forward.capture(config.max_num_seqs, show_progress=group.rank == 0)
+        forward.capture(config.max_decode_rows, show_progress=group.rank == 0)
         if not all(group.all_gather(forward.prove(max_model_len))):
             forward.drop_graphs()
             if group.rank == 0:
@@ -102,6 +103,8 @@ def open_gpu_forward(
 
 class GpuForward:
     """Runs steps as `PlainForward` does, quicker; made by `open_gpu_forward`."""
+
+    can_draft = True
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class GpuForward:
             rotary = self._make_rotary(decoder.rotary_emb, max_model_len, device)
             check_sizes(model, head_dim, rotary[0])
             workspace = triton_attention.allocate_workspace(
-                config.max_num_seqs,
+                config.max_decode_rows,
                 num_heads,
                 num_kv_heads,
                 head_dim,
@@ -143,7 +146,8 @@ class GpuForward:
         self._cache_len = cache.num_blocks * cache.block_size
         self._vocab_size = self._head.vocab_size
         self._state = state
-        state.reserve(config.max_num_batched_tokens, config.max_num_seqs)
+        num_rows = config.max_decode_rows
+        state.reserve(max(config.max_num_batched_tokens, num_rows), num_rows)
         self._graphs: dict[int, Graph] = {}
 
     def find_padded_size(self, batch: Batch) -> int:
@@ -246,24 +250,22 @@ class GpuForward:
         return self(self._state.apply(batch, self.find_padded_size(batch)))
 
     def _make_batch(self, parts: Sequence[tuple[Sequence[int], int]]) -> Batch:
-        """A step of (token ids, first position) of sequences that are all in the same blocks."""
+        """A step of (token ids, first position) of sequences that are all in the same row."""
         lens = [len(token_ids) for token_ids, _ in parts]
-        rows = list(range(len(parts)))
-        tables = [
-            range(-(-(start + num_tokens) // self._block_size))
-            for num_tokens, (_, start) in zip(lens, parts, strict=True)
-        ]
+        starts = [start for _, start in parts]
+        end = max(start + num_tokens for start, num_tokens in zip(starts, lens, strict=True))
+        table = list(range(-(-end // self._block_size)))
         return Batch(
-            rows=rows,
-            starts=[start for _, start in parts],
+            rows=[0] * len(parts),
+            starts=starts,
             query_lens=lens,
             num_known=lens,
             token_ids=[token_id for token_ids, _ in parts for token_id in token_ids],
-            grown=rows,
-            first_blocks=[0] * len(parts),
-            num_new_blocks=[len(table) for table in tables],
-            new_blocks=[block for table in tables for block in table],
-            sampled=rows,
+            grown=[0],
+            first_blocks=[0],
+            num_new_blocks=[len(table)],
+            new_blocks=table,
+            sampled=list(range(len(parts))),
         )
 
     def _run(self, inputs: StepInputs) -> Tensor:

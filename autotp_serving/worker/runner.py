@@ -67,11 +67,16 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepLogits:
         """Run one forward pass; all ranks must do so together.
 
+        On a device of its own each draft runs as a sequence of one token, so that a step with
+        drafts is one of those that there are graphs for.
+
         Returns:
             What rank 0 samples from; on the others it means nothing.
         """
         started = time.perf_counter()
         copy_states(self.state_layers, batch.state_copies)
+        if not self._state.is_host:
+            batch = batch.spread_drafts()
         inputs = self._state.apply(batch, self._forward.find_padded_size(batch))
         inputs.adapters = batch.adapters
         logits = self._gatherer(self._forward(inputs), batch)
@@ -84,8 +89,8 @@ class ModelRunner:
         Args:
             token_ids: [num_samples] int64, on rank 0.
         """
-        if self._broadcast is None or not batch.sampled:
-            return
+        if self._broadcast is None or not batch.sampled or batch.num_drafts:
+            return  # what follows drafts begins only once they are verified
         if token_ids is None:
             device = self._state.last_token_ids.device
             token_ids = torch.empty(len(batch.sampled), dtype=torch.int64, device=device)

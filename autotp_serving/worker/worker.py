@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,6 @@ from autotp_serving.model.adapters import AdapterSlots
 from autotp_serving.model.batch_state import BatchState
 from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.forward import PlainForward
-from autotp_serving.model.fused_layers import FusedForward
 from autotp_serving.model.kv_cache import KVCache
 from autotp_serving.model.lengths import describe_length, find_max_model_len, fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
@@ -116,6 +115,8 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
         device = open_device(config.device, group.local_rank)
     except DeviceError as error:
         raise ConfigError(f"--device {config.device}: {error}") from error
+    if group.size > 1 and not device.is_host and config.speculative_tokens is None:
+        config = replace(config, speculative_tokens=0)  # not tried yet on several cards
     times = StepTimes()
     all_reduce = join_collectives(group, device.kind, device.backend, times, is_host=device.is_host)
     if device.is_host:
@@ -168,7 +169,7 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     setup = PassSetup(config, max_model_len, state, all_reduce, group, is_causal)
     forward = backend.layer(model, cache, setup)
     # A refused draft leaves nothing behind in blocks; in states it would.
-    can_draft = isinstance(forward, FusedForward) and forward.is_exact_at_any_width
+    can_draft = forward.can_draft and config.num_drafts > 0
     if adapters is not None:
         forward = adapters.use(forward, PlainForward(model, cache))
     broadcast = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -103,6 +104,38 @@ def test_drafts_come_from_their_columns() -> None:
     inputs = state.apply(Batch([1, 0], [2, 2], [2, 1], [0, 0], [], num_drafts=[1, 0]))
     assert inputs.token_ids.tolist() == [20, 21, 10]
     assert inputs.positions.tolist() == [2, 3, 2]
+
+
+def test_drafts_as_sequences_of_their_own_are_the_same_tokens() -> None:
+    state = make_state()
+    state.reserve(64, 9)
+    state.apply(join([3, 1, 0], [6, 5, 7], [[5, 9], [3, 2], [4, 6]]))
+    batch = Batch(
+        rows=[0, 3, 1],
+        starts=[7, 6, 5],
+        query_lens=[4, 3, 2],
+        num_known=[4, 3, 2],
+        token_ids=list(range(70, 79)),
+        grown=[0, 1],
+        first_blocks=[2, 2],
+        num_new_blocks=[1, 1],
+        new_blocks=[8, 7],
+        sampled=[0, 2],
+        score_rows=[5],
+        num_drafts=[3, 0, 1],
+        adapters=[2, 0, 1],
+    )
+    spread = batch.spread_drafts()
+    assert spread.num_samples == batch.num_samples and not spread.num_drafts
+    assert spread.query_lens == [1, 1, 1, 1, 3, 1, 1]
+    assert spread.adapters == [2, 2, 2, 2, 0, 1, 1]
+    expected, found = state.apply(batch), state.apply(spread)
+    for name in ("token_ids", "positions", "slots", "logit_rows"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+    assert found.rows.tolist() == [0, 0, 0, 0, 3, 1, 1]
+    assert found.context_lens.tolist() == [8, 9, 10, 11, 9, 6, 7]
+    assert found.query_starts.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    assert replace(batch, num_drafts=[]).spread_drafts() == replace(batch, num_drafts=[])
 
 
 def test_a_padded_decode_step_does_nothing_for_its_padding() -> None:

@@ -118,13 +118,30 @@ def find_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 def test_graphs_give_what_the_same_steps_give_without(low_bit):
     with_graphs = start("cuda", low_bit, max_num_seqs=4)
     without = start("cuda", low_bit, max_num_seqs=4, enforce_eager=True)
-    assert list(with_graphs.runner._forward._graphs) == [1, 2, 4]
+    assert list(with_graphs.runner._forward._graphs) == [1, 2, 4, 8, 16, 20]  # with drafts
     assert without.runner._forward._graphs == {}
     for parts in STEPS:
         batch = make_batch(parts)
         got, expected = with_graphs.runner.run(batch).whole, without.runner.run(batch).whole
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
         assert (got.float() - expected.float()).norm() / expected.float().norm() < 0.02
+
+
+@pytest.mark.parametrize("low_bit", ["bf16", "sym_int4"])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_drafts_have_the_logits_of_steps_of_their_own(low_bit, enforce_eager):
+    """To the bit in steps of few tokens."""
+    runner = start("cuda", low_bit, enforce_eager=enforce_eager).runner
+    runner.run(make_batch([(0, 60)]))
+    expected = [runner.run(make_batch([(60 + n, 1)])).whole.clone() for n in range(5)]
+    batch = make_batch([(60, 5)])
+    batch.sampled, batch.score_rows, batch.num_drafts = [0], [], [4]
+    assert torch.equal(runner.run(batch).whole, torch.cat(expected))
+    batch = make_batch([(60, 5), (0, 30)])  # with a prompt beside them
+    batch.sampled, batch.score_rows, batch.num_drafts = [0, 1], [], [4, 0]
+    got, expected = runner.run(batch).whole[:5].float(), torch.cat(expected).float()
+    # Activations may fall on either side of a rounding to integers.
+    assert (got - expected).norm() / expected.norm() < 0.08
 
 
 def test_batch_sizes_of_graphs():

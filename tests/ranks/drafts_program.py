@@ -3,7 +3,8 @@
     mpirun -np N python tests/ranks/drafts_program.py MODEL IN.json OUT.json
 
 IN.json: {"prompts": [text], "params": [{SamplingParams fields}], "settings": {ServingConfig
-fields}}. OUT.json: token ids, logprobs and ends of both, and how many drafts ran and were accepted.
+fields}, "as_on_cards": steps overlap, and drafts are sequences of their own}. OUT.json: token ids,
+logprobs and ends of both, and how many drafts ran and were accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from dataclasses import astuple
 from pathlib import Path
 
 from autotp_serving import LLM, SamplingParams
+from autotp_serving.batch import Batch
+from autotp_serving.devices.cpu import CpuDevice
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.model.batch_state import BatchState
+from autotp_serving.model.step_inputs import StepInputs
 
 
 class EagerDrafter(Drafter):
@@ -26,11 +31,29 @@ class EagerDrafter(Drafter):
         """Of each sequence."""
         return [(one, max(0, self.is_on * self._find_most(one))) for one in sequences]
 
+    def _is_worth_waiting(self, lens, *_):
+        """Always."""
+        return bool(lens)
+
+
+def do_as_cards_do() -> None:
+    """Overlap steps, and run drafts as sequences."""
+    apply = BatchState.apply
+
+    def apply_spread(state: BatchState, batch: Batch, num_padded_seqs: int = 0) -> StepInputs:
+        state.reserve(256, 64)
+        return apply(state, batch.spread_drafts(), num_padded_seqs)
+
+    BatchState.apply = apply_spread
+    CpuDevice.max_in_flight = 2
+
 
 def main() -> None:
     """Answer and write."""
     model_path, in_path, out_path = sys.argv[1:]
     job = json.loads(Path(in_path).read_text())
+    if job["as_on_cards"]:
+        do_as_cards_do()
     params = []
     for fields in job["params"]:
         bias = {int(token): value for token, value in fields.pop("logit_bias", {}).items()}

@@ -18,8 +18,13 @@ pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.skipif(load_layer_ops() is None, reason="without compiled kernels there are none")
-@pytest.mark.parametrize(("num_ranks", "low_bit"), [(1, "bf16"), (2, "sym_int4")])
-def test_drafts_change_no_number(num_ranks: int, low_bit: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "low_bit", "as_on_cards"),
+    [(1, "bf16", False), (2, "sym_int4", False), (2, "bf16", True)],
+)
+def test_drafts_change_no_number(
+    num_ranks: int, low_bit: str, as_on_cards: bool, tmp_path: Path
+) -> None:
     """Greedy and drawn from all, from a top_k and a top_p; small blocks that run out."""
     rng = random.Random(4)
     sample = json.loads((DEMO / "recall_sample.json").read_text())["random"]
@@ -39,7 +44,7 @@ def test_drafts_change_no_number(num_ranks: int, low_bit: str, tmp_path: Path) -
         prompts.append(f"{text}\n\n{asked}")
         params.append({"max_tokens": 40, "seed": number, **kinds[number % len(kinds)]})
     settings = {"low_bit": low_bit, "max_num_batched_tokens": 256, "max_num_seqs": 6}
-    job = {"prompts": prompts, "params": params, "settings": settings}
+    job = {"prompts": prompts, "params": params, "settings": settings, "as_on_cards": as_on_cards}
     plain, drafted, (num_drafts, num_accepted) = run_program(
         "drafts_program", num_ranks, DEMO, job, tmp_path
     )

@@ -67,7 +67,7 @@ def watched(tmp_path):
             time.sleep(0.001)
             return model(torch.zeros(1, 4))
 
-    state = SimpleNamespace(apply=lambda batch, padded_size: batch)
+    state = SimpleNamespace(apply=lambda batch, padded_size: batch, is_host=True)
     runner = ModelRunner(SlowForward(), lambda logits, batch: StepLogits(logits), state, times)
     device = CpuDevice(0)
     profiler = StepProfiler(tmp_path / "made", 1, device, runner, None)
