@@ -156,6 +156,7 @@ class SampleInput:
         num_prompt_tokens: how many of them are the prompt.
         banned: tokens that must not be chosen now.
         allowed: the only tokens that may be chosen, as `Guide.allowed` packs them; None: all.
+        drafts: guesses between `token_ids` and this token, given where penalties ask for it.
     """
 
     params: SamplingParams
@@ -165,6 +166,7 @@ class SampleInput:
     num_prompt_tokens: int = 0
     banned: tuple[int, ...] = ()
     allowed: bytes | None = None
+    drafts: tuple[int, ...] = ()
 
     @property
     def is_plain(self) -> bool:

@@ -262,7 +262,9 @@ class FakeRunner:
                 if tokens and tokens[-1] != context[-1]:
                     break  # the draft is refused
                 if sample.params.has_penalties:
-                    assert list(sample.token_ids) == context, "penalties see other tokens"
+                    assert [*sample.token_ids, *sample.drafts] == context, (
+                        "penalties see other tokens"
+                    )
                 marker = self._markers[index]
                 seen_by_model = [marker, *context] if marker else context
                 token = obey(self.next_token(seen_by_model, sample), sample)

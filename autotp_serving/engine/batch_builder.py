@@ -96,7 +96,9 @@ def build_step(
         elif end == sequence.num_tokens + sequence.num_pending_tokens:
             if sequence.params.max_tokens:
                 batch.sampled.append(index)
-                step.samples += map(sequence.make_sample, range(1 + len(guesses)))
+                step.samples += [
+                    sequence.make_sample(guesses[:count]) for count in range(1 + len(guesses))
+                ]
                 num_top += [0 if sequence.guide else sequence.params.num_top_logits] * (
                     1 + len(guesses)
                 )

@@ -47,6 +47,9 @@ FIRST_COST = 0.5
 that only one is tried."""
 
 
+MAX_FORCED = 16
+"""Most tokens that must come, as a structured output says, and run ahead in one step."""
+
 TRIAL = -1
 """For a number of drafts: one, if no sequence was tried in MIN_INTERVAL steps."""
 
@@ -61,10 +64,12 @@ class DraftHistory:
         index: where drafts are looked up; None before the first time.
         num_steps_without: steps since it had drafts.
         interval: after how many it is to have one.
+        forced: tokens that must come next.
     """
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
+        self.forced: list[int] = []
         self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
 
@@ -167,7 +172,7 @@ class Drafter:
             if is_trial and self._num_until_trial > 0:
                 continue
             wanted = min(abs(wanted), num_left)
-            found = self.look_up(sequence, wanted) if wanted else []
+            found = self._find_drafts(sequence, wanted) if wanted else []
             if found and has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
                 drafts[sequence] = found
@@ -182,7 +187,10 @@ class Drafter:
         self.num_drafts += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
-        _history_of(sequence).add(num_drafts, num_accepted)
+        history = _history_of(sequence)
+        if history.forced:  # they tell nothing
+            return
+        history.add(num_drafts, num_accepted)
         self._accepted = 0.98 * self._accepted + 0.02 * num_accepted
         self._refused = 0.98 * self._refused + 0.02 * (num_accepted < num_drafts)
 
@@ -211,7 +219,9 @@ class Drafter:
                 continue
             history = _history_of(sequence)
             chance = acceptance = history.acceptance
-            if acceptance > worth_it:
+            if history.forced:
+                prospects += [(1.0, -place, sequence)] * len(history.forced)
+            elif acceptance > worth_it:
                 for _ in range(most):
                     prospects.append((chance, -place, sequence))
                     chance *= acceptance
@@ -228,15 +238,24 @@ class Drafter:
         return lens.items()
 
     def _find_most(self, sequence: Sequence) -> int:
-        """Most drafts that can be verified and used, of the sequence as it is now.
+        """Most drafts that the sequence can use now; finds tokens that must come."""
+        left = sequence.params.max_tokens - sequence.num_output_tokens - 1
+        if sequence.guide is not None:
+            forced = sequence.guide.look_ahead([], min(left, MAX_FORCED))
+            _history_of(sequence).forced = forced
+            if forced:
+                return len(forced)
+        return min(self._max_drafts, left)
 
-        A choice that depends on the tokens before it, as with penalties and structured output,
-        would need what the sampler keeps of them to be taken back.
-        """
-        params = sequence.params
-        if sequence.guide is not None or params.has_penalties:
-            return 0
-        return min(self._max_drafts, params.max_tokens - sequence.num_output_tokens - 1)
+    def _find_drafts(self, sequence: Sequence, count: int) -> list[int]:
+        """Up to so many, with which a structured output can go on."""
+        forced = _history_of(sequence).forced
+        if forced:
+            return forced[:count]
+        guesses = self.look_up(sequence, count)
+        if sequence.guide is None or not guesses:
+            return guesses
+        return sequence.guide.look_ahead(guesses, count)
 
 
 def _history_of(sequence: Sequence) -> DraftHistory:

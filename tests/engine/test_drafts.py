@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 
 from autotp_serving.batch import INVALID_TOKEN, SampleInput
+from autotp_serving.engine import grammar_guide
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.ngram_index import MAX_INDEXED_LEN, NGRAM_LEN, NgramIndex
 from autotp_serving.engine.sequence import Sequence
+from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
 from autotp_serving.request import Request, SamplingParams
+from autotp_serving.structured_output import Grammar, StructuredOutput
 from tests.engine.test_engine import Bench
 from tests.fakes import ByteTokenizer, FakeRunner, letters, obey
 from tests.head.test_remote_runner import Ranks
@@ -23,6 +28,22 @@ def max_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the folder's: one step in flight, and drafts."""
     monkeypatch.setattr(FakeRunner, "max_in_flight", 1)
     monkeypatch.setattr(FakeRunner, "can_draft", True)
+
+
+@pytest.fixture(scope="module")
+def grammars() -> list[Grammar | None]:
+    """What a completion may have to follow; mostly nothing."""
+    properties = {"a_long_name": {"enum": ["yes", "no"]}, "another_one": {"type": "string"}}
+    sources = {
+        "regex": "[abc]{3,9}(xyz|yy){1,9}q?", "choice": '["an answer", "an end", "another"]',
+        "json_schema": json.dumps(
+            {"type": "object", "properties": properties, "required": [*properties]}
+        ),
+    }  # fmt: skip
+    compiler = GrammarCompiler(ByteTokenizer())
+    held = [compiler.submit(StructuredOutput(*one)).result(60) for one in sources.items()]
+    budget = ThinkingBudget(7, BudgetTags(ByteTokenizer(), "think"), has_begun=True)
+    return [None, None, None, *held, budget]
 
 
 def model(context: list[int], sample: SampleInput) -> int:
@@ -46,14 +67,16 @@ class RandomDrafter(Drafter):
 
     def _guess(self, sequence: Sequence, count: int) -> list[int]:
         context = list(sequence.token_ids)
-        for num_ahead in range(count):
-            sample = sequence.make_sample(num_ahead)
+        if sequence.guide is not None:  # which knows better
+            return self._draw.choices(b'abcxyz"', k=count)
+        for _ in range(count):
+            sample = sequence.make_sample(context[sequence.num_tokens :])
             token = obey(model(context, sample), sample)
             context.append(self._draw.choice((token, token, token, 98)) if token >= 0 else 99)
         return context[sequence.num_tokens :]
 
 
-def submit_some(bench: Bench, seed: int) -> list[str]:
+def submit_some(bench: Bench, seed: int, grammars: list[Grammar | None]) -> list[str]:
     """Requests of all kinds; returns their names."""
     rng = random.Random(seed)
     for number in range(14):
@@ -66,7 +89,8 @@ def submit_some(bench: Bench, seed: int) -> list[str]:
         }  # fmt: skip
         chosen = {name: kinds[name] for name in rng.sample(sorted(kinds), rng.randint(0, 4))}
         prompt = "a beginning that some share 1234"[: rng.choice((3, 32))] + "x" * rng.randint(1, 9)
-        bench.submit(f"{number}", prompt, max_tokens=max_tokens, **chosen)
+        grammar = rng.choice(grammars)
+        bench.submit(f"{number}", prompt, grammar=grammar, max_tokens=max_tokens, **chosen)
     return [f"{number}" for number in range(14)]
 
 
@@ -80,13 +104,17 @@ def collect(bench: Bench, name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_clients_see_the_same_with_drafts_and_without(seed: int) -> None:
-    """With preemption, shared prefixes, chunks, stop strings, and clients that leave."""
+def test_clients_see_the_same_with_drafts_and_without(
+    seed: int, grammars: list[Grammar | None]
+) -> None:
+    """With preemption, shared prefixes, chunks, stop strings, structured output, penalties, and
+    clients that leave.
+    """
     rng = random.Random(seed)
     num_blocks, max_num_seqs = rng.randint(21, 30), rng.randint(1, 6)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": rng.choice((6, 16, 64))}
     plain = Bench(FakeRunner(64, 4, next_token=model), speculative_tokens=0, **limits)
-    names = submit_some(plain, seed)
+    names = submit_some(plain, seed, grammars)
     plain.run()
     groups = Ranks() if seed % 4 == 0 else None  # the head's way to the ranks
     runner: Any = FakeRunner(num_blocks, 4, next_token=model)
@@ -95,7 +123,7 @@ def test_clients_see_the_same_with_drafts_and_without(seed: int) -> None:
         groups.runner.next_token, runner = model, groups.remote
     bench = Bench(runner, **limits)
     drafter = bench.engine.scheduler.drafter = RandomDrafter(seed)
-    assert submit_some(bench, seed) == names
+    assert submit_some(bench, seed, grammars) == names
     gone = set()
     while bench.engine.has_work:
         bench.engine.step()
@@ -118,12 +146,7 @@ def test_clients_see_the_same_with_drafts_and_without(seed: int) -> None:
         assert not groups.mistakes
 
 
-def test_none_where_the_choice_depends_on_the_tokens_before_or_the_ranks_cannot() -> None:
-    bench = Bench(speculative_tokens=4)
-    bench.engine.scheduler.drafter = RandomDrafter(0)
-    bench.submit("a", max_tokens=20, repetition_penalty=1.1)
-    bench.run()
-    assert not bench.engine.stats().num_drafts
+def test_none_where_the_ranks_cannot() -> None:
     for name, value in (("max_in_flight", 2), ("can_draft", False)):
         runner = FakeRunner()
         setattr(runner, name, value)
@@ -174,6 +197,25 @@ def test_no_load_is_slower_and_drafts_that_pay_are_made(
             drafter.add_step(step, time * rng.uniform(0.95, 1.05))
             seconds, num_tokens, num_steps = seconds + time, num_tokens + num_seqs, num_steps + 1
     assert num_tokens / seconds / num_seqs >= least
+
+
+def test_tokens_that_must_come_take_few_steps(
+    grammars: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and punctuation of JSON, whatever the model would rather say; steps take 2 ms."""
+    monkeypatch.setattr(grammar_guide, "SLOW_SECONDS", 1e9)  # on a busy machine all is slow
+    grammars[5].is_slow = False
+    bench = Bench(FakeRunner(next_token=lambda context, _: ord('"'), delay=0.002))
+    bench.submit("a", prompt="short", max_tokens=3, ignore_eos=True)  # steps are measured
+    bench.run()
+    bench.submit("b", grammar=grammars[5], max_tokens=99)
+    before = bench.engine.stats().num_steps
+    bench.run()
+    assert json.loads(bench.text("b"))["another_one"] == ""
+    stats = bench.engine.stats()
+    num_steps = stats.num_steps - before
+    assert len(bench.tokens("b")) > 30 and num_steps < 15
+    assert stats.num_accepted_tokens == stats.num_draft_tokens
 
 
 def test_look_up_finds_the_latest_place_of_the_last_tokens() -> None:
