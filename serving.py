@@ -388,6 +388,8 @@ def build_server(
     tokenizer = HuggingFaceTokenizer(
         Path(config.model_path), trust_remote_code=config.trust_remote_code, num_rows=vocab_size
     )
+    if config.draft_model is not None:
+        tokenizer.check_draft(Path(config.draft_model), config.trust_remote_code)
     sandbox = Sandbox(tokenizer)
     sandbox.start()
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from autotp_serving.engine.batch_builder import Step
+from autotp_serving.engine.model_drafts import ModelDrafts, Reading
 from autotp_serving.engine.ngram_index import NgramIndex
 from autotp_serving.engine.sequence import Sequence
 
@@ -65,11 +66,13 @@ class DraftHistory:
         num_steps_without: steps since it had drafts.
         interval: after how many it is to have one.
         forced: tokens that must come next.
+        reading: what a draft model has of it.
     """
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
         self.forced: list[int] = []
+        self.reading = Reading()
         self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
 
@@ -137,9 +140,15 @@ class Drafter:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.look_up: Callable[[Sequence, int], list[int]] = _look_up
         self._max_drafts = max_drafts
+        self._model: ModelDrafts | None = None
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
         self._num_steps_with = self._num_until_trial = 0
+
+    def use_model(self, model: ModelDrafts) -> None:
+        """Have a model guess from now on, in place of looking up."""
+        self._model = model
+        self.look_up = model.look_up
 
     def propose(
         self,
@@ -158,6 +167,8 @@ class Drafter:
         """
         if not self._max_drafts:
             return {}
+        if self._model is not None:
+            self._model.has_caught_up = False
         new = [sequence for sequence in sequences if sequence.drafts is None]
         for sequence in new:
             sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
@@ -166,19 +177,25 @@ class Drafter:
             self._num_steps_with = 0
             return {}
         self._num_until_trial -= 1
+        lens = list(self._choose_lens(sequences, *costs))
+        if self._model is not None:
+            self._model.prepare(self._list_guessed(lens, num_left), has_room)
+        num_trials = 0
         drafts: dict[Sequence, list[int]] = {}
-        for sequence, wanted in self._choose_lens(sequences, *costs):
+        for sequence, wanted in lens:
             is_trial = wanted == TRIAL
-            if is_trial and self._num_until_trial > 0:
+            # A model guesses for several in the time that it takes for one.
+            if is_trial and (self._num_until_trial > 0 or (num_trials and not self._model)):
                 continue
             wanted = min(abs(wanted), num_left)
             found = self._find_drafts(sequence, wanted) if wanted else []
             if found and has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
                 drafts[sequence] = found
-                if is_trial:
-                    self._num_until_trial = MIN_INTERVAL
+                num_trials += is_trial
                 num_left -= len(found)
+        if num_trials:
+            self._num_until_trial = MIN_INTERVAL
         self._num_steps_with = self._num_steps_with + 1 if drafts else 0
         return drafts
 
@@ -199,7 +216,8 @@ class Drafter:
         if not self._max_drafts:
             return
         num_seqs, num_drafts = len(step.sampled), sum(step.batch.num_drafts)
-        if step.num_tokens == num_seqs + num_drafts:
+        is_typical = self._model is None or not self._model.has_caught_up
+        if is_typical and step.num_tokens == num_seqs + num_drafts:
             self._costs.add(num_seqs, num_drafts, seconds)
 
     def _choose_lens(
@@ -246,6 +264,20 @@ class Drafter:
             if forced:
                 return len(forced)
         return min(self._max_drafts, left)
+
+    def _list_guessed(
+        self, lens: list[tuple[Sequence, int]], num_left: int
+    ) -> list[tuple[Sequence, int]]:
+        """Who is to have guesses of a model, and how many."""
+        found = []
+        for sequence, wanted in lens:
+            if _history_of(sequence).forced or (wanted == TRIAL and self._num_until_trial > 0):
+                continue
+            count = min(abs(wanted), num_left)
+            num_left -= count
+            if count:
+                found.append((sequence, count))
+        return found
 
     def _find_drafts(self, sequence: Sequence, count: int) -> list[int]:
         """Up to so many, with which a structured output can go on."""

@@ -133,6 +133,23 @@ class HuggingFaceTokenizer:
             [json.loads(self._inner.to_str())[part] for part in ("decoder", "pre_tokenizer")]
         )
 
+    def check_draft(self, folder: Path, trust_remote_code: bool) -> None:
+        """See that --draft-model has the same tokens.
+
+        Raises:
+            ConfigError: it has others, or none that can be loaded.
+        """
+        try:
+            check_model_folder(folder)
+            other = load_tokenizer(folder, trust_remote_code).inner
+        except ConfigError as error:
+            raise ConfigError(f"--draft-model {folder}: {error}") from error
+        if other.get_vocab(with_added_tokens=True) != self._inner.get_vocab(with_added_tokens=True):
+            raise ConfigError(
+                f"--draft-model {folder}: its tokenizer has other tokens than the model's: name a "
+                "model of the same family"
+            )
+
     def _find_template(self) -> tuple[ChatTemplate | None, frozenset[str]]:
         """The chat template, if transformers renders it, and names that no option may have.
 

@@ -13,6 +13,7 @@ from autotp_serving.batch import INVALID_TOKEN, SampleInput
 from autotp_serving.engine import grammar_guide
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
+from autotp_serving.engine.model_drafts import ModelDrafts
 from autotp_serving.engine.ngram_index import MAX_INDEXED_LEN, NGRAM_LEN, NgramIndex
 from autotp_serving.engine.sequence import Sequence
 from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
@@ -123,6 +124,8 @@ def test_clients_see_the_same_with_drafts_and_without(
         groups.runner.next_token, runner = model, groups.remote
     bench = Bench(runner, **limits)
     drafter = bench.engine.scheduler.drafter = RandomDrafter(seed)
+    if seed % 3 == 1:
+        drafter.use_model(ModelDrafts(bench.engine._draft, max_tokens=24))
     assert submit_some(bench, seed, grammars) == names
     gone = set()
     while bench.engine.has_work:
