@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -15,6 +15,9 @@ SLOW_SECONDS = 0.001
 
 MAX_TOO_SLOW_SECONDS = 2.0
 """A completion ends whose next tokens take longer to tell."""
+
+MAX_AHEAD = 16
+"""Tokens that must come and are found along with the next, where telling takes long."""
 
 TOO_COMPLEX = (
     "the structured output became too complex to follow in this completion: make it simpler"
@@ -108,17 +111,31 @@ class MatcherGuide:
 
     def look_ahead(self, guesses: Sequence[int], limit: int) -> list[int]:
         """See Guide. What a look into what may never come costs or breaks is not held against the
-        completion: it only looks ahead no more.
+        completion: it only looks ahead no more. A slow one has looked when it told the next tokens,
+        and at no guesses.
+        """
+        if self.error is not None or not self._can_look_ahead:
+            return []
+        if self._mask is None and not self._grammar.is_slow:
+            self._look(self.allowed(), guesses, limit, self._compute_in_time)
+        return [token for token, _ in self._ahead[:limit]]
+
+    def _look(
+        self, mask: bytes, guesses: Sequence[int], limit: int, compute: Callable[[], bytes]
+    ) -> None:
+        """Find up to so many tokens that may follow, and the masks behind them.
+
+        Args:
+            mask: of the next token.
+            compute: tells further ones.
         """
         known, self._ahead = self._ahead, []
-        if self._mask is not None or self.error is not None or not self._can_look_ahead:
-            return []
-        left = deque(guesses)
-        mask = self.allowed()
         if self._matcher.is_error():
-            return []
+            return
+        left = deque(guesses)
+        was_slow = self._grammar.is_slow
         num_consumed = 0
-        while len(self._ahead) < limit and not self._grammar.is_slow:
+        while len(self._ahead) < limit and self._grammar.is_slow == was_slow:
             token = find_only_token(mask)
             if token is None:
                 if not left or not allows(mask, left[0]):
@@ -133,18 +150,16 @@ class MatcherGuide:
                 mask = known.pop(0)[1]
             else:
                 known.clear()
-                mask = self._compute_in_time()
+                mask = compute()
             self._ahead.append((token, mask))
         if num_consumed and (self._matcher.is_error() or not self._matcher.rollback(num_consumed)):
-            return self._give_up_looking()
-        return [token for token, _ in self._ahead]
+            self._give_up_looking()
 
-    def _give_up_looking(self) -> list[int]:
+    def _give_up_looking(self) -> None:
         """Go back to what was accepted, by the way that it came."""
         self._can_look_ahead, self._ahead = False, []
         self._matcher = self._grammar.copy_matcher()
         self._matcher.consume_tokens(self._accepted)
-        return []
 
     def accept(self, token_id: int) -> bool:
         """See Guide."""
@@ -161,7 +176,7 @@ class MatcherGuide:
         is_complete: bool = self._matcher.is_stopped()
         is_over = is_complete or self.error is not None
         if self._grammar.is_slow and self._here is None and not is_over:
-            self._mask = self._grammar.slow_pool.submit(0, self._compute)
+            self._mask = self._grammar.slow_pool.submit(0, self._compute_elsewhere)
         return is_complete
 
     def _compute_in_time(self) -> bytes:
@@ -170,6 +185,13 @@ class MatcherGuide:
         mask = self._compute()
         if time.thread_time() - started > SLOW_SECONDS:
             self._grammar.is_slow = True
+        return mask
+
+    def _compute_elsewhere(self) -> bytes:
+        """The next tokens, in another thread, and behind them those that must come."""
+        mask = self._compute()
+        if self._can_look_ahead:
+            self._look(mask, (), MAX_AHEAD, self._compute)
         return mask
 
     def _compute(self) -> bytes:
