@@ -3,7 +3,8 @@
 Speculative decoding after Leviathan et al. 2023, with guesses that cost nothing to make. A step
 verifies a sequence's drafts beside each other and keeps those that it would have chosen anyway, so
 text does not depend on them; what they cost is a wider step. So a draft runs where the tokens that
-it is expected to bring are worth that, by what was measured of both.
+it is expected to bring are worth that, by what was measured of both. Past 250 lines, since what is
+measured and what is chosen by it are read together.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ MAX_FORCED = 16
 
 TRIAL = -1
 """For a number of drafts: one, if no sequence was tried in MIN_INTERVAL steps."""
+
+TRIAL_SHARE = 0.02
+"""Of all time, for trials of a draft model, which may have much to read for one."""
+
+MAX_DEBT = 100.0
+"""Steps that trials may have taken in advance."""
 
 
 class DraftHistory:
@@ -144,6 +151,7 @@ class Drafter:
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
         self._num_steps_with = self._num_until_trial = 0
+        self._has_trials, self._trial_seconds, self._read_seconds = False, 0.0, 0.0
 
     def use_model(self, model: ModelDrafts) -> None:
         """Have a model guess from now on, in place of looking up."""
@@ -168,7 +176,7 @@ class Drafter:
         if not self._max_drafts:
             return {}
         if self._model is not None:
-            self._model.has_caught_up = False
+            self._model.has_caught_up = self._has_trials = False
         new = [sequence for sequence in sequences if sequence.drafts is None]
         for sequence in new:
             sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
@@ -179,13 +187,13 @@ class Drafter:
         self._num_until_trial -= 1
         lens = list(self._choose_lens(sequences, *costs))
         if self._model is not None:
+            self._trial_seconds += TRIAL_SHARE * costs[0]
             self._model.prepare(self._list_guessed(lens, num_left), has_room)
         num_trials = 0
         drafts: dict[Sequence, list[int]] = {}
         for sequence, wanted in lens:
             is_trial = wanted == TRIAL
-            # A model guesses for several in the time that it takes for one.
-            if is_trial and (self._num_until_trial > 0 or (num_trials and not self._model)):
+            if is_trial and self._model is None and (num_trials or self._num_until_trial > 0):
                 continue
             wanted = min(abs(wanted), num_left)
             found = self._find_drafts(sequence, wanted) if wanted else []
@@ -216,8 +224,11 @@ class Drafter:
         if not self._max_drafts:
             return
         num_seqs, num_drafts = len(step.sampled), sum(step.batch.num_drafts)
+        is_decode = step.num_tokens == num_seqs + num_drafts
+        if self._model is not None and self._has_trials and is_decode:
+            self._pay_for_trials(self._model, num_seqs, seconds)
         is_typical = self._model is None or not self._model.has_caught_up
-        if is_typical and step.num_tokens == num_seqs + num_drafts:
+        if is_typical and is_decode:
             self._costs.add(num_seqs, num_drafts, seconds)
 
     def _choose_lens(
@@ -268,16 +279,36 @@ class Drafter:
     def _list_guessed(
         self, lens: list[tuple[Sequence, int]], num_left: int
     ) -> list[tuple[Sequence, int]]:
-        """Who is to have guesses of a model, and how many."""
+        """Who is to have guesses of a model, and how many: trials as far as there is time for them.
+
+        They are made together, as a model guesses for several in the time that it takes for one.
+        """
         found = []
+        self._has_trials, seconds = False, self._trial_seconds
         for sequence, wanted in lens:
-            if _history_of(sequence).forced or (wanted == TRIAL and self._num_until_trial > 0):
+            history = _history_of(sequence)
+            if history.forced:
                 continue
+            if wanted == TRIAL:
+                num_unread = sequence.num_tokens - history.reading.num_read
+                seconds -= num_unread * self._read_seconds
+                if seconds < 0:
+                    continue
+                self._has_trials = True
             count = min(abs(wanted), num_left)
             num_left -= count
             if count:
                 found.append((sequence, count))
         return found
+
+    def _pay_for_trials(self, model: ModelDrafts, num_seqs: int, seconds: float) -> None:
+        """Take what a step with trials lasted longer off the time that there is for them."""
+        plain, _ = self._costs.find(num_seqs) or (seconds, 0.0)
+        spent = max(0.0, seconds - plain)
+        self._trial_seconds = max(self._trial_seconds - spent, -MAX_DEBT * plain)
+        price = spent / max(1, model.num_read)
+        # More is taken for a pause of the machine.
+        self._read_seconds = min(price, LARGEST_GROWTH * (self._read_seconds or price))
 
     def _find_drafts(self, sequence: Sequence, count: int) -> list[int]:
         """Up to so many, with which a structured output can go on."""

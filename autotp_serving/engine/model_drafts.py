@@ -59,10 +59,12 @@ class ModelDrafts:
 
     Attributes:
         has_caught_up: it read more, the last time, than what came in a step before.
+        num_read: tokens that it read then, its own guesses not counted.
     """
 
     def __init__(self, draft: Draft, max_tokens: int) -> None:
         self.has_caught_up = False
+        self.num_read = 0
         self._draft = draft
         self._max_tokens = max_tokens
         self._guesses: dict[Sequence, list[int]] = {}
@@ -74,7 +76,7 @@ class ModelDrafts:
 
         Those of which there is much to read have that done part by part, and guesses later.
         """
-        self._guesses = {}
+        self._guesses, self.num_read = {}, 0
         batch = Batch([], [], [], [], [])
         asked: list[tuple[Sequence, Reading]] = []
         drafts: list[DraftInput] = []
@@ -89,6 +91,7 @@ class ModelDrafts:
             token_ids = sequence.token_ids[start : start + num_left]
             num_left -= len(token_ids)
             self.has_caught_up |= len(token_ids) > MAX_NEW
+            self.num_read += len(token_ids)
             index = len(batch.rows)
             batch.rows.append(sequence.row)
             batch.starts.append(start)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autotp_serving.batch import INVALID_TOKEN, SampleInput
+from autotp_serving.batch import INVALID_TOKEN, Batch, DraftInput, SampleInput
 from autotp_serving.engine import grammar_guide
 from autotp_serving.engine.drafts import Drafter
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
@@ -224,6 +224,52 @@ def test_tokens_that_must_come_take_few_steps(
     num_steps = stats.num_steps - before
     assert len(bench.tokens("b")) > 30 and num_steps < 15
     assert stats.num_accepted_tokens == stats.num_draft_tokens
+
+
+@pytest.mark.parametrize(("pass_cost", "acceptance", "least"), [
+    (1.0, 1.0, 0.97), (1.0, 0.0, 0.97), (0.3, 0.0, 0.97), (0.1, 0.9, 1.7), (0.5, 0.9, 0.97),
+])  # fmt: skip
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_a_draft_model_runs_where_its_passes_pay(
+    num_seqs: int, pass_cost: float, acceptance: float, least: float
+) -> None:
+    """A pass of it takes `pass_cost` of a step, however many sequences guess in it."""
+    rng = random.Random(3)
+    spent = 0.0
+
+    def draft(batch: Batch, drafts: list[DraftInput]) -> list[list[int]]:
+        nonlocal spent
+        num_passes = max([1, *(len(one.uniforms) for one in drafts)])
+        spent += pass_cost * (num_passes + 0.05 * (len(batch.token_ids) - len(batch.rows)))
+        return [[0] * len(one.uniforms) for one in drafts]
+
+    drafter = Drafter(4)
+    drafter.use_model(ModelDrafts(draft, 512))
+    seconds = num_tokens = 0.0
+    for _ in range(3):
+        params = SamplingParams(max_tokens=10**6)
+        requests = [Request(f"{n}", (1,) * 30, params, 0.0) for n in range(num_seqs)]
+        sequences = [Sequence(request, n) for n, request in enumerate(requests)]
+        for _ in range(250):
+            spent = 0.0
+            drafts = drafter.propose(sequences, 256, lambda *_: True)
+            for sequence in sequences:
+                tokens = drafts.get(sequence, [])
+                hits = [rng.random() < acceptance for _ in tokens]
+                num_accepted = [*hits, False].index(False)
+                sequence.token_ids += [*tokens[:num_accepted], 1]
+                num_tokens += num_accepted + 1
+                if tokens:
+                    drafter.add_outcome(sequence, len(tokens), num_accepted)
+            num_drafts = sum(map(len, drafts.values()))
+            time = 1.0 + spent + 0.1 * num_drafts / num_seqs
+            step: Any = SimpleNamespace(
+                sampled=sequences, batch=SimpleNamespace(num_drafts=[num_drafts]),
+                num_tokens=num_seqs + num_drafts,
+            )  # fmt: skip
+            drafter.add_step(step, time * rng.uniform(0.95, 1.05))
+            seconds += time
+    assert num_tokens / seconds / num_seqs >= least
 
 
 def test_look_up_finds_the_latest_place_of_the_last_tokens() -> None:
