@@ -430,6 +430,8 @@ def build_server(
         num_rows=vocab_size,
         loaded=loaded,
     )
+    if config.draft_model is not None:
+        tokenizer.check_draft(Path(config.draft_model), config.trust_remote_code)
     sandbox = Sandbox(tokenizer)
     sandbox.start()
 

@@ -180,6 +180,7 @@ class SampleInput:
         num_prompt_tokens: how many of them are the prompt.
         banned: tokens that must not be chosen now.
         allowed: the only tokens that may be chosen, as `Guide.allowed` packs them; None: all.
+        drafts: guesses between `token_ids` and this token, given where penalties ask for it.
     """
 
     params: SamplingParams
@@ -189,11 +190,29 @@ class SampleInput:
     num_prompt_tokens: int = 0
     banned: tuple[int, ...] = ()
     allowed: bytes | None = None
+    drafts: tuple[int, ...] = ()
 
     @property
     def is_plain(self) -> bool:
         """True when the row's largest logit is its token."""
         return self.params.is_plain and self.allowed is None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInput:
+    """How the draft model is to guess tokens of one sequence.
+
+    Attributes:
+        uniforms: [num_drafts], the numbers with which the model itself will choose there: drawn
+            alike, two distributions that are near each other mostly give the same token.
+        temperature, top_k, top_p, min_p: see SamplingParams.
+    """
+
+    uniforms: tuple[float, ...]
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +323,20 @@ class Runner(Protocol):
 
     def collect(self) -> StepResult:
         """Wait for the oldest step in flight."""
+        ...
+
+    def draft(self, batch: Batch, drafts: Sequence[DraftInput]) -> list[list[int]]:
+        """Have the draft model read tokens and guess those after them, on all ranks, before the
+        next step.
+
+        Args:
+            batch: tokens that it has not read, of each sequence in the blocks of its table; the
+                `sampled` ones with all of theirs.
+            drafts: one for each of the batch's `sampled`.
+
+        Returns:
+            Up to as many tokens of each as were asked for.
+        """
         ...
 
     def transfer(self, transfer: BlockTransfer) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from autotp_serving.structured_output import ReasoningFormat, ToolFormat
@@ -385,6 +385,13 @@ class ServingConfig:
         parse=int,
         unit="TOKENS",
     )
+    draft_model: str | None = setting(
+        None,
+        "folder of a smaller model with the same tokenizer, which guesses those tokens instead; "
+        "it is sharded, converted (--low-bit) and cached as the model is; default: none",
+        parse=str,
+        unit="FOLDER",
+    )
     otlp_traces_endpoint: str | None = setting(
         None,
         "where OpenTelemetry traces of requests are sent by OTLP, as "
@@ -487,6 +494,11 @@ class ServingConfig:
                 f"--speculative-tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not "
                 f"{self.speculative_tokens}"
             )
+        if self.draft_model is not None and (self.pools or self.speculative_tokens == 0):
+            raise ConfigError(
+                "--draft-model is for models that generate, with --speculative-tokens above 0: "
+                "leave it out"
+            )
         if self.max_restarts < 0:
             raise ConfigError(f"--max-restarts must be 0 or more, not {self.max_restarts}")
         if not 0.0 < self.recovery_timeout < float("inf"):
@@ -570,6 +582,14 @@ class ServingConfig:
         """Whether LoRA adapters may be loaded."""
         return self.enable_lora or bool(self.lora_modules)
 
+    def of_draft(self, max_model_len: int) -> ServingConfig:
+        """The settings under which --draft-model is loaded, for sequences of that length."""
+        assert self.draft_model is not None
+        return replace(
+            self, model_path=self.draft_model, draft_model=None, max_model_len=max_model_len,
+            enable_lora=False, lora_modules=(),
+        )  # fmt: skip
+
     @property
     def pools(self) -> bool:
         """True for models whose hidden states are pooled in place of completions."""
@@ -585,7 +605,8 @@ class ServingConfig:
         """Most tokens of a sequence that are guessed ahead, if its model allows it."""
         if self.speculative_tokens is not None:
             return self.speculative_tokens
-        return 0 if self.load_format == "dummy" else DEFAULT_NUM_DRAFTS
+        is_off = self.load_format == "dummy" and self.draft_model is None
+        return 0 if is_off else DEFAULT_NUM_DRAFTS
 
     @property
     def max_decode_rows(self) -> int:

@@ -91,6 +91,8 @@ class LLM:
             trust_remote_code=config.trust_remote_code,
             num_rows=worker.vocab_size,
         )
+        if config.draft_model is not None:
+            self.tokenizer.check_draft(Path(config.draft_model), config.trust_remote_code)
         self._max_queue_len = config.max_queue_len
         self._engine = Engine(
             worker.lead,

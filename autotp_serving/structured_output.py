@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -98,10 +99,19 @@ class Guide(Protocol):
         """Return once it is ready, or when the time is over."""
         ...
 
-    def allowed(self) -> bytes | None:
+    def allowed(self, num_ahead: int = 0) -> bytes | None:
         """Tokens that may come next, as packed bits: bit t % 32 of native 32-bit word t // 32.
 
         None where any may.
+
+        Args:
+            num_ahead: so many of the tokens that `look_ahead` returned come before.
+        """
+        ...
+
+    def look_ahead(self, guesses: Sequence[int], limit: int) -> list[int]:
+        """Up to so many tokens that may come after each other: all that must come, and guesses as
+        far as they may. None that would complete it. Where telling takes long there are none.
         """
         ...
 

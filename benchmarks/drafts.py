@@ -6,11 +6,13 @@
         --acceptance 0 0.4 0.8 --streams 1
 
 With --entries a prompt is three entries of that file and the question of one of them: the answer
-stands in the prompt, and drafts are looked up there. With --acceptance prompts are random tokens,
-and drafts are scripted: each is the right token with that chance, whatever the model. How many
-drafts run is up to the server in both. Every flag of serving.py works too. Each line is a pair of
-runs' median and all pairs' ratios; the last line is JSON. Drafts must change no answer on a CPU;
-on cards, where rounding depends on how many tokens a step has, it says how many are the same.
+stands in the prompt, and drafts are looked up there. With --schema answers are held to a JSON
+schema, whose names and punctuation need no guessing. With --draft-model that guesses. With
+--acceptance prompts are random tokens, and drafts are scripted: each is the right token with that
+chance, whatever the model. How many drafts run is up to the server in all. Every flag of serving.py
+works too. Each line is a pair of runs' median and all pairs' ratios; the last line is JSON. Drafts
+must change no answer on a CPU; on cards, where rounding depends on how many tokens a step has, it
+says how many are the same.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from autotp_serving import LLM, SamplingParams
 from autotp_serving.config import DEFAULT_NUM_DRAFTS, ConfigError
 from autotp_serving.distributed.launch import GroupFailure, LaunchError, is_first_rank
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.model_drafts import ModelDrafts
 from autotp_serving.engine.sequence import Sequence as RunningSequence
 from autotp_serving.request import RequestError
+from autotp_serving.structured_output import StructuredOutput
 from benchmarks.offline import (
     add_flag,
     make_prompt,
@@ -55,8 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add_flag(parser, "entries", type=Path, metavar="FILE",
              help="prompts of entries of a file such as demo_model/recall_sample.json")
+    add_flag(parser, "schema", type=Path, metavar="FILE",
+             help="JSON schema that answers to random prompts are held to")
     add_flag(parser, "acceptance", type=float, nargs="+", default=[0.0, 0.4, 0.8], metavar="CHANCE",
-             help="without --entries: of a draft to be right, if those before it are (0 0.4 0.8)")
+             help="without the others: of a draft to be right, if those before it are (0 0.4 0.8)")
     add_flag(parser, "streams", type=positive, default=1, help="requests side by side (1)")
     add_flag(parser, "num-prompts", type=positive, help="in a run (as many as streams)")
     add_flag(parser, "input-len", type=positive, default=32, help="tokens of random prompts (32)")
@@ -99,7 +105,10 @@ def main(argv: list[str] | None = None) -> int:
             # Blocks of the run before may differ in their last bits, and answers with them.
             config = replace(config, enable_prefix_caching=False)
         with LLM(config.model_path, **settings_of(config)) as llm:
-            results = run(llm, options, max_drafts)
+            draft_model = None
+            if config.draft_model is not None:
+                draft_model = ModelDrafts(llm._engine._draft, config.max_num_batched_tokens)
+            results = run(llm, options, max_drafts, draft_model)
     except (ConfigError, GroupFailure, LaunchError, RequestError, OSError) as error:
         if is_first_rank(os.environ):
             print(f"{NAME}: error: {error}", file=sys.stderr)
@@ -108,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str, Any]]:
+def run(
+    llm: LLM, options: argparse.Namespace, max_drafts: int, draft_model: ModelDrafts | None
+) -> list[dict[str, Any]]:
     """Warm up, then compare each kind of drafts with none."""
     rng = random.Random(0)
     num_prompts = options.num_prompts or options.streams
@@ -117,14 +128,24 @@ def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str
     else:
         size = llm.tokenizer.vocab_size
         prompts = [make_prompt(rng, options.input_len, size) for _ in range(num_prompts)]
+    schema = None
+    if options.schema is not None:
+        schema = StructuredOutput("json_schema", options.schema.read_text())
+    is_real = options.entries is not None or schema is not None
     params = SamplingParams(
-        max_tokens=options.output_len, temperature=0.0, ignore_eos=options.entries is None
+        max_tokens=options.output_len,
+        temperature=0.0,
+        ignore_eos=not is_real,
+        structured_output=schema,
     )
     for _ in range(2):  # the first time warms up
         answers, _ = _time(llm, Drafter(0), prompts, params, options.streams)
     results = []
-    for chance in options.acceptance if options.entries is None else [None]:
+    is_real = is_real or draft_model is not None
+    for chance in [None] if is_real else options.acceptance:
         drafter = Drafter(max_drafts)
+        if draft_model is not None:
+            drafter.use_model(draft_model)
         if chance is not None:
             right = dict(zip(map(tuple, prompts), answers, strict=True))
             drafter = ScriptedDrafter(max_drafts, right, chance)
@@ -151,7 +172,7 @@ def run(llm: LLM, options: argparse.Namespace, max_drafts: int) -> list[dict[str
             "share_of_same_answers": num_same / num_answers,
         }
         results.append(result)
-        shown = "looked up" if chance is None else f"right with a chance of {chance:g}"
+        shown = "as served" if chance is None else f"right with a chance of {chance:g}"
         print(
             f"drafts {shown}, {options.streams} stream(s): "
             f"{result['plain_tokens_per_second']:.1f} -> {result['tokens_per_second']:.1f} tokens/s"

@@ -21,13 +21,14 @@ from typing import Any
 from autotp_serving.batch import (
     MAX_SCORED_ROWS,
     Batch,
+    DraftInput,
     PoolInput,
     SampleInput,
     ScoreInput,
     StepResult,
 )
 from autotp_serving.block_transfer import BlockTransfer
-from autotp_serving.request import AdapterError, TokenLogprobs
+from autotp_serving.request import AdapterError, SamplingParams, TokenLogprobs
 from autotp_serving.step_times import RankTimes
 
 NextToken = Callable[[list[int], SampleInput], int]
@@ -179,6 +180,7 @@ class FakeRunner:
         self.vector_size = 3
         self._sums: dict[str, Sequence[float]] = {}
         self._memory: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
+        self._draft_memory = list(self._memory)  # of the draft model
         self._tables: dict[int, list[int]] = {}  # by row
         self._last_tokens: dict[int, int] = {}
         self._states: dict[int, int] = {}  # by row
@@ -262,7 +264,9 @@ class FakeRunner:
                 if tokens and tokens[-1] != context[-1]:
                     break  # the draft is refused
                 if sample.params.has_penalties:
-                    assert list(sample.token_ids) == context, "penalties see other tokens"
+                    assert [*sample.token_ids, *sample.drafts] == context, (
+                        "penalties see other tokens"
+                    )
                 marker = self._markers[index]
                 seen_by_model = [marker, *context] if marker else context
                 token = obey(self.next_token(seen_by_model, sample), sample)
@@ -322,6 +326,42 @@ class FakeRunner:
 
     def _slots_of(self, block: int) -> slice:
         return slice(block * self.block_size, (block + 1) * self.block_size)
+
+    def draft(self, batch: Batch, drafts: Sequence[DraftInput]) -> list[list[int]]:
+        """Guess as the model does, and wrong now and then; reads nothing that was not written."""
+        assert not self._in_flight and self._forwarded is None, "a step is under way"
+        assert Batch.from_bytes(batch.to_bytes()) == batch, "the batch does not survive the wire"
+        assert batch.num_known == batch.query_lens
+        self._grow_tables(batch)
+        known = iter(batch.token_ids)
+        contexts = []
+        for row, start, query_len in zip(batch.rows, batch.starts, batch.query_lens, strict=True):
+            table = self._tables[row]
+            tokens, chain = self._read(table, start, 0, self._draft_memory)
+            contexts.append((table, tokens))
+            for _ in range(query_len):
+                chain = self._read_as_draft(table, tokens, next(known), chain)
+        found = []
+        for index, draft in zip(batch.sampled, drafts, strict=True):
+            table, tokens = contexts[index]
+            chain = self._draft_memory[self._slot(table, len(tokens) - 1)][2]
+            params = SamplingParams(temperature=draft.temperature)
+            guesses: list[int] = []
+            for uniform in draft.uniforms:
+                if guesses:
+                    chain = self._read_as_draft(table, tokens, guesses[-1], chain)
+                guess = self.next_token(tokens, SampleInput(params, uniform))
+                if guess < 0 or hash((*tokens, 7)) % 4 == 0:
+                    guess = ord("x")
+                guesses.append(guess)
+            found.append(guesses)
+        return found
+
+    def _read_as_draft(self, table: list[int], tokens: list[int], token: int, chain: int) -> int:
+        chain = hash((chain, token))
+        self._draft_memory[self._slot(table, len(tokens))] = (len(tokens), token, chain)
+        tokens.append(token)
+        return chain
 
     def load_adapter(self, slot: int, path: str) -> None:
         """Any folder but "bad" will do."""
@@ -430,11 +470,17 @@ class FakeRunner:
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _read(self, table: list[int], context_len: int, chain: int) -> tuple[list[int], int]:
+    def _read(
+        self,
+        table: list[int],
+        context_len: int,
+        chain: int,
+        memory: list[tuple[int, int, int] | None] | None = None,
+    ) -> tuple[list[int], int]:
         """Tokens of the context and their chain, read back through the blocks."""
         tokens: list[int] = []
         for position in range(context_len):
-            entry = self._memory[self._slot(table, position)]
+            entry = (memory or self._memory)[self._slot(table, position)]
             assert entry is not None, f"block read at position {position} before it was written"
             chain = hash((chain, entry[1]))
             assert entry == (position, entry[1], chain), f"stale block at position {position}"

@@ -32,6 +32,7 @@ def check_agreement(config: ServingConfig, group: RankGroup) -> None:
     """
     own: dict[str, Any] = {name: getattr(config, name) for name in SHARED_SETTINGS}
     own["kv_offload_dir"] = config.kv_offload_dir and "a folder"  # of its own on each host
+    own["draft_model"] = config.draft_model and "a folder"
     several_hosts = group.local_size < group.size
     model = fingerprint(Path(config.model_path)) if several_hosts else ""
     ranks = group.all_gather((socket.gethostname(), config.model_path, model, own))

@@ -89,14 +89,16 @@ def build_step(
         batch.num_known.append(len(known))
         batch.token_ids.extend(known)
         if len(sequence.block_table) > sequence.num_sent_blocks:
-            _send_blocks(batch, index, sequence)
+            send_blocks(batch, index, sequence)
         step.sequences.append(sequence)
         if sequence.params.pooling is not None:
             batch.score_rows.extend(_add_pool(step, sequence, start, end, num_tokens))
         elif end == sequence.num_tokens + sequence.num_pending_tokens:
             if sequence.params.max_tokens:
                 batch.sampled.append(index)
-                step.samples += map(sequence.make_sample, range(1 + len(guesses)))
+                step.samples += [
+                    sequence.make_sample(guesses[:count]) for count in range(1 + len(guesses))
+                ]
                 num_top += [0 if sequence.guide else sequence.params.num_top_logits] * (
                     1 + len(guesses)
                 )
@@ -117,7 +119,7 @@ def build_step(
     return step
 
 
-def _send_blocks(batch: Batch, index: int, sequence: Sequence) -> None:
+def send_blocks(batch: Batch, index: int, sequence: Sequence) -> None:
     """Tell the ranks what they do not know of a sequence's block table."""
     first = sequence.num_sent_blocks
     batch.grown.append(index)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from autotp_serving.engine.batch_builder import Step
+from autotp_serving.engine.model_drafts import ModelDrafts, Reading
 from autotp_serving.engine.ngram_index import NgramIndex
 from autotp_serving.engine.sequence import Sequence
 
@@ -58,8 +59,17 @@ FIRST_COST = 0.5
 that only one is tried."""
 
 
+MAX_FORCED = 16
+"""Most tokens that must come, as a structured output says, and run ahead in one step."""
+
 TRIAL = -1
 """For a number of drafts: one, if no sequence was tried in MIN_INTERVAL steps."""
+
+TRIAL_SHARE = 0.02
+"""Of all time, for trials of a draft model, which may have much to read for one."""
+
+MAX_DEBT = 100.0
+"""Steps that trials may have taken in advance."""
 
 
 class DraftHistory:
@@ -73,10 +83,14 @@ class DraftHistory:
         num_steps_without: steps since it had drafts.
         interval: after how many it is to have one.
         guess: where a token is not known yet: its place, and which is expected.
+        forced: tokens that must come next.
+        reading: what a draft model has of it.
     """
 
     def __init__(self, acceptance: float) -> None:
         self.index: NgramIndex | None = None
+        self.forced: list[int] = []
+        self.reading = Reading()
         self.num_steps_without = self.interval = MIN_INTERVAL  # the first is tried at once
         self._accepted, self._refused = acceptance, 1.0 - acceptance
         self.guess: tuple[int, int] | None = None
@@ -155,16 +169,26 @@ class Drafter:
         num_drafts: times that a sequence had drafts.
         num_draft_tokens, num_accepted_tokens: drafts that ran, and those that were accepted.
         look_up: gives up to so many drafts for a sequence.
+        are_independent: no drafts where the choice depends on the tokens before, as with penalties
+            and structured output.
     """
 
     def __init__(self, max_drafts: int) -> None:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.look_up: Callable[[Sequence, int], list[int]] = _look_up
+        self.are_independent = False
         self._max_drafts = max_drafts
+        self._model: ModelDrafts | None = None
         self._costs = StepCosts()
         self._accepted, self._refused = FIRST_ACCEPTANCE, 1.0 - FIRST_ACCEPTANCE
         self._num_steps_with = self._num_until_trial = self._num_plain_left = 0
         self._waits_for_trial = False
+        self._has_trials, self._trial_seconds, self._read_seconds = False, 0.0, 0.0
+
+    def use_model(self, model: ModelDrafts) -> None:
+        """Have a model guess from now on, in place of looking up."""
+        self._model = model
+        self.look_up = model.look_up
 
     def propose(
         self,
@@ -183,29 +207,37 @@ class Drafter:
         """
         if not self._max_drafts:
             return {}
+        if self._model is not None:
+            self._model.has_caught_up = self._has_trials = False
         costs = self._find_costs(sequences)
         if costs is None:
             return {}
         self._num_until_trial -= 1
+        lens = list(self._choose_lens(sequences, *costs))
+        if self._model is not None:
+            self._trial_seconds += TRIAL_SHARE * costs[0]
+            self._model.prepare(self._list_guessed(lens, num_left), has_room)
+        num_trials = 0
         drafts: dict[Sequence, list[int]] = {}
-        for sequence, wanted in self._choose_lens(sequences, *costs):
+        for sequence, wanted in lens:
             is_trial = wanted == TRIAL
-            if is_trial and self._num_until_trial > 0:
+            if is_trial and self._model is None and (num_trials or self._num_until_trial > 0):
                 continue
             wanted = min(abs(wanted), num_left)
-            found = self.look_up(sequence, wanted) if wanted else []
+            found = self._find_drafts(sequence, wanted) if wanted else []
             if found and has_room(sequence, len(found)):
                 _history_of(sequence).num_steps_without = 0
                 drafts[sequence] = found
-                if is_trial:
-                    self._num_until_trial = MIN_INTERVAL
+                num_trials += is_trial
                 num_left -= len(found)
+        if num_trials:
+            self._num_until_trial = MIN_INTERVAL
         if self._waits_for_trial:
             spent = self._costs.wait + sum(map(len, drafts.values())) * costs[1]
             self._num_until_trial = max(MIN_INTERVAL, round(spent / costs[0] / MOST_TRIALS))
         elif self._costs.wait:
-            lens = {sequence: len(found) for sequence, found in drafts.items()}
-            if not self._is_worth_waiting(lens, len(sequences), *costs, WAITING_MARGIN):
+            counts = {sequence: len(found) for sequence, found in drafts.items()}
+            if not self._is_worth_waiting(counts, len(sequences), *costs, WAITING_MARGIN):
                 drafts = {}  # the blocks are for the tokens after the next
         self._waits_for_trial = False
         self._num_steps_with += bool(drafts)
@@ -248,7 +280,8 @@ class Drafter:
         self.num_drafts += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
-        self._learn(sequence, num_drafts, num_accepted)
+        if not _history_of(sequence).forced:  # those tell nothing
+            self._learn(sequence, num_drafts, num_accepted)
 
     def add_step(self, step: Step, seconds: float, *, waited: bool = False) -> None:
         """Take note of how long a step lasted, unless it ran more of a prompt.
@@ -259,7 +292,11 @@ class Drafter:
         if not self._max_drafts:
             return
         num_seqs, num_drafts = len(step.sampled), sum(step.batch.num_drafts)
-        if step.num_tokens == num_seqs + num_drafts:
+        is_decode = step.num_tokens == num_seqs + num_drafts
+        if self._model is not None and self._has_trials and is_decode:
+            self._pay_for_trials(self._model, num_seqs, seconds)
+        is_typical = self._model is None or not self._model.has_caught_up
+        if is_typical and is_decode:
             self._costs.add(num_seqs, num_drafts, seconds, waited=waited)
             if not num_drafts and not waited:
                 self._num_steps_with = 0
@@ -288,7 +325,8 @@ class Drafter:
         """Whether all these drafts together are worth that steps do not overlap."""
         num_tokens = 0.0
         for sequence, count in lens.items():
-            acceptance = _history_of(sequence).acceptance
+            history = _history_of(sequence)
+            acceptance = 1.0 if history.forced else history.acceptance
             num_tokens += sum(acceptance**place for place in range(1, count + 1))
         more_seconds = self._costs.wait + sum(lens.values()) * cost
         return num_tokens * (seconds - self._costs.wait) > margin * more_seconds * num_seqs
@@ -333,7 +371,9 @@ class Drafter:
                 continue
             history = _history_of(sequence)
             chance = acceptance = history.acceptance
-            if acceptance > worth_it:
+            if history.forced:
+                prospects += [(1.0, -place, sequence)] * len(history.forced)
+            elif acceptance > worth_it:
                 for _ in range(most):
                     prospects.append((chance, -place, sequence))
                     chance *= acceptance
@@ -350,16 +390,62 @@ class Drafter:
         return lens.items()
 
     def _find_most(self, sequence: Sequence) -> int:
-        """Most drafts that can be verified and used, of the sequence as it is now.
-
-        A choice that depends on the tokens before it, as with penalties and structured output,
-        would need what the sampler keeps of them to be taken back.
-        """
-        params = sequence.params
-        if sequence.guide is not None or params.has_penalties:
-            return 0
+        """Most drafts that the sequence can use now; finds tokens that must come."""
         num_tokens = sequence.num_output_tokens + sequence.num_pending_tokens
-        return min(self._max_drafts, params.max_tokens - num_tokens - 1)
+        left = sequence.params.max_tokens - num_tokens - 1
+        depends = sequence.guide is not None or sequence.params.has_penalties
+        if depends and (self.are_independent or sequence.num_pending_tokens):
+            return 0
+        if sequence.guide is not None:
+            forced = sequence.guide.look_ahead([], min(left, MAX_FORCED))
+            _history_of(sequence).forced = forced
+            if forced:
+                return len(forced)
+        return min(self._max_drafts, left)
+
+    def _list_guessed(
+        self, lens: list[tuple[Sequence, int]], num_left: int
+    ) -> list[tuple[Sequence, int]]:
+        """Who is to have guesses of a model, and how many: trials as far as there is time for them.
+
+        They are made together, as a model guesses for several in the time that it takes for one.
+        """
+        found = []
+        self._has_trials, seconds = False, self._trial_seconds
+        for sequence, wanted in lens:
+            history = _history_of(sequence)
+            if history.forced:
+                continue
+            if wanted == TRIAL:
+                num_unread = sequence.num_tokens - history.reading.num_read
+                seconds -= num_unread * self._read_seconds
+                if seconds < 0:
+                    continue
+                self._has_trials = True
+            count = min(abs(wanted), num_left)
+            num_left -= count
+            if count:
+                found.append((sequence, count))
+        return found
+
+    def _pay_for_trials(self, model: ModelDrafts, num_seqs: int, seconds: float) -> None:
+        """Take what a step with trials lasted longer off the time that there is for them."""
+        plain, _ = self._costs.find(num_seqs) or (seconds, 0.0)
+        spent = max(0.0, seconds - plain)
+        self._trial_seconds = max(self._trial_seconds - spent, -MAX_DEBT * plain)
+        price = spent / max(1, model.num_read)
+        # More is taken for a pause of the machine.
+        self._read_seconds = min(price, LARGEST_GROWTH * (self._read_seconds or price))
+
+    def _find_drafts(self, sequence: Sequence, count: int) -> list[int]:
+        """Up to so many, with which a structured output can go on."""
+        forced = _history_of(sequence).forced
+        if forced:
+            return forced[:count]
+        guesses = self.look_up(sequence, count)
+        if sequence.guide is None or not guesses:
+            return guesses
+        return sequence.guide.look_ahead(guesses, count)
 
 
 def _history_of(sequence: Sequence) -> DraftHistory:

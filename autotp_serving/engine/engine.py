@@ -20,15 +20,16 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
-from autotp_serving.batch import Runner, RunnerLost
+from autotp_serving.batch import Batch, DraftInput, Runner, RunnerLost
 from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.engine.active_requests import ActiveRequests
 from autotp_serving.engine.adapters import AdapterTable
 from autotp_serving.engine.batch_builder import Progress, Step
 from autotp_serving.engine.block_store import BlockStore
+from autotp_serving.engine.model_drafts import ModelDrafts
 from autotp_serving.engine.output_processor import OutputProcessor
 from autotp_serving.engine.scheduler import INVALID_NUMBERS, MAX_LOSSES, Scheduler
 from autotp_serving.engine.stats import EngineStats
@@ -46,6 +47,8 @@ from autotp_serving.request import (
 from autotp_serving.step_times import RankTimes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SECONDS_FOR_LAST_STEP = 10.0
 """How long `shutdown` waits, after draining, for a step that is still under way."""
@@ -111,6 +114,10 @@ class Engine:
             has_states=runner.has_states,
             make_store=self._make_store if runner.stored_blocks else None,
         )
+        self.scheduler.drafter.are_independent = runner.max_in_flight > 1
+        if config.draft_model is not None:
+            drafts = ModelDrafts(self._draft, config.max_num_batched_tokens)
+            self.scheduler.drafter.use_model(drafts)
         self.adapters = AdapterTable(
             config.max_loras if config.uses_adapters else 0, config.model_names
         )
@@ -343,12 +350,18 @@ class Engine:
         return BlockStore(self._runner.stored_blocks, self._transfer)
 
     def _transfer(self, transfer: BlockTransfer) -> list[int]:
-        """Have the ranks move blocks, which may hang as a step may."""
+        return self._watch(partial(self._runner.transfer, transfer))
+
+    def _draft(self, batch: Batch, drafts: list[DraftInput]) -> list[list[int]]:
+        return self._watch(partial(self._runner.draft, batch, drafts))
+
+    def _watch(self, work: Callable[[], list[T]]) -> list[T]:
+        """Have the ranks do something between steps, which may hang as a step may."""
         if self.watchdog.is_watching:
-            return self._runner.transfer(transfer)
+            return work()
         self.watchdog.begin(0)
         try:
-            return self._runner.transfer(transfer)
+            return work()
         finally:
             self.watchdog.end(is_step=False)
 

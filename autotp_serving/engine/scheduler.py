@@ -20,6 +20,7 @@ from autotp_serving.engine.batch_builder import Progress, Step, build_step
 from autotp_serving.engine.block_manager import BlockManager, find_root
 from autotp_serving.engine.block_store import BlockStore
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.model_drafts import Reading
 from autotp_serving.engine.priority_queue import PriorityQueue
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
 from autotp_serving.engine.shared_prefill import should_wait
@@ -418,6 +419,8 @@ class Scheduler:
         victim.num_scheduled_tokens = 0
         victim.num_computed_tokens = 0
         victim.num_registered_blocks = 0
+        if victim.drafts is not None:
+            victim.drafts.reading = Reading()
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.put_back(victim)
@@ -575,6 +578,8 @@ class Scheduler:
             root = find_root(sequence.request.adapter)
             if self.blocks.register(sequence.block_table, index, tokens, root):
                 sequence.num_sent_blocks = min(sequence.num_sent_blocks, index)
+                if sequence.drafts is not None:  # a draft model may not have read it
+                    sequence.drafts.reading.cut(index * block_size)
             sequence.num_registered_blocks += 1
 
     def _return_row(self, sequence: Sequence) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,15 +48,25 @@ class GuardedGuide:
         """See Guide."""
         return self._guide is None or self._guide.is_ready
 
-    def allowed(self) -> bytes | None:
+    def allowed(self, num_ahead: int = 0) -> bytes | None:
         """See Guide; None after a fault too, of which `error` tells."""
         if self._guide is None:
             return None
         try:
-            return self._guide.allowed()
+            return self._guide.allowed(num_ahead)
         except BaseException as error:
             self._note_fault(error)
             return None
+
+    def look_ahead(self, guesses: list[int], limit: int) -> list[int]:
+        """See Guide; nothing after a fault."""
+        if self._guide is None:
+            return []
+        try:
+            return self._guide.look_ahead(guesses, limit)
+        except BaseException as error:
+            self._note_fault(error)
+            return []
 
     def wait(self, seconds: float) -> None:
         """See Guide."""
@@ -193,20 +204,20 @@ class Sequence:
             return is_free and num_tokens < self.params.max_tokens
         return self.guide is None or self.guide.is_ready
 
-    def make_sample(self, num_ahead: int = 0) -> SampleInput:
+    def make_sample(self, drafts: Iterable[int] = ()) -> SampleInput:
         """What the sampler needs for the next token; takes the guide's mask, if there is one.
 
         Args:
-            num_ahead: drafts that come before that token.
+            drafts: tokens that are guessed to come before it.
         """
-        params = self.params
+        params, drafts = self.params, tuple(drafts)
         if params.is_plain and self.guide is None:
             if self._plain_sample is None:
                 self._plain_sample = SampleInput(
                     params, 0.0, self.request_id, self.token_ids, self.num_prompt_tokens
                 )
             return self._plain_sample
-        position = self.num_output_tokens + self.num_pending_tokens + num_ahead
+        position = self.num_output_tokens + self.num_pending_tokens + len(drafts)
         return SampleInput(
             params,
             draw_uniform(self.draw_key, position),
@@ -214,7 +225,8 @@ class Sequence:
             self.token_ids,
             self.num_prompt_tokens,
             tuple(self.end_token_ids) if position < params.min_tokens else (),
-            None if self.guide is None else self.guide.allowed(),
+            None if self.guide is None else self.guide.allowed(len(drafts)),
+            drafts if params.has_penalties else (),
         )
 
     @property

@@ -6,6 +6,8 @@ completion is as free as it would be otherwise, or follows its structured output
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,14 +121,34 @@ class BudgetGuide:
         if self._inner is not None:
             self._inner.wait(seconds)
 
-    def allowed(self) -> bytes | None:
+    def allowed(self, num_ahead: int = 0) -> bytes | None:
         """See Guide; None where any token may come."""
+        own = None if num_ahead else self._own_mask()
+        if own is not None or self._inner is None:
+            return own
+        return self._inner.allowed(num_ahead)
+
+    def look_ahead(self, guesses: Sequence[int], limit: int) -> list[int]:
+        """See Guide; as far as the budget has no say, which is in no mask that is kept."""
+        if self._own_mask() is not None:
+            return []
+        tokens = list(guesses[:limit])
+        if self._inner is not None:
+            tokens = self._inner.look_ahead(guesses, limit)
+        ahead = copy.copy(self)  # without its inner guide, which is not asked
+        for number, token in enumerate(tokens):
+            ahead._read(token)
+            if ahead._own_mask() is not None:
+                return tokens[:number]
+        return tokens
+
+    def _own_mask(self) -> bytes | None:
+        """What the budget has to say of the next token."""
         if self._forced:
             return self._tags.mask(self._forced[:1])
-        if self._inner is not None:
-            return self._inner.allowed()
         is_spent = self._num_tokens >= self._budget.num_tokens
-        if is_spent and self._tags.next_ids and self._tail.endswith(CHANNEL):
+        is_free = self._inner is None and is_spent and self._tags.next_ids
+        if is_free and self._tail.endswith(CHANNEL):
             return self._tags.mask(self._tags.next_ids)
         return None
 

@@ -138,6 +138,22 @@ class HuggingFaceTokenizer:
             [read_state(part) for part in (self._inner.decoder, self._inner.pre_tokenizer)]
         )
 
+    def check_draft(self, folder: Path, trust_remote_code: bool) -> None:
+        """See that --draft-model has the same tokens.
+
+        Raises:
+            ConfigError: it has others, or none that can be loaded.
+        """
+        try:
+            other = load_tokenizer(folder, trust_remote_code).inner
+        except ConfigError as error:
+            raise ConfigError(f"--draft-model {folder}: {error}") from error
+        if other.get_vocab(with_added_tokens=True) != self._inner.get_vocab(with_added_tokens=True):
+            raise ConfigError(
+                f"--draft-model {folder}: its tokenizer has other tokens than the model's: name a "
+                "model of the same family"
+            )
+
     def _find_template(self) -> tuple[ChatTemplate | None, frozenset[str]]:
         """The chat template, if transformers renders it, and names that no option may have.
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import MutableMapping
 from functools import partial
 
-from autotp_serving.batch import Batch, Runner, ScoreInput
+from autotp_serving.batch import Batch, DraftInput, Runner, ScoreInput
 from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.config import ServingConfig
 from autotp_serving.distributed.channel import LENGTH, SILENT_SHARE
@@ -127,6 +127,10 @@ def run_steps(line: Line, runner: Runner) -> None:
             return
         if kind == "transfer":
             line.send(("transferred", runner.transfer(BlockTransfer.from_bytes(step[0]))))
+            continue
+        if kind == "draft":
+            drafts = [DraftInput(*one) for one in step[1]]
+            line.send(runner.draft(Batch.from_bytes(step[0]), drafts))
             continue
         if kind == "load adapter":
             line.send(_load_adapter(runner, *step))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from autotp_serving.batch import (
     Batch,
+    DraftInput,
     PoolInput,
     RunnerLost,
     SampleInput,
@@ -117,6 +119,16 @@ class RemoteRunner:
         self._send("transfer", transfer.to_bytes())
         failed: list[int] = self._receive()[1]
         return failed
+
+    def draft(self, batch: Batch, drafts: Sequence[DraftInput]) -> list[list[int]]:
+        """See Runner.
+
+        Raises:
+            RunnerLost: the ranks are gone.
+        """
+        self._send("draft", batch.to_bytes(), [astuple(one) for one in drafts])
+        found: list[list[int]] = self._receive()
+        return found
 
     def load_adapter(self, slot: int, path: str) -> None:
         """See Runner.

@@ -134,7 +134,7 @@ class SampleWriter:
         self._num_sent[sample.request_id] = (num_sent or 0) + len(tokens)
         return (
             *(sample.request_id, sample.uniform, sample.num_prompt_tokens, sample.banned),
-            *(sample.allowed, tokens, params),
+            *(sample.allowed, tokens, sample.drafts, params),
         )
 
 
@@ -160,6 +160,7 @@ class SampleReader:
         banned: tuple[int, ...],
         allowed: bytes | None,
         tokens: list[int],
+        drafts: tuple[int, ...],
         params: dict[str, Any] | None,
     ) -> SampleInput:
         if params is not None:
@@ -167,7 +168,7 @@ class SampleReader:
         known, token_ids = self._known[request_id]
         token_ids += tokens
         return SampleInput(
-            known, uniform, request_id, token_ids, num_prompt_tokens, banned, allowed
+            known, uniform, request_id, token_ids, num_prompt_tokens, banned, allowed, drafts
         )
 
 

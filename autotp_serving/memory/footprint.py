@@ -25,7 +25,8 @@ from autotp_serving.model.shapes import (
     list_layer_configs,
 )
 
-KINDS = ("embedding", "attention", "MLP", "head", "norms", "other")
+DRAFT_KIND = "draft model"
+KINDS = ("embedding", "attention", "MLP", "head", "norms", "other", DRAFT_KIND)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from autotp_serving.memory.budget import (
     find_host_peak,
     show,
 )
+from autotp_serving.memory.draft_plan import add_draft, find_draft_footprints
 from autotp_serving.memory.footprint import Footprint, MemorySetup, find_footprint
 from autotp_serving.memory.known_shapes import (
     list_known_names,
@@ -49,19 +50,7 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
     Raises:
         ConfigError: it does not fit; the plan has been printed then.
     """
-    folder = Path(config.model_path)
-    check_model_folder(folder)
-    is_other = config.pools or config.expert_parallel or is_converted(config, folder)
-    known = None if is_other else read_known_config(folder)
-    if known is not None and not check_known_names(config, folder, known):
-        known = None
-    if known is None:
-        from autotp_serving.model.loader import read_model_config
-
-        model_config = read_model_config(config)
-    else:
-        model_config = known
-        adapt_rope(known)
+    model_config, known = read_planned_config(config)
     max_model_len = find_max_model_len(config, model_config)
     kind, memory = find_memory(config)
     num_groups = config.data_parallel_size
@@ -83,6 +72,26 @@ def print_plan(config: ServingConfig, num_ranks: int, local_size: int) -> None:
         for size in (n for n in range(1, num_devices + 1) if num_devices % n == 0):
             print(describe_split(size, num_devices // size, make_plan))
     plan.check(local_size)
+
+
+def read_planned_config(config: ServingConfig) -> tuple[Any, Any]:
+    """A folder's config.json, and the same again if its shapes are known without torch, else None.
+
+    Raises:
+        ConfigError: it cannot be served.
+    """
+    folder = Path(config.model_path)
+    check_model_folder(folder)
+    is_other = config.pools or config.expert_parallel or is_converted(config, folder)
+    known = None if is_other else read_known_config(folder)
+    if known is not None and not check_known_names(config, folder, known):
+        known = None
+    if known is None:
+        from autotp_serving.model.loader import read_model_config
+
+        return read_model_config(config), None
+    adapt_rope(known)
+    return known, known
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,9 @@ class Plan:
 def find_plan(setup: MemorySetup, model_config: Any, known: Any, memory: Memory) -> Plan:
     """The plan of one group."""
     footprints = find_footprints(setup, model_config, known)
+    if setup.config.draft_model is not None:
+        drafts = find_draft_footprints(setup)
+        footprints = [add_draft(*both) for both in zip(footprints, drafts, strict=True)]
     budgets = [find_budget(footprint, setup, memory) for footprint in footprints]
     blocks = min(budget.blocks for budget in budgets)
     budgets = [replace(budget, blocks=blocks) for budget in budgets]

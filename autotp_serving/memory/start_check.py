@@ -56,6 +56,18 @@ class StartCheck:
         sizes = (group.size, group.local_size * num_loading)
         self._setup = MemorySetup(config, max_model_len, device.is_host, *sizes)
         self._planned: Footprint | None = None
+        self._draft_bytes_per_block = 0
+
+    def note_draft(self, model: nn.Module, checkpoint: Any, low_bit: LowBitSelection) -> None:
+        """Take note of a draft model that loads before the model: its cache has as many blocks."""
+        footprint = self._find_footprint(model, checkpoint, low_bit)
+        self._draft_bytes_per_block = footprint.kv_bytes_per_block
+
+    def _find_footprint(
+        self, model: nn.Module, checkpoint: Any, low_bit: LowBitSelection
+    ) -> Footprint:
+        shapes = describe_shapes(model)
+        return find_footprint(shapes, checkpoint, low_bit, self._setup, self._group.rank)
 
     def check_plan(self, model: nn.Module, checkpoint: Any, low_bit: LowBitSelection) -> None:
         """Log what the ranks will take together.
@@ -66,9 +78,9 @@ class StartCheck:
         Raises:
             ConfigError: it cannot fit; with the numbers and the flag to change.
         """
-        footprint = self._planned = find_footprint(
-            describe_shapes(model), checkpoint, low_bit, self._setup, self._group.rank
-        )
+        footprint = self._find_footprint(model, checkpoint, low_bit)
+        num_bytes = footprint.kv_bytes_per_block + self._draft_bytes_per_block
+        footprint = self._planned = replace(footprint, kv_bytes_per_block=num_bytes)
         blocks = self._agree_on_blocks(footprint, self._device.memory())
         host_peak = find_host_peak(footprint, blocks, self._setup, own_memory())
         here = socket.gethostname()
@@ -95,7 +107,8 @@ class StartCheck:
             ConfigError: not even one sequence of the full length fits.
         """
         assert self._planned is not None, "check_plan comes first"
-        placed = replace(self._planned, weights={}, kv_bytes_per_block=shape.bytes_per_block)
+        bytes_per_block = shape.bytes_per_block + self._draft_bytes_per_block
+        placed = replace(self._planned, weights={}, kv_bytes_per_block=bytes_per_block)
         if step_bytes is not None:
             placed = replace(placed, activation_bytes=step_bytes)
         placed = replace(placed, activation_bytes=placed.activation_bytes + adapter_bytes)
@@ -109,7 +122,7 @@ class StartCheck:
                 blocks,
                 shape.block_size,
                 str(shape.stored_dtype).removeprefix("torch."),
-                blocks * shape.bytes_per_block >> 20,
+                blocks * bytes_per_block >> 20,
             )
         return blocks
 

@@ -164,7 +164,10 @@ class TokenCounts:
         return len(self._rows)
 
     def update(self, samples: Sequence[SampleInput]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count what is new; returns the counts in the completion, and what is present at all."""
+        """Count what is new; returns the counts in the completion, and what is present at all.
+
+        Drafts count for their own sample alone.
+        """
         rows = [self._row_of(sample.request_id) for sample in samples]
         present: tuple[list[int], list[int]] = [], []
         generated: tuple[list[int], list[int]] = [], []
@@ -188,7 +191,13 @@ class TokenCounts:
             torch.tensor(generated, dtype=torch.int64, device=device).unbind(), one, accumulate=True
         )
         index = torch.tensor(rows, device=device)
-        return self._counts[index], self._is_present[index]
+        counts, is_present = self._counts[index], self._is_present[index]  # copies
+        pairs = [(row, draft) for row, sample in enumerate(samples) for draft in sample.drafts]
+        if pairs:
+            drafts = torch.tensor(pairs, device=device).unbind(1)
+            counts.index_put_(drafts, one, accumulate=True)
+            is_present[drafts] = True
+        return counts, is_present
 
     def release(self, request_id: str) -> None:
         """Give a request's row back."""

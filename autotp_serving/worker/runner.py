@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from autotp_serving.batch import Batch, PoolInput, SampleInput, ScoreInput, StepResult
+from autotp_serving.batch import Batch, DraftInput, PoolInput, SampleInput, ScoreInput, StepResult
 from autotp_serving.block_transfer import BlockTransfer
 from autotp_serving.distributed.channel import StepChannel
 from autotp_serving.model.adapters import CONTROL_PREFIX, AdapterSlots, drop_message
@@ -19,6 +19,7 @@ from autotp_serving.model.state_layers import StateLayer, copy_states
 from autotp_serving.request import AdapterError
 from autotp_serving.step_times import LAYOUT, RankTimes, StepTimes
 from autotp_serving.worker.block_file import BlockFile
+from autotp_serving.worker.draft_model import DRAFT_PREFIX, DraftModel, propose_drafts
 from autotp_serving.worker.drafts import accept_drafts
 from autotp_serving.worker.sampler import Sampled, Sampler
 from autotp_serving.worker.step_logits import LogitsGatherer, StepLogits
@@ -39,6 +40,7 @@ class ModelRunner:
         block_file: keeps blocks beyond the pool.
         all_reduce: sums a tensor over the ranks in place; where there is such a file.
         adapters: where adapters are loaded to; None where none can be.
+        draft_model: what guesses tokens; None where there is none.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ModelRunner:
         block_file: BlockFile | None = None,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
         adapters: AdapterSlots | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.times = times
         self._forward = forward
@@ -62,6 +65,7 @@ class ModelRunner:
         self._block_file = block_file
         self._all_reduce = all_reduce
         self.adapters = adapters
+        self.draft_model = draft_model
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepLogits:
@@ -118,6 +122,10 @@ class ModelRunner:
                 assert self.adapters is not None, "all ranks have the same settings"
                 self.adapters.obey(message)
                 continue
+            if message.startswith(DRAFT_PREFIX):
+                assert self.draft_model is not None, "all ranks have the same settings"
+                self.draft_model.run(Batch.from_bytes(message[len(DRAFT_PREFIX) :]))
+                continue
             batch = Batch.from_bytes(message)
             self.run(batch)
             self.share_tokens(batch)
@@ -144,6 +152,7 @@ class LeadRunner:
         max_in_flight: int,
         *,
         can_draft: bool,
+        vocab_size: int,
         stored_blocks: Sequence[tuple[int, bytes]] = (),
     ) -> None:
         self.stored_blocks = stored_blocks
@@ -159,6 +168,7 @@ class LeadRunner:
         self.max_in_flight = max_in_flight
         self.has_states = bool(runner.state_layers)
         self.can_draft = can_draft
+        self._vocab_size = vocab_size
 
     def forward(self, batch: Batch) -> None:
         """See Runner.
@@ -211,6 +221,25 @@ class LeadRunner:
             self._channel.send(transfer.to_bytes())
         try:
             return self._runner.transfer(transfer)
+        except RuntimeError as error:
+            raise self._name_loss(error) from error
+
+    def draft(self, batch: Batch, drafts: Sequence[DraftInput]) -> list[list[int]]:
+        """See Runner.
+
+        Raises:
+            ConnectionError: naming the rank that is gone.
+        """
+        model = self._runner.draft_model
+        assert model is not None, "there is no draft model"
+
+        def run(batch: Batch) -> StepLogits:
+            if len(self.rank_times) > 1:
+                self._channel.send(DRAFT_PREFIX + batch.to_bytes())
+            return model.run(batch)
+
+        try:
+            return propose_drafts(run, self._sampler, batch, drafts, self._vocab_size)
         except RuntimeError as error:
             raise self._name_loss(error) from error
 

@@ -42,6 +42,7 @@ from autotp_serving.pooling import read_pooling
 from autotp_serving.step_times import StepTimes
 from autotp_serving.worker.backend import PassSetup, choose_backend
 from autotp_serving.worker.block_file import open_block_file
+from autotp_serving.worker.draft_model import load_draft_model
 from autotp_serving.worker.runner import LeadRunner, ModelRunner
 from autotp_serving.worker.step_logits import LogitsGatherer
 
@@ -123,6 +124,13 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
         bind_to_placement(group)
     check_agreement(config, group)
     checker = StartCheck(config, group, device, max_model_len, num_loading)
+    draft = None
+    if config.draft_model is not None:
+        if not device.is_host:
+            raise ConfigError("--draft-model is for CPUs: leave it out")
+        draft = load_draft_model(
+            config, group, device, all_reduce, max_model_len, checker.note_draft
+        )
     shards: dict[str, Shard] = {}
     model = load_model(
         *(config, model_config, group, device.torch_device, all_reduce, checker.check_plan),
@@ -172,13 +180,15 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     can_draft = forward.can_draft and config.num_drafts > 0
     if adapters is not None:
         forward = adapters.use(forward, PlainForward(model, cache))
+    draft_model = draft.open(num_blocks, backend, setup) if draft else None
     broadcast = None
     if device.max_in_flight > 1:
         broadcast = broadcast_tokens if group.size > 1 else lambda tokens: None
-    if config.speculative_tokens and not can_draft:
+    if (config.speculative_tokens or draft_model) and not can_draft:
+        flag = "--draft-model" if draft_model else "--speculative-tokens"
         raise ConfigError(
-            "--speculative-tokens: text would depend on drafts in this model, weight format or "
-            "device; leave it out, or set 0"
+            f"{flag}: text would depend on drafts in this model, weight format or "
+            "device; leave it out"
         )
     head = model.get_output_embeddings()
     by_candidates = device.is_host and model.config.model_type in PROVED and not config.pools
@@ -186,7 +196,8 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
     block_file = open_block_file(config, group, cache, max_model_len)
     stored_blocks = block_file.agree(group) if block_file is not None else []
     runner = ModelRunner(
-        *(forward, gatherer, state, times, broadcast, states, block_file, all_reduce, adapters)
+        *(forward, gatherer, state, times, broadcast, states, block_file, all_reduce, adapters),
+        draft_model=draft_model,
     )
     channel = StepChannel(group)
     close_doors(group, is_host=device.is_host)
@@ -201,6 +212,7 @@ def start_worker(config: ServingConfig, group: RankGroup, num_loading: int = 1) 
             sampler,
             device.max_in_flight,
             can_draft=can_draft,
+            vocab_size=head.vocab_size,
             stored_blocks=stored_blocks,
         )
     if config.profile is not None:

@@ -327,7 +327,7 @@ def test_a_structure_that_became_too_complex_is_the_clients_fault(
 ) -> None:
     from autotp_serving.engine import grammar_guide
 
-    def allowed(self: grammar_guide.MatcherGuide) -> bytes:
+    def allowed(self: grammar_guide.MatcherGuide, num_ahead: int = 0) -> bytes:
         self.error = grammar_guide.TOO_COMPLEX
         return self._grammar.first_mask
 

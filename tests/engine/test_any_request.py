@@ -65,7 +65,7 @@ class PanickingGuide:
         """As its own grammar."""
         return self._take(PanickingGuide(self._num_left))
 
-    def allowed(self) -> bytes:
+    def allowed(self, num_ahead: int = 0) -> bytes:
         """Letters."""
         return self._take(bytes([0] * 12 + [254, 255, 255, 7] + [0] * 20))
 

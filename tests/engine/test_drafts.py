@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from autotp_serving.batch import INVALID_TOKEN, SampleInput
+from autotp_serving.batch import INVALID_TOKEN, Batch, DraftInput, SampleInput
+from autotp_serving.engine import grammar_guide
 from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.grammar_compiler import GrammarCompiler
+from autotp_serving.engine.grammar_guide import CompiledGrammar
+from autotp_serving.engine.model_drafts import ModelDrafts
 from autotp_serving.engine.ngram_index import MAX_INDEXED_LEN, NGRAM_LEN, NgramIndex
 from autotp_serving.engine.sequence import Sequence
+from autotp_serving.engine.thinking_budget import BudgetTags, ThinkingBudget
 from autotp_serving.request import Request, SamplingParams
+from autotp_serving.structured_output import Grammar, StructuredOutput
 from tests.engine.test_engine import Bench
 from tests.fakes import ByteTokenizer, FakeRunner, letters, obey
 from tests.head.test_remote_runner import Ranks
@@ -23,6 +30,22 @@ def max_in_flight(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """In place of the folder's: mostly one step in flight, and drafts."""
     monkeypatch.setattr(FakeRunner, "max_in_flight", request.param)
     monkeypatch.setattr(FakeRunner, "can_draft", True)
+
+
+@pytest.fixture(scope="module")
+def grammars() -> list[Grammar | None]:
+    """What a completion may have to follow; mostly nothing."""
+    properties = {"a_long_name": {"enum": ["yes", "no"]}, "another_one": {"type": "string"}}
+    sources = {
+        "regex": "[abc]{3,9}(xyz|yy){1,9}q?", "choice": '["an answer", "an end", "another"]',
+        "json_schema": json.dumps(
+            {"type": "object", "properties": properties, "required": [*properties]}
+        ),
+    }  # fmt: skip
+    compiler = GrammarCompiler(ByteTokenizer())
+    held = [compiler.submit(StructuredOutput(*one)).result(60) for one in sources.items()]
+    budget = ThinkingBudget(7, BudgetTags(ByteTokenizer(), "think"), has_begun=True)
+    return [None, None, None, *held, budget]
 
 
 def model(context: list[int], sample: SampleInput) -> int:
@@ -46,14 +69,16 @@ class RandomDrafter(Drafter):
 
     def _guess(self, sequence: Sequence, count: int) -> list[int]:
         context = list(sequence.token_ids)
-        for num_ahead in range(count):
-            sample = sequence.make_sample(num_ahead)
+        if sequence.guide is not None:  # which knows better
+            return self._draw.choices(b'abcxyz"', k=count)
+        for _ in range(count):
+            sample = sequence.make_sample(context[sequence.num_tokens :])
             token = obey(model(context, sample), sample)
             context.append(self._draw.choice((token, token, token, 98)) if token >= 0 else 99)
         return context[sequence.num_tokens :]
 
 
-def submit_some(bench: Bench, seed: int) -> list[str]:
+def submit_some(bench: Bench, seed: int, grammars: list[Grammar | None]) -> list[str]:
     """Requests of all kinds; returns their names."""
     rng = random.Random(seed)
     for number in range(14):
@@ -66,7 +91,8 @@ def submit_some(bench: Bench, seed: int) -> list[str]:
         }  # fmt: skip
         chosen = {name: kinds[name] for name in rng.sample(sorted(kinds), rng.randint(0, 4))}
         prompt = "a beginning that some share 1234"[: rng.choice((3, 32))] + "x" * rng.randint(1, 9)
-        bench.submit(f"{number}", prompt, max_tokens=max_tokens, **chosen)
+        grammar = rng.choice(grammars)
+        bench.submit(f"{number}", prompt, grammar=grammar, max_tokens=max_tokens, **chosen)
     return [f"{number}" for number in range(14)]
 
 
@@ -81,17 +107,20 @@ def collect(bench: Bench, name: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_clients_see_the_same_with_drafts_and_without(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, grammars: list[Grammar | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With preemption, shared prefixes, chunks, stop strings, and clients that leave; every other
-    time with two steps in flight.
+    """With preemption, shared prefixes, chunks, stop strings, structured output, penalties, and
+    clients that leave; every other time with two steps in flight.
     """
     monkeypatch.setattr(FakeRunner, "max_in_flight", 1 + seed // 4 % 2)
+    for one in grammars:
+        if isinstance(one, CompiledGrammar):
+            one.is_slow = seed % 2 == 1
     rng = random.Random(seed)
     num_blocks, max_num_seqs = rng.randint(21, 30), rng.randint(1, 6)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": rng.choice((6, 16, 64))}
     plain = Bench(FakeRunner(64, 4, next_token=model), speculative_tokens=0, **limits)
-    names = submit_some(plain, seed)
+    names = submit_some(plain, seed, grammars)
     plain.run()
     groups = Ranks() if seed % 4 == 0 else None  # the head's way to the ranks
     runner: Any = FakeRunner(num_blocks, 4, next_token=model)
@@ -100,7 +129,9 @@ def test_clients_see_the_same_with_drafts_and_without(
         groups.runner.next_token, runner = model, groups.remote
     bench = Bench(runner, **limits)
     drafter = bench.engine.scheduler.drafter = RandomDrafter(seed)
-    assert submit_some(bench, seed) == names
+    if seed % 3 == 1:
+        drafter.use_model(ModelDrafts(bench.engine._draft, max_tokens=24))
+    assert submit_some(bench, seed, grammars) == names
     gone = set()
     while bench.engine.has_work:
         bench.engine.step()
@@ -115,7 +146,7 @@ def test_clients_see_the_same_with_drafts_and_without(
             assert expected[1][: len(found[1])] == found[1]
         else:
             assert found == expected, name
-    assert drafter.num_draft_tokens > drafter.num_accepted_tokens > 0
+    assert drafter.num_draft_tokens >= drafter.num_accepted_tokens > 0
     stats = bench.engine.stats()
     assert (stats.num_running, stats.num_held_blocks) == (0, 0)
     if groups is not None:
@@ -123,15 +154,21 @@ def test_clients_see_the_same_with_drafts_and_without(
         assert not groups.mistakes
 
 
-def test_none_where_the_choice_depends_on_the_tokens_before_or_the_ranks_cannot() -> None:
-    bench = Bench(speculative_tokens=4)
-    bench.engine.scheduler.drafter = RandomDrafter(0)
-    bench.submit("a", max_tokens=20, repetition_penalty=1.1)
-    bench.run()
-    assert not bench.engine.stats().num_drafts
+def test_none_where_the_ranks_cannot() -> None:
     runner = FakeRunner()
     runner.can_draft = False
     assert Bench(runner, speculative_tokens=4).engine.scheduler.drafter._max_drafts == 0
+
+
+def test_none_where_steps_overlap_and_the_choice_depends_on_the_tokens_before() -> None:
+    runner = FakeRunner()
+    runner.max_in_flight = 2
+    bench = Bench(runner, speculative_tokens=4)
+    bench.engine.scheduler.drafter = RandomDrafter(0)
+    bench.engine.scheduler.drafter.are_independent = True
+    bench.submit("a", max_tokens=20, repetition_penalty=1.1)
+    bench.run()
+    assert not bench.engine.stats().num_drafts
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2], indirect=True)
@@ -216,6 +253,72 @@ def measure_gain(num_seqs: int, cost: float, acceptance: float, wait: float | No
             drafts = drafter.propose(sequences, 256, lambda *_: True) if waits else {}
             drafter.add_step(step, time * rng.uniform(0.95, 1.05), waited=waits)
     return num_tokens / seconds / num_seqs
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_tokens_that_must_come_take_few_steps(
+    is_slow: bool, grammars: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and punctuation of JSON, whatever the model would rather say; steps take 2 ms."""
+    monkeypatch.setattr(grammar_guide, "SLOW_SECONDS", 1e9)  # on a busy machine all is slow
+    grammars[5].is_slow = is_slow
+    bench = Bench(FakeRunner(next_token=lambda context, _: ord('"'), delay=0.002))
+    bench.submit("a", prompt="short", max_tokens=3, ignore_eos=True)  # steps are measured
+    bench.run()
+    bench.submit("b", grammar=grammars[5], max_tokens=99)
+    before = bench.engine.stats().num_steps
+    bench.run()
+    assert json.loads(bench.text("b"))["another_one"] == ""
+    stats = bench.engine.stats()
+    num_steps = stats.num_steps - before
+    assert len(bench.tokens("b")) > 30 and num_steps < 15
+    assert stats.num_accepted_tokens == stats.num_draft_tokens
+
+
+@pytest.mark.parametrize(("pass_cost", "acceptance", "least"), [
+    (1.0, 1.0, 0.97), (1.0, 0.0, 0.97), (0.3, 0.0, 0.97), (0.1, 0.9, 1.7), (0.5, 0.9, 0.97),
+])  # fmt: skip
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_a_draft_model_runs_where_its_passes_pay(
+    num_seqs: int, pass_cost: float, acceptance: float, least: float
+) -> None:
+    """A pass of it takes `pass_cost` of a step, however many sequences guess in it."""
+    rng = random.Random(3)
+    spent = 0.0
+
+    def draft(batch: Batch, drafts: list[DraftInput]) -> list[list[int]]:
+        nonlocal spent
+        num_passes = max([1, *(len(one.uniforms) for one in drafts)])
+        spent += pass_cost * (num_passes + 0.05 * (len(batch.token_ids) - len(batch.rows)))
+        return [[0] * len(one.uniforms) for one in drafts]
+
+    drafter = Drafter(4)
+    drafter.use_model(ModelDrafts(draft, 512))
+    seconds = num_tokens = 0.0
+    for _ in range(3):
+        params = SamplingParams(max_tokens=10**6)
+        requests = [Request(f"{n}", (1,) * 30, params, 0.0) for n in range(num_seqs)]
+        sequences = [Sequence(request, n) for n, request in enumerate(requests)]
+        for _ in range(250):
+            spent = 0.0
+            drafts = drafter.propose(sequences, 256, lambda *_: True)
+            for sequence in sequences:
+                tokens = drafts.get(sequence, [])
+                hits = [rng.random() < acceptance for _ in tokens]
+                num_accepted = [*hits, False].index(False)
+                sequence.token_ids += [*tokens[:num_accepted], 1]
+                num_tokens += num_accepted + 1
+                if tokens:
+                    drafter.add_outcome(sequence, len(tokens), num_accepted)
+            num_drafts = sum(map(len, drafts.values()))
+            time = 1.0 + spent + 0.1 * num_drafts / num_seqs
+            step: Any = SimpleNamespace(
+                sampled=sequences, batch=SimpleNamespace(num_drafts=[num_drafts]),
+                num_tokens=num_seqs + num_drafts,
+            )  # fmt: skip
+            drafter.add_step(step, time * rng.uniform(0.95, 1.05))
+            seconds += time
+    assert num_tokens / seconds / num_seqs >= least
 
 
 def test_look_up_finds_the_latest_place_of_the_last_tokens() -> None:

@@ -52,10 +52,13 @@ class Bench:
             self.failures.append,
         )
 
-    def submit(self, name: str, prompt: str = "hi", tenant: str = "", **params) -> None:
+    def submit(
+        self, name: str, prompt: str = "hi", tenant: str = "", grammar=None, **params
+    ) -> None:
         tokens = tuple(ByteTokenizer().encode(prompt))
         sampling = SamplingParams(**params)
-        self.engine.submit(Request(name, tokens, sampling, time.monotonic(), tenant))
+        arrival = time.monotonic()
+        self.engine.submit(Request(name, tokens, sampling, arrival, tenant, grammar=grammar))
 
     def run(self) -> None:
         while self.engine.has_work:

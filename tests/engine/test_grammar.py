@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,7 +251,7 @@ def test_a_structure_that_cannot_be_followed_ends_its_request_alone() -> None:
         def start(self):
             return self
 
-        def allowed(self) -> bytes:
+        def allowed(self, num_ahead: int = 0) -> bytes:
             return b"\xff" * 36
 
         def accept(self, token_id: int) -> bool:
@@ -288,7 +290,7 @@ class SlowGuide:
     def start(self) -> SlowGuide:
         return self
 
-    def allowed(self) -> bytes:
+    def allowed(self, num_ahead: int = 0) -> bytes:
         assert self.is_ready
         return b"\xff" * 36
 
@@ -438,3 +440,48 @@ def test_refusals_push_out_no_grammar_and_heavy_grammars_each_other(monkeypatch)
     with pytest.raises(SandboxBusyError):
         compiler.submit(StructuredOutput("choice", '["more"]')).result(60)
     del held
+
+
+@pytest.mark.parametrize(("kind", "source"), [
+    ("json_schema", IN_ORDER), ("json_schema", ANY_MORE), ("regex", "x{20}[ab]{2,5}(yes|yet)?"),
+    ("choice", '["an answer", "an end"]'),
+])  # fmt: skip
+def test_looking_ahead_tells_what_would_be_told_later_and_changes_nothing(
+    compiler, kind: str, source: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(grammar_guide, "SLOW_SECONDS", 1e9)
+    compiled = compile_one(compiler, kind, source)
+    compiled.is_slow = False
+    rng = random.Random(5)
+    num_ahead = 0
+    for _ in range(20):
+        guide, plain = compiled.start(), compiled.start()
+        while True:
+            guesses = rng.choices(b'xaby{"1es', k=rng.randint(0, 3))
+            found = guide.look_ahead(guesses, rng.randint(0, 6))
+            masks = [guide.allowed(number) for number in range(len(found) + 1)]
+            num_ahead += len(found)
+            bits = int.from_bytes(masks[0], "little")
+            token = rng.choice([one for one in range(EOS + 1) if bits >> one & 1])
+            taken = [*found[: rng.randint(0, len(found))]] or [token]
+            is_complete = False
+            for number, one in enumerate(taken):
+                assert plain.allowed() == masks[number]
+                is_complete = guide.accept(one)
+                assert plain.accept(one) == is_complete
+                assert guide.error is plain.error is None
+            if is_complete or len(guide._accepted) > 60:
+                break
+    assert num_ahead > 50
+    assert guide._can_look_ahead
+
+
+def test_a_look_ahead_that_breaks_leaves_the_completion_as_it_was(compiler) -> None:
+    guide = compile_one(compiler, "regex", "ab+cde").start()
+    for token in b"ab":
+        guide.accept(token)
+    broken = SimpleNamespace(is_error=iter((False, True)).__next__, consume_token=lambda _: False)
+    assert guide.allowed()
+    guide._matcher = broken
+    assert guide.look_ahead(b"bb", 2) == []
+    assert [guide.accept(token) for token in b"bcde"] == [False, False, False, True]

@@ -96,7 +96,7 @@ def test_the_least_urgent_is_preempted_and_all_get_their_tokens(seed: int):
     for one in found:
         assert one.finish_reason == "length"
         prompt = one.request.prompt_token_ids
-        samples = [one.make_sample(n) for n in range(16)]
+        samples = [one.make_sample([0] * n) for n in range(16)]
         assert one.token_ids[len(prompt) :] == generate(prompt, samples)
 
 

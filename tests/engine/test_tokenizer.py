@@ -126,3 +126,16 @@ def test_the_files_of_a_model_that_also_sees(folder: Path) -> None:
     assert tokenizer.render_chat([{"role": "user", "content": "hi"}], options) == "seen"
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": 5}))
     assert HuggingFaceTokenizer(folder).chat_template == ""
+
+
+def test_a_draft_model_has_the_same_tokens(folder: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(DEMO)
+    tokenizer.check_draft(folder, False)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    more = {**added[-1], "id": tokenizer.vocab_size, "content": "<one more>"}
+    change(folder / "tokenizer.json", added_tokens=[*added, more])
+    with pytest.raises(ConfigError, match=r"--draft-model .* other tokens"):
+        tokenizer.check_draft(folder, False)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"--draft-model .* no tokenizer can be loaded"):
+        tokenizer.check_draft(folder, False)

@@ -14,8 +14,9 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices.base import Memory
 from autotp_serving.distributed.launch import LocalRankGroup
 from autotp_serving.memory.budget import check_budget, check_host_peaks, find_budget, show
+from autotp_serving.memory.draft_plan import find_draft_footprints
 from autotp_serving.memory.footprint import Footprint, MemorySetup, count_loaded
-from autotp_serving.memory.planner import find_footprints, find_memory
+from autotp_serving.memory.planner import find_footprints, find_memory, find_plan
 from autotp_serving.model.dummy import DummyCheckpoint
 from autotp_serving.model.loader import load_model, read_model_config
 from tests.model.checkpoints import save_tiny_llama
@@ -46,6 +47,21 @@ def test_planned_weights_are_those_loaded(tmp_path: Path, low_bit: str, tied: bo
     config = replace(config, kv_cache_dtype="int8")
     (planned,) = find_footprints(MemorySetup(config, 2048, True), read_model_config(config))
     assert planned.kv_bytes_per_block == 3 * 2 * 4 * (32 + 4) * 16
+
+
+def test_a_draft_model_counts(tmp_path: Path) -> None:
+    folder, other = save_tiny_llama(tmp_path / "a"), save_tiny_llama(tmp_path / "b")
+    config = ServingConfig(model_path=str(folder), draft_model=str(other), low_bit="sym_int4")
+    setup, model_config = MemorySetup(config, 2048, True), read_model_config(config)
+    (alone,) = find_footprints(setup, model_config)
+    (both,) = find_plan(setup, model_config, None, Memory(GIB, GIB)).footprints
+    assert both.weight_bytes == 2 * alone.weight_bytes
+    assert both.kv_bytes_per_block == 2 * alone.kv_bytes_per_block
+    assert both.load_bytes == alone.weight_bytes + alone.load_bytes
+    for draft, reason in (("nowhere", "nowhere"), (str(other), "max-model-len")):
+        unlike = replace(config, draft_model=draft)
+        with pytest.raises(ConfigError, match=f"--draft-model {draft}: .*{reason}"):
+            find_draft_footprints(MemorySetup(unlike, 10**6, True))
 
 
 def test_room_is_what_weights_and_activations_leave() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,18 @@ def test_counts_grow_token_by_token_as_if_counted_at_once() -> None:
             sample.token_ids.append(source.randrange(VOCAB_SIZE))
         assert counts.num_requests <= len(active)
     assert len(counts._counts) <= 8
+
+
+def test_drafts_count_for_their_own_samples() -> None:
+    counts = TokenCounts(VOCAB_SIZE, torch.device("cpu"))
+    sample = make_sample(0.5, frequency_penalty=1.0)
+    for _ in range(2):  # a draft that was refused leaves nothing behind
+        ahead = [sample, replace(sample, drafts=(9, 7)), replace(sample, drafts=(7, 9, 7))]
+        found, is_present = counts.update(ahead)
+        for row, one in enumerate(ahead):
+            text = torch.tensor([*ANSWER, *one.drafts])
+            assert torch.equal(found[row], torch.bincount(text, minlength=VOCAB_SIZE).int())
+            assert is_present[row].nonzero().flatten().tolist() == sorted({*PROMPT, *text.tolist()})
 
 
 def test_a_released_request_leaves_nothing() -> None:
