@@ -27,6 +27,7 @@ ON_CARD = DEVICE.type == "cuda"
 needs_card = pytest.mark.skipif(not ON_CARD, reason="no CUDA card here")
 BY_DOT = DecodeTiles(16, 4, 2, min_split=32, max_splits=4, use_dot=True, merges=True)
 BY_SUM = DecodeTiles(16, 4, 1, min_split=32, max_splits=4, use_dot=False, merges=False)
+BY_PAIRS = replace(BY_DOT, many_rows=3, splits_of_many=2)
 PREFILL = PrefillTiles(queries=16, keys=32, warps=4, stages=2)
 BORDERS = (0, 1, 32, 33, 129)
 """Contexts: padding, one token, the borders of a split; the last has splits of 48."""
@@ -255,7 +256,7 @@ def test_prefill_options(name: str) -> None:
     case.check(case.run("prefill", BY_DOT, **options), **options)
 
 
-@pytest.mark.parametrize("tiles", [BY_DOT, BY_SUM], ids=["dot", "sum"])
+@pytest.mark.parametrize("tiles", [BY_DOT, BY_SUM, BY_PAIRS], ids=["dot", "sum", "pairs"])
 def test_a_row_is_the_same_alone_and_among_others(tiles: DecodeTiles) -> None:
     case = make_case([(1, 129), (1, 40), (9, 50), (1, 0), (1, 77)])
     mixed = case.run("prefill", tiles)
