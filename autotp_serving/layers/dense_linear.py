@@ -5,7 +5,7 @@ They take the place of AutoTP's, so that dense and low-bit layers multiply and s
 
 from __future__ import annotations
 
-import logging
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,17 +14,17 @@ from torch.nn import functional
 
 from autotp_serving.heap import return_free_memory
 from autotp_serving.kernels.cpu.dense import (
+    COLS,
+    ROWS,
     DenseMatmul,
+    PackedWeight,
     has_kernel,
     load_dense_library,
-    place,
-    sums_like_torch,
+    pack,
 )
 from autotp_serving.layers.adapters import Adapt
 from autotp_serving.layers.head import VocabParallelHead
 from autotp_serving.low_bit.selection import COLUMN_PARALLEL, ROW_PARALLEL
-
-logger = logging.getLogger(__name__)
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ class DenseLinear(nn.Module):
     """`reduce(x @ weight.T) + bias` with a dense weight.
 
     Args:
-        weight: [out_features, in_features], this rank's.
+        weight: [out_features, in_features], this rank's; packed for `matmul`, if it is given.
         bias: [out_features] or None; with `reduce` it is whole on every rank.
         reduce: sums a product over the ranks in place, or None.
         matmul: multiplies [tokens, in_features] by the weight, or None for torch.
@@ -47,7 +47,7 @@ class DenseLinear(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: nn.Parameter | PackedWeight,
         bias: nn.Parameter | None,
         reduce: AllReduce | None,
         matmul: DenseMatmul | None = None,
@@ -55,6 +55,8 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
+        if isinstance(weight, PackedWeight):
+            self.register_buffer("packed", weight.numbers)
         self.bias = bias
         self.reduce = reduce
         self.adapt: Adapt | None = None
@@ -77,36 +79,62 @@ class DenseLinear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
 
-class DenseKernels:
-    """Makes the CPU kernel's products of weights, for shapes on which it agrees with torch."""
+class PackedEmbedding(nn.Module):
+    """An embedding that shares its memory with the output head, packed as the head reads it.
 
-    def __init__(self) -> None:
-        self._agrees: dict[tuple[int, ...], bool] = {}
+    Args:
+        weight: [vocab_size, hidden_size].
+    """
 
-    def make_matmul(self, weight: Tensor) -> DenseMatmul | None:
-        """The product of a weight [rows, cols], or None where torch is to multiply."""
-        if not weight.is_cpu or not has_kernel(weight.dtype) or weight.stride(1) != 1:
-            return None
-        library = load_dense_library()
-        if library is None or not weight.numel():
-            return None
-        matmul = DenseMatmul(library, weight)
-        shape = tuple(weight.shape)
-        if shape not in self._agrees:
-            self._agrees[shape] = sums_like_torch(matmul)
-            if not self._agrees[shape]:
-                logger.info("Weights %s are multiplied by torch, which sums otherwise here", shape)
-        return matmul if self._agrees[shape] else None
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("packed", weight.numbers)
 
-    def take_over(
-        self, weight: nn.Parameter, is_shared: bool = False
-    ) -> tuple[nn.Parameter, DenseMatmul | None]:
-        """A weight where it is read quickest, unless others share its memory, and its product."""
-        matmul = self.make_matmul(weight)
-        if matmul is None or is_shared:
-            return weight, matmul
-        weight = nn.Parameter(place(weight), requires_grad=False)
-        return weight, self.make_matmul(weight)
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Map int64 [...] to [..., hidden_size]."""
+        num_pairs = -(-self.weight.shape[1] // COLS) * COLS // 2
+        pairs = self.packed.view(torch.int32).view(-1, num_pairs, ROWS)
+        found = pairs[token_ids // ROWS, :, token_ids % ROWS].view(self.weight.dtype)
+        return found[..., : self.weight.shape[1]]
+
+
+def take_over(weight: Tensor) -> tuple[Tensor | PackedWeight, DenseMatmul | None]:
+    """A weight [rows, cols], packed, and its product; as it is, and None, for torch to multiply."""
+    library = _find_library(weight)
+    if library is None:
+        return weight, None
+    packed = pack(library, weight)
+    return packed, DenseMatmul(library, packed)
+
+
+def _find_library(weight: Tensor) -> ctypes.CDLL | None:
+    """The kernel, or None where torch is to multiply by the weight."""
+    if not weight.is_cpu or not has_kernel(weight.dtype) or weight.stride(1) != 1:
+        return None
+    return load_dense_library() if weight.numel() else None
+
+
+def _take_over_head(model: nn.Module, head: VocabParallelHead) -> None:
+    """Pack a dense head, or the embedding that it is tied to. An embedding that does more than to
+    look up stays in rows, and so does one that is cut elsewhere than between groups of rows.
+    """
+    library = None if head.weight is None else _find_library(head.weight)
+    if library is None:
+        return
+    weight: Tensor | PackedWeight = head.weight
+    embedding = model.get_input_embeddings() if head.is_tied else None
+    if embedding is None:
+        weight = pack(library, head.weight)
+        head.register_buffer("packed", weight.numbers)
+    elif type(embedding) is nn.Embedding and head.start % ROWS == 0:
+        whole = pack(library, embedding.weight)
+        weight = whole.select_rows(head.start, head.stop)
+        (name,) = (name for name, module in model.named_modules() if module is embedding)
+        model.set_submodule(name, PackedEmbedding(whole))
+    if isinstance(weight, PackedWeight):
+        head.weight = None
+    head.matmul = DenseMatmul(library, weight)
 
 
 def join_dense(linears: Sequence[nn.Module]) -> DenseMatmul | None:
@@ -126,27 +154,23 @@ def join_dense(linears: Sequence[nn.Module]) -> DenseMatmul | None:
 def take_over_linears(model: nn.Module, all_reduce: AllReduce) -> None:
     """Replace AutoTP's layers that sum, and all dense ones that a kernel multiplies.
 
-    Once the weights are loaded; those that a kernel reads are copied, one at a time, to where
-    that is quickest, but for a head tied to the embedding. What they were copied from is returned
-    on the way, or a rank would hold two models.
+    Once the weights are loaded; those that a kernel reads are packed, one at a time. What they were
+    packed from is returned on the way, or a rank would hold two models.
     """
-    kernels = DenseKernels()
     num_copied = 0
     for name in [name for name, _ in model.named_modules()]:  # no module is kept alive by a list
         module = model.get_submodule(name)
         kind = type(module).__name__
         if isinstance(module, VocabParallelHead):
-            if module.weight is not None:
-                module.weight, module.matmul = kernels.take_over(module.weight, module.is_tied)
+            _take_over_head(model, module)
         elif kind in COLUMN_PARALLEL + ROW_PARALLEL and not getattr(module, "gather_output", False):
-            weight, matmul = kernels.take_over(module.weight)
+            weight, matmul = take_over(module.weight)
             reduces = kind in ROW_PARALLEL and module.mp_group is not None
             if matmul is not None or reduces:
                 reduce = all_reduce if reduces else None
-                linear = DenseLinear(weight, module.bias, reduce, matmul)
                 if matmul is not None:
-                    num_copied += weight.nbytes
-                model.set_submodule(name, linear)
+                    num_copied += module.weight.nbytes
+                model.set_submodule(name, DenseLinear(weight, module.bias, reduce, matmul))
         if num_copied > TRIM_BYTES:
             del module
             return_free_memory()

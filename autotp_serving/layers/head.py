@@ -17,7 +17,8 @@ class VocabParallelHead(nn.Module):
     that every rank holds anyway.
 
     Attributes:
-        weight: [rows of this rank, hidden_size], or None once `low_bit` has taken its place.
+        weight: [rows of this rank, hidden_size], or None once `low_bit` or a packed weight has
+            taken its place.
         low_bit: a layer without bias that multiplies by the converted weight.
         matmul: multiplies [num_tokens, hidden_size] by the dense weight, or None for torch.
         is_tied: whether the weight is a view of the embedding.

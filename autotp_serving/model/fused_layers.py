@@ -219,7 +219,7 @@ class FusedForward:
         native_layers = self._native_layers
         spans = self._adapter_step.spans
         runs = self._runs = AdapterRuns(spans, self._max_adapter_rank) if spans else None
-        if native_layers is not None and len(hidden) <= native_layers.most_tokens:
+        if native_layers is not None:
             slots, attention = context.inputs.slots, context.attention
             added = native_layers.run(hidden, rotary, slots, attention, runs)
         else:

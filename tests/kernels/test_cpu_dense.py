@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 
 import pytest
@@ -11,9 +10,15 @@ from torch import nn
 
 from autotp_serving.devices.build import ISAS, processor_flags
 from autotp_serving.kernels.cpu import dense
-from autotp_serving.kernels.cpu.dense import DenseMatmul, load_dense_library, sums_like_torch
+from autotp_serving.kernels.cpu.dense import DenseMatmul, load_dense_library, pack
 from autotp_serving.layers import dense_linear
-from autotp_serving.layers.dense_linear import DenseKernels, DenseLinear, take_over_linears
+from autotp_serving.layers.dense_linear import (
+    DenseLinear,
+    PackedEmbedding,
+    take_over,
+    take_over_linears,
+)
+from autotp_serving.layers.head import VocabParallelHead
 from tests.compiler import needs_compiler
 
 pytestmark = needs_compiler
@@ -41,19 +46,22 @@ def test_products_are_right_and_do_not_depend_on_other_tokens(
     x = make_tensors(70, shape[1] + 3, seed=2)[:, :-3].to(dtype)
     library = load_dense_library(isa)
     assert library is not None, "it does not compile: see the log"
-    matmul = DenseMatmul(library, weight)
-    whole = matmul.multiply_few(x)
+    matmul = DenseMatmul(library, pack(library, weight))
+    whole = matmul(x)
     exact = x.double() @ weight.double().T
     bound = x.double().abs() @ weight.double().abs().T
     assert ((whole.double() - exact).abs() <= exact.abs() / 256 + bound * 1e-5 + 1e-30).all()
     for count in (1, 2, 7, 8, 9, 33):
-        assert torch.equal(matmul.multiply_few(x[:count]), whole[:count])
+        assert torch.equal(matmul(x[:count]), whole[:count])
+    in_rows = DenseMatmul(library, weight)
+    for count in (1, 70):
+        assert torch.equal(in_rows(x[:count]), whole[:count])
 
 
 def test_several_weights_are_one_product_whatever_the_threads() -> None:
-    weights = [make_tensors(rows, 320, seed=rows) for rows in (40, 16, 7)]
-    x = make_tensors(3, 320, seed=0)
     library = load_dense_library()
+    weights = [pack(library, make_tensors(rows, 320, seed=rows)) for rows in (40, 16, 7)]
+    x = make_tensors(3, 320, seed=0)
     expected = torch.cat([DenseMatmul(library, weight)(x) for weight in weights], 1)
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -64,29 +72,6 @@ def test_several_weights_are_one_product_whatever_the_threads() -> None:
             torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("cols", [2048, 1050])
-def test_a_weight_in_its_place_is_the_same(cols: int) -> None:
-    weight, x = make_tensors(40, cols, seed=1), make_tensors(3, cols, seed=2)
-    library = load_dense_library()
-    placed = dense.place(weight)
-    assert torch.equal(placed, weight) and placed.stride(0) % 2048
-    assert torch.equal(DenseMatmul(library, placed)(x), DenseMatmul(library, weight)(x))
-
-
-@pytest.mark.parametrize("cols", [2600, 1408, 1024, 704])
-def test_few_and_many_tokens_get_the_same_results(cols: int) -> None:
-    """What torch and the kernel sum in the same order: 1,024 columns at a time, or 512."""
-    weight = make_tensors(300, cols, seed=3)
-    matmul = DenseKernels().make_matmul(weight)
-    if matmul is None:
-        pytest.skip("torch sums otherwise here, and so multiplies alone")
-    x = make_tensors(matmul.most_tokens + 1, cols, seed=4)
-    whole = matmul(x)
-    assert torch.equal(whole, nn.functional.linear(x, weight))
-    for count in (1, 5, matmul.most_tokens):
-        assert torch.equal(matmul(x[:count]), whole[:count])
-
-
 def test_float16_is_left_to_torch_only_where_it_has_instructions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,25 +80,13 @@ def test_float16_is_left_to_torch_only_where_it_has_instructions(
         monkeypatch.setattr(
             torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda found=has_instructions: found
         )
-        assert (DenseKernels().make_matmul(weight) is None) == has_instructions
+        assert (take_over(weight)[1] is None) == has_instructions
 
 
-def test_a_kernel_that_sums_otherwise_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    weight = make_tensors(300, 2600, seed=3)
-    library = load_dense_library()
-
-    def multiply_in_one_sum(matmul: DenseMatmul, x: torch.Tensor) -> torch.Tensor:
-        halves = [matmul._tensors[0][:, :1300], matmul._tensors[0][:, 1300:]]
-        parts = zip(x.split(1300, 1), halves, strict=True)
-        return sum(part.float() @ half.float().T for part, half in parts).bfloat16()
-
-    monkeypatch.setattr(dense.DenseMatmul, "multiply_few", multiply_in_one_sum)
-    assert not sums_like_torch(DenseMatmul(library, weight))
-    with caplog.at_level(logging.INFO):
-        assert DenseKernels().make_matmul(weight) is None
-    assert "(300, 2600)" in caplog.text
+def test_bfloat16_is_left_to_the_tiles_of_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = make_tensors(40, 64, seed=1)
+    monkeypatch.setattr(dense, "best_isa", lambda: "amx")
+    assert take_over(weight) == (weight, None)
 
 
 class AutoTpLinear(nn.Linear):
@@ -123,8 +96,7 @@ class AutoTpLinear(nn.Linear):
 AutoTpLinear.__name__ = "LinearAllreduce"
 
 
-def test_layers_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_linear, "sums_like_torch", lambda matmul: True)
+def test_layers_are_taken_over() -> None:
     plain, row_parallel = nn.Linear(64, 32).bfloat16(), AutoTpLinear(64, 32).bfloat16()
     whole = nn.Linear(64, 32)  # float32: torch's alone
     row_parallel.mp_group = object()
@@ -136,8 +108,48 @@ def test_layers_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model["whole"] is whole
     assert isinstance(model["plain"], DenseLinear) and model["plain"].matmul is not None
     with torch.no_grad():
-        assert torch.equal(model["plain"](x), expected[0] + biases[0])
-        assert torch.equal(model["row_parallel"](x), expected[1] * 2 + biases[1])
+        torch.testing.assert_close(model["plain"](x), expected[0] + biases[0])
+        torch.testing.assert_close(model["row_parallel"](x), expected[1] * 2 + biases[1])
+
+
+class TiedModel(nn.Module):
+    """An embedding and a second rank's head tied to it."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+        size, hidden_size = embedding.weight.shape
+        self.head = VocabParallelHead(
+            hidden_size, size, False, torch.bfloat16, 1, 2, lambda logits: logits
+        )
+        self.head.gathers = False
+        self.head.tie_to(embedding.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Does more than to look up."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "is_packed"),
+    [(nn.Embedding, 96, True), (nn.Embedding, 90, False), (ScaledEmbedding, 96, False)],
+)
+def test_a_tied_head_shares_one_copy_with_the_embedding(
+    kind: type[nn.Embedding], size: int, is_packed: bool
+) -> None:
+    model = TiedModel(kind(size, 72).bfloat16().requires_grad_(False))
+    whole = model.embedding.weight
+    token_ids = torch.tensor([[0, size - 1, 17], [5, 48, 5]])
+    hidden = make_tensors(3, 72, seed=1)
+    expected_rows, expected_logits = whole[token_ids], hidden @ whole[size // 2 :].T
+    take_over_linears(model, lambda product: product)
+    assert isinstance(model.embedding, PackedEmbedding) == is_packed
+    assert torch.equal(model.embedding(token_ids), expected_rows)
+    torch.testing.assert_close(model.head(hidden), expected_logits)
+    assert sum(x.nbytes for x in model.buffers()) == (96 * 96 * 2 if is_packed else 0)
 
 
 def test_weights_are_not_kept_beside_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +158,6 @@ def test_weights_are_not_kept_beside_their_copies(monkeypatch: pytest.MonkeyPatc
     del layers
     weights = [weakref.ref(layer.weight) for layer in model.values()]
     kept: list[int] = []
-    monkeypatch.setattr(dense_linear, "sums_like_torch", lambda matmul: True)
     monkeypatch.setattr(dense_linear, "TRIM_BYTES", 0)
     monkeypatch.setattr(
         dense_linear,

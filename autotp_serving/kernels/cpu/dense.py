@@ -1,9 +1,7 @@
 """Products with dense weights of 16 bits by csrc/dense_linear.cpp. Every rank on CPU.
 
-float16: all of them, where torch's oneDNN has no instructions for it. bfloat16: a few tokens. With
-many tokens torch's oneDNN is as fast as a core can be; with one it reads weights at half the
-speed of memory. Both sum in the same order, which `sums_like_torch` makes sure of: so a token's
-result does not depend on how many there are.
+bfloat16 where torch has no AMX tiles for it, and float16 where its oneDNN has no instructions for
+it: any number of tokens. A token's result does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -11,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from autotp_serving.devices import huge_pages
 from autotp_serving.devices.build import BuildError, best_isa, build_library, isa_flags
@@ -25,11 +22,30 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "csrc" / "dense_linear.cpp"
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-MOST_TOKENS = 64
-MOST_TOKENS_BESIDE_AMX = 8  # whose tiles torch uses for more
-LINE = 32  # numbers in a line of the cache
-SET_DISTANCE = 2048  # numbers from a line to the next that shares its set of the first cache
-NUM_CHECKED = 2**16  # results; of bfloat16 numbers summed in another order, 1 in 10,000 differs
+ROWS, COLS = 16, 32  # of a panel: what is packed together
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [rows, cols] in the order in which the kernel reads it.
+
+    Attributes:
+        shape: rows and cols.
+        numbers: [rows * cols] and more, both rounded up to whole panels; in huge pages.
+    """
+
+    shape: tuple[int, int]
+    numbers: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight's numbers."""
+        return self.numbers.dtype
+
+    def select_rows(self, start: int, stop: int) -> PackedWeight:
+        """A view of rows from a multiple of 16 on."""
+        row_size = -(-self.shape[1] // COLS) * COLS
+        return PackedWeight((stop - start, self.shape[1]), self.numbers[start * row_size :])
 
 
 class _Dense(ctypes.Structure):
@@ -46,25 +62,20 @@ class _Dense(ctypes.Structure):
 class DenseMatmul:
     """Multiplies `x` [tokens, cols] by weights [rows, cols] transposed: [tokens, rows of all].
 
-    All are of one type, and the weights have as many columns, one beside the other.
+    All are of one type, and the weights have as many columns, one beside the other. Each is packed,
+    or a tensor in rows, which others may read too; that takes longer.
 
     Attributes:
-        most_tokens: up to which the kernel multiplies; torch takes more.
         function, weights: the kernel and what it is given first, for C++ that calls by itself.
     """
 
-    def __init__(self, library: ctypes.CDLL, *weights: Tensor) -> None:
+    def __init__(self, library: ctypes.CDLL, *weights: Tensor | PackedWeight) -> None:
         self._multiply = library.autotp_dense_linear
-        self._tensors = [weight.detach() for weight in weights]
-        self._described = [
-            _Dense(*weight.shape, weight.stride(0), weight.data_ptr()) for weight in self._tensors
-        ]
+        self._memory = [x.detach() if isinstance(x, Tensor) else x for x in weights]
+        self._described = [_describe(weight) for weight in weights]
         self.rows = sum(weight.shape[0] for weight in weights)
         self.cols = weights[0].shape[1]
         self._dtype = DTYPES[weights[0].dtype]
-        self.most_tokens = MOST_TOKENS_BESIDE_AMX if best_isa() == "amx" else MOST_TOKENS
-        if weights[0].dtype == torch.float16:
-            self.most_tokens = sys.maxsize
         self.function = ctypes.cast(self._multiply, ctypes.c_void_p).value
         self.weights = (ctypes.c_void_p * len(weights))(
             *(ctypes.addressof(structure) for structure in self._described)
@@ -72,13 +83,6 @@ class DenseMatmul:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See the class."""
-        if len(x) > self.most_tokens:
-            parts = [functional.linear(x, weight) for weight in self._tensors]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return self.multiply_few(x)
-
-    def multiply_few(self, x: Tensor) -> Tensor:
-        """The same by the kernel, whatever the number of tokens."""
         if x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty(len(x), self.rows)
@@ -115,6 +119,8 @@ def load_dense_library(isa: str | None = None) -> ctypes.CDLL | None:
         *(number, number, number),
     )
     library.autotp_dense_linear.restype = ctypes.c_int
+    library.autotp_pack_dense.argtypes = (pointer, pointer, number)
+    library.autotp_pack_dense.restype = None
     return library
 
 
@@ -122,26 +128,23 @@ def has_kernel(dtype: torch.dtype) -> bool:
     """Whether a type's products are better made here than by torch."""
     if dtype == torch.float16:
         return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.bfloat16
+    return dtype == torch.bfloat16 and best_isa() != "amx"
 
 
-def place(weight: Tensor) -> Tensor:
-    """Copy a weight [rows, cols] to where it is read quickest: to huge pages, and, where rows are
-    a multiple of 4 KiB long, a line further apart, or 16 of them would share a set of the cache.
-    """
+def pack(library: ctypes.CDLL, weight: Tensor) -> PackedWeight:
+    """Copy a weight [rows, cols] of 16 bits, whose columns lie side by side."""
     rows, cols = weight.shape
-    apart = cols + (LINE if cols % SET_DISTANCE == 0 else 0)
-    return huge_pages.zeros((rows, apart), weight.dtype)[:, :cols].copy_(weight.detach())
+    padded = -(-rows // ROWS) * ROWS * (-(-cols // COLS) * COLS)
+    numbers = huge_pages.zeros((padded,), weight.dtype)
+    in_rows = _describe(weight.detach())
+    library.autotp_pack_dense(
+        ctypes.addressof(in_rows), numbers.data_ptr(), torch.get_num_threads()
+    )
+    return PackedWeight((rows, cols), numbers)
 
 
-def sums_like_torch(matmul: DenseMatmul) -> bool:
-    """Whether the kernel's results are torch's to the last bit, by a look at some of them.
-
-    Of a type that the kernel multiplies alone there is nothing to compare.
-    """
-    if matmul.most_tokens == sys.maxsize:
-        return True
-    num_tokens = max(matmul.most_tokens + 1, min(512, NUM_CHECKED // matmul.rows))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, matmul.cols, generator=generator).bfloat16()
-    return torch.equal(matmul(x), matmul.multiply_few(x))
+def _describe(weight: Tensor | PackedWeight) -> _Dense:
+    """What C++ must know of a weight."""
+    if isinstance(weight, PackedWeight):
+        return _Dense(*weight.shape, 0, weight.numbers.data_ptr())
+    return _Dense(*weight.shape, weight.stride(0), weight.data_ptr())

@@ -8,7 +8,6 @@ way from Python into C++, thirteen times a layer, to show. What is computed is w
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -150,25 +149,12 @@ class NativeLayer:
 
 
 class NativeLayers:
-    """Runs all layers of a model, two calls each.
-
-    Attributes:
-        most_tokens: up to which its products are worth it.
-    """
+    """Runs all layers of a model, two calls each."""
 
     def __init__(self, ops: LayerOps, layers: list[NativeLayer]) -> None:
         self._ops = ops
         self._layers = layers
         self._described = [layer.describe() for layer in layers]
-        products = (
-            product.matmul
-            for layer in layers
-            for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        )
-        self.most_tokens = min(
-            (matmul.most_tokens for matmul in products if isinstance(matmul, DenseMatmul)),
-            default=sys.maxsize,
-        )
         self._calls = [
             (ctypes.addressof(described), layer.output.finish, layer.down.finish)
             for described, layer in zip(self._described, layers, strict=True)

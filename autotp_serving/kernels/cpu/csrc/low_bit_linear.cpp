@@ -171,11 +171,20 @@ void multiply_pair_tokens(const Call& call, const Group (&groups)[2], int64_t ro
 
 // Multiplies `count` tokens, made ready at `x` and from `start` on in the call, with two groups.
 template <class X>
-void multiply_two_groups(const Call& call, int64_t index, const X* x, int64_t start,
-                         int64_t count) {
+void multiply_two_groups(const Call& call, int64_t index, const X* x, int64_t start, int64_t count,
+                         const Tables& tables) {
     const int64_t tiles = call.tiles();
-    const Group groups[2] = {find_group(call.weight, index, tiles),
-                             find_group(call.weight, index + 1, tiles)};
+    Group groups[2] = {find_group(call.weight, index, tiles),
+                       find_group(call.weight, index + 1, tiles)};
+    if constexpr (F::kKind == Kind::kPairs) {
+        const int64_t size = tiles * kDecodedBytes<F>;
+        uint8_t* decoded = static_cast<uint8_t*>(scratch<Group>(2 * size));
+        for (Group& group : groups) {
+            decode<F>(group, tiles, tables, 0, decoded);
+            group.decoded = decoded;
+            decoded += size;
+        }
+    }
     for (int64_t place = 0; place < count; place += kPairTokens) {
         multiply_pair_tokens<kPairTokens>(call, groups, index * kRows, x, place, start + place,
                                           count - place);
@@ -258,7 +267,7 @@ void run(const Call* calls, int64_t count_calls, int64_t tokens) {
                 const int64_t first = piece * together;
                 if constexpr (kInPairs<F>) {
                     if (in_pairs && first + 2 <= part->whole_groups()) {
-                        multiply_two_groups(*part, first, x, start, count);
+                        multiply_two_groups(*part, first, x, start, count, tables);
                         continue;
                     }
                 }

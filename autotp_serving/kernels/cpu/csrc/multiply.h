@@ -165,10 +165,11 @@ inline void multiply(const Group& group, const PairBlock* x, int first, int64_t 
 }
 
 // Formats of which two groups at a time are multiplied with four tokens: each activation is fetched
-// once for both. That takes 32 registers.
+// once for both. That takes 32 registers. Those of pairs are decoded first.
 template <class F>
 constexpr bool kInPairs =
-    kMaxTokens >= 8 && F::kKind == Kind::kCodes && F::kHigh == 0 && !F::kMins;
+    kMaxTokens >= 8 && (F::kKind == Kind::kPairs ||
+                        (F::kKind == Kind::kCodes && F::kHigh == 0 && !F::kMins));
 constexpr int kPairTokens = 4;
 
 // sums[g][m] = group g of two times token `first + m` of the chunk at `x`.
@@ -220,6 +221,42 @@ inline void multiply_pair(const Group (&groups)[2], const ByteBlock* x, int firs
             for (int m = 0; m < kTokens; ++m) {
                 const Floats factor = multiply(scales, same_float(block.scale[first + m]));
                 sums[g][m] = multiply_add(to_floats(totals[g][m]), factor, sums[g][m]);
+            }
+        }
+    }
+}
+
+// The same of two groups that are decoded; summed as in `multiply`.
+template <class F, int kTokens>
+inline void multiply_pair(const Group (&groups)[2], const PairBlock* x, int first, int64_t tiles,
+                          Floats (&sums)[2][kTokens]) {
+    for (int m = 0; m < kTokens; ++m) sums[0][m] = sums[1][m] = same_float(0);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const uint16_t(*values)[kBlock] = x[tile].values + first;
+        const int64_t from = tile * kDecodedBytes<F>;
+        Floats even[2][kTokens], odd[2][kTokens];
+        for (int g = 0; g < 2; ++g) {
+            for (int m = 0; m < kTokens; ++m) even[g][m] = odd[g][m] = same_float(0);
+        }
+        unroll<kWords>([&](auto word) {
+            const auto add_pairs = [&](Floats(&totals)[2][kTokens], int half) {
+                const int64_t at = from + word * 128 + half * 64;
+                const Bytes one = load_bytes(groups[0].decoded + at);
+                const Bytes two = load_bytes(groups[1].decoded + at);
+                for (int m = 0; m < kTokens; ++m) {
+                    const int32_t pair = load_int32(values[m] + word * 4 + half * 2);
+                    totals[0][m] = dot_pairs(totals[0][m], one, pair);
+                    totals[1][m] = dot_pairs(totals[1][m], two, pair);
+                }
+            };
+            add_pairs(even, 0);
+            add_pairs(odd, 1);
+        });
+        for (int g = 0; g < 2; ++g) {
+            Floats scales = same_float(1);
+            if constexpr (F::kScale != Scale::kNone) scales = load_scales<F>(groups[g], tile);
+            for (int m = 0; m < kTokens; ++m) {
+                sums[g][m] = multiply_add(add(even[g][m], odd[g][m]), scales, sums[g][m]);
             }
         }
     }

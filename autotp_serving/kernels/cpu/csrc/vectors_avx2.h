@@ -112,6 +112,9 @@ constexpr bool kAnyByteFits = false;
 inline Floats same_float(float value) {
     return {_mm256_set1_ps(value), _mm256_set1_ps(value)};
 }
+inline Floats as_floats(Bytes bits) {
+    return {_mm256_castsi256_ps(bits.first), _mm256_castsi256_ps(bits.second)};
+}
 inline Floats load_floats(const float* from) {
     return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
 }

@@ -67,6 +67,7 @@ Ints dot_bytes(Ints sum, Bytes weights, int32_t x) {
 constexpr bool kAnyByteFits = true;
 
 inline Floats same_float(float value) { return _mm512_set1_ps(value); }
+inline Floats as_floats(Bytes bits) { return _mm512_castsi512_ps(bits); }
 inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats load_halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
