@@ -315,6 +315,7 @@ class Engine:
             if oldest is not None:
                 self._last_step_seconds = time.perf_counter() - started
                 self.scheduler.drafter.add_step(oldest, self._last_step_seconds)
+                self.scheduler.pace.add_step(oldest, self._last_step_seconds)
             self._store_blocks(oldest)
         except ENDS_OF_PROCESS:
             raise
