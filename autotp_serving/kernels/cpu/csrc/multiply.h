@@ -24,13 +24,13 @@ inline void unroll(const Body& body) {
 }
 
 // Asks for a tile's codes some tiles ahead. While memory sets the pace the processor's own
-// prefetcher is best left alone; once there is more work per byte it falls behind, and what is asked
-// for less than ten KiB ahead comes too late.
+// prefetcher is best left alone; once there is more work per byte it falls behind, and what is
+// asked for only a few KiB ahead comes too late.
 template <class F, int kTokens>
 inline void prefetch(const uint8_t* from) {
     constexpr int kAhead = 16384;
     constexpr int kWork = kTokens * (F::kKind == Kind::kPairs ? 2 : 1) * 1024 / F::kLowBytes;
-    if constexpr (kWork >= 4) {
+    if constexpr (kWork >= 5) {
         for (int i = 0; i < F::kLowBytes; i += 64) {
             prefetch_far(from + kAhead + i);
         }
@@ -69,10 +69,6 @@ inline void decode(const Group& group, int64_t tiles, const Tables& tables, int3
     }
 }
 
-// With 32 registers the sums of every other word are kept apart: they wait for each other half as
-// long.
-constexpr bool kApart = kMaxTokens >= 8;
-
 // The sums over one block of `kTokens` tokens from `first`, times 16 rows' codes, as integers.
 template <class F, int kTokens, bool kDecoded>
 inline void dot_tile(const Group& group, int64_t tile, const ByteBlock& block, int first,
@@ -99,6 +95,9 @@ inline void dot_tile(const Group& group, int64_t tile, const ByteBlock& block, i
         for (int m = 0; m < kTokens; ++m) totals[m] = add(totals[m], sixteenth(upper[m]));
     } else {
         const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
+        // With 32 registers the sums of every other word are kept apart, and wait for each other
+        // half as long; a few tokens wait for memory anyway.
+        constexpr bool kApart = kMaxTokens >= 8 && kTokens >= 6;
         Ints others[kTokens];
         for (int m = 0; m < kTokens; ++m) others[m] = same_int(0);
         unroll<kWords>([&](auto word) {
