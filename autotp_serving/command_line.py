@@ -41,7 +41,7 @@ SECTIONS = {
     ),
     "batches and limits": (
         *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"),
-        *("speculative_tokens", "draft_model", "scheduling_policy"),
+        *("max_step_ms", "speculative_tokens", "draft_model", "scheduling_policy"),
         *("max_queue_len", "request_timeout", "compile_timeout", "template_timeout"),
         *("step_timeout", "max_restarts", "recovery_timeout", "drain_seconds", "seed"),
     ),

@@ -207,6 +207,13 @@ class ServingConfig:
         flags=("--max-num-batched-tokens", "--max-num-batched-token"),
         unit="TOKENS",
     )
+    max_step_ms: float | None = setting(
+        None,
+        "milliseconds that a step is to take at most while completions stream: prompts beside them "
+        "run in chunks of as many tokens as fit, by what steps have taken; default: no limit",
+        parse=float,
+        unit="MS",
+    )
     max_model_len: int | None = setting(
         None,
         "most tokens of prompt and completion together; default: the model's own limit",
@@ -489,6 +496,8 @@ class ServingConfig:
             raise ConfigError(
                 f"--step-timeout must be at least {MIN_STEP_TIMEOUT:g}, not {self.step_timeout}"
             )
+        if self.max_step_ms is not None and not 0.0 < self.max_step_ms < float("inf"):
+            raise ConfigError(f"--max-step-ms must be above 0, not {self.max_step_ms:g}")
         if not 0 <= (self.speculative_tokens or 0) <= MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
                 f"--speculative-tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not "

@@ -324,6 +324,7 @@ class Engine:
                 self._last_step_seconds = time.perf_counter() - started
                 seconds = self._last_step_seconds
                 self.scheduler.drafter.add_step(oldest, seconds, waited=waits)
+                self.scheduler.pace.add_step(oldest, seconds)
             self._store_blocks(oldest)
         except ENDS_OF_PROCESS:
             raise

@@ -25,6 +25,7 @@ from autotp_serving.engine.priority_queue import PriorityQueue
 from autotp_serving.engine.sequence import NO_ROW, Sequence, make_draw_key
 from autotp_serving.engine.shared_prefill import should_wait
 from autotp_serving.engine.state_slots import StateSlots
+from autotp_serving.engine.step_pace import StepPace
 from autotp_serving.engine.waiting_queue import WaitingQueue
 from autotp_serving.request import FinishReason, Request, RequestError
 
@@ -76,6 +77,7 @@ class Scheduler:
         self._make_store = make_store
         self.blocks = self._make_blocks(num_blocks, block_size)
         self.drafter = Drafter(config.speculative_tokens or 0)
+        self.pace = StepPace(config.max_step_ms)
         self.waiting = _make_queue(config.scheduling_policy)
         self.running: list[Sequence] = []
         self.num_arrivals = 0
@@ -197,6 +199,8 @@ class Scheduler:
             elif self._in_flight:
                 return []  # what is in flight may give blocks back; else someone has to go
         self._num_score_rows_left = MAX_SCORED_ROWS
+        if chunks:
+            budget = self.pace.limit(budget)
         if prefilling is not None:
             budget = self._add_prefill(chunks, prefilling, budget)
         while budget > 0 and (admitted := self._admit(chunks)):

@@ -107,8 +107,8 @@ def test_within_the_bound(format: Format, isa: str, rows: int, cols: int) -> Non
 def test_many_tokens(format: Format, isa: str) -> None:
     """More than are made ready at once."""
     torch.manual_seed(0)
-    tensor = quantize(torch.randn(40, 128), format)
-    check(torch.randn(601, 128), tensor, find_matmul(format, isa))
+    tensor = quantize(torch.randn(40, 1024), format)
+    check(torch.randn(601, 1024), tensor, find_matmul(format, isa))
 
 
 def adversarial_inputs(cols: int) -> dict[str, Tensor]:

@@ -34,8 +34,9 @@ constexpr int64_t kWorthDecoding =
 // half of it where two groups share what is fetched.
 constexpr int64_t kTokensAtOnce = F::kKind == Kind::kPairs ? 128 : 256;
 constexpr int64_t kBytesAtOnce = kInPairs<F> ? 8 << 16 : 3 << 16;
-// From this many tokens on, groups are multiplied two at a time; fewer wait for the weights anyway.
-constexpr int64_t kWorthPairing = 16;
+// From this many tokens on, groups are multiplied two at a time; with fewer, eight tokens at a time
+// wait less for the weights.
+constexpr int64_t kWorthPairing = 64;
 // From this many tokens on, AMX multiplies faster, though it always multiplies 16.
 constexpr int64_t kWorthTiles = 8;
 // Below this many activations a second thread costs more than it helps in making them ready.
@@ -229,9 +230,12 @@ void run(const Call* calls, int64_t count_calls, int64_t tokens) {
     const Call& call = calls[0];
     const AutotpWeight& weight = call.weight;
     const int64_t chunk_bytes = call.tiles() * sizeof(Block);
-    const int64_t at_once = kWorthDecoding < INT64_MAX
-                                ? kTokensAtOnce
-                                : std::max<int64_t>(1, kBytesAtOnce / chunk_bytes) * kChunk;
+    const int64_t most = kWorthDecoding < INT64_MAX
+                             ? kTokensAtOnce
+                             : std::max<int64_t>(1, kBytesAtOnce / chunk_bytes) * kChunk;
+    // In equal shares: a few tokens at the end would need all weights again.
+    const int64_t shares = std::max<int64_t>(1, (tokens + most - 1) / most);
+    const int64_t at_once = (tokens + shares * kChunk - 1) / (shares * kChunk) * kChunk;
     const int64_t chunks = (std::min(tokens, at_once) + kChunk - 1) / kChunk;
     Block* x = static_cast<Block*>(scratch<Block>(chunks * chunk_bytes));
     for (int64_t start = 0; start < tokens; start += at_once) {

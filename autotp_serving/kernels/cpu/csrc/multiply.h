@@ -24,10 +24,11 @@ inline void unroll(const Body& body) {
 }
 
 // Asks for a tile's codes some tiles ahead. While memory sets the pace the processor's own
-// prefetcher is best left alone; once there is more work per byte it falls behind.
+// prefetcher is best left alone; once there is more work per byte it falls behind, and what is
+// asked for only a few KiB ahead comes too late.
 template <class F, int kTokens>
 inline void prefetch(const uint8_t* from) {
-    constexpr int kAhead = 6144;
+    constexpr int kAhead = 16384;
     constexpr int kWork = kTokens * (F::kKind == Kind::kPairs ? 2 : 1) * 1024 / F::kLowBytes;
     if constexpr (kWork >= 5) {
         for (int i = 0; i < F::kLowBytes; i += 64) {
@@ -94,19 +95,29 @@ inline void dot_tile(const Group& group, int64_t tile, const ByteBlock& block, i
         for (int m = 0; m < kTokens; ++m) totals[m] = add(totals[m], sixteenth(upper[m]));
     } else {
         const uint8_t* decoded = group.decoded + tile * kDecodedBytes<F>;
+        // With 32 registers the sums of every other word are kept apart, and wait for each other
+        // half as long; a few tokens wait for memory anyway.
+        constexpr bool kApart = kMaxTokens >= 8 && kTokens >= 6;
+        Ints others[kTokens];
+        for (int m = 0; m < kTokens; ++m) others[m] = same_int(0);
         unroll<kWords>([&](auto word) {
             const Bytes weights = kDecoded ? load_bytes(decoded + word * 64)
                                            : load_codes<F, word>(low, high, tables.bytes);
+            Ints* const to = kApart && word % 2 ? others : totals;
             for (int m = 0; m < kTokens; ++m) {
-                totals[m] =
-                    dot_bytes<F::kWide>(totals[m], weights, load_int32(codes[m] + word * 4));
+                to[m] = dot_bytes<F::kWide>(to[m], weights, load_int32(codes[m] + word * 4));
             }
         });
+        if constexpr (kApart) {
+            for (int m = 0; m < kTokens; ++m) totals[m] = add(totals[m], others[m]);
+        }
     }
 }
 
-// sums[m] += tiles of `group` times token `first + m` of the chunk at `x`.
+// sums[m] += tiles of `group` times token `first + m` of the chunk at `x`. Flat, since gcc stops
+// inlining the unrolled words at some size, which costs two thirds of the speed.
 template <class F, int kTokens, bool kDecoded>
+__attribute__((flatten))
 inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t tiles,
                      const Tables& tables, Floats* sums) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -132,6 +143,7 @@ inline void multiply(const Group& group, const ByteBlock* x, int first, int64_t 
 }
 
 template <class F, int kTokens, bool kDecoded>
+__attribute__((flatten))
 inline void multiply(const Group& group, const PairBlock* x, int first, int64_t tiles,
                      const Tables& tables, Floats* sums) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -174,6 +186,7 @@ constexpr int kPairTokens = 4;
 
 // sums[g][m] = group g of two times token `first + m` of the chunk at `x`.
 template <class F, int kTokens>
+__attribute__((flatten))
 inline void multiply_pair(const Group (&groups)[2], const ByteBlock* x, int first, int64_t tiles,
                           Floats (&sums)[2][kTokens]) {
     for (int m = 0; m < kTokens; ++m) sums[0][m] = sums[1][m] = same_float(0);

@@ -178,23 +178,56 @@ inline void find_block(const AutotpAttention& call, const Task& task, int64_t st
     }
 }
 
-// Asks for a block.
-template <class Cache>
-inline void prefetch_block(const AutotpAttention& call,
-                           const Block<typename Cache::Number>& block) {
-    constexpr int64_t kLine = 64 / sizeof(typename Cache::Number);
-    for (int v = 0; v < kVectors; ++v) {
-        for (int64_t at = 0; at < call.head_dim * kLanes; at += kLine) {
-            prefetch_near(block.keys[v] + at);
+// Asks for the memory of the next block, some lines at a time: a core waits for no more than about
+// twenty, and all at once would hold up what is read meanwhile.
+class Ahead {
+  public:
+    // In at most so many `pieces`.
+    template <class Cache>
+    void start(const AutotpAttention& call, const Block<typename Cache::Number>& block,
+               int64_t pieces) {
+        constexpr int64_t kPerNumber = kLanes * sizeof(typename Cache::Number);
+        part_ = count_ = 0;
+        at_ = 0;
+        int64_t lines = 0;
+        const auto add = [&](const void* from, int64_t bytes) {
+            parts_[count_++] = {static_cast<const char*>(from), bytes};
+            lines += (bytes + 63) / 64;
+        };
+        for (int v = 0; v < kVectors; ++v) {
+            add(block.keys[v], call.head_dim * kPerNumber);
+            add(block.values[v], call.value_dim * kPerNumber);
+            if constexpr (Cache::kHasScales) {
+                add(block.key_scales[v], kLanes * sizeof(float));
+                add(block.value_scales[v], kLanes * sizeof(float));
+            }
         }
-        for (int64_t at = 0; at < call.value_dim * kLanes; at += kLine) {
-            prefetch_near(block.values[v] + at);
-        }
-        if (!Cache::kHasScales) continue;
-        prefetch_near(block.key_scales[v]);
-        prefetch_near(block.value_scales[v]);
+        piece_ = std::max<int64_t>(8, (lines + pieces - 1) / pieces);
     }
-}
+    void ask() {
+        if (part_ < count_) ask_more();
+    }
+
+  private:
+    __attribute__((noinline)) void ask_more() {
+        for (int64_t i = 0; i < piece_ && part_ < count_; ++i) {
+            prefetch_far(parts_[part_].from + at_);
+            at_ += 64;
+            if (at_ >= parts_[part_].bytes) {
+                at_ = 0;
+                ++part_;
+            }
+        }
+    }
+
+    struct Part {
+        const char* from;
+        int64_t bytes;
+    };
+    Part parts_[4 * kVectors];
+    int part_ = 0, count_ = 0;  // the part that is next, of how many
+    int64_t at_ = 0, piece_ = 0;
+};
 
 // Logits of `kCount` rows for the first `kVecs` vectors of a block of positions.
 template <class Cache, int kCount, int kVecs>
@@ -329,12 +362,14 @@ template <class Cache, int kCount, int kVecs>
 __attribute__((noinline)) void attend_vectors(const AutotpAttention& call, const Row* rows,
                                               int64_t start,
                                               const Block<typename Cache::Number>& block,
-                                              const Work& work) {
+                                              const Work& work, Ahead& ahead) {
+    ahead.ask();
     Floats logits[kCount][kVecs];
     find_logits<Cache, kCount, kVecs>(call, rows, block, logits);
     alignas(64) uint16_t words[kCount][kVecs * kLanes];
     float units[kCount];
     for (int r = 0; r < kCount; ++r) {
+        ahead.ask();
         units[r] = find_weights<Cache, kVecs>(call, rows[r], start, block, work, logits[r],
                                               words[r]);
     }
@@ -351,12 +386,13 @@ __attribute__((noinline)) void attend_vectors(const AutotpAttention& call, const
 // Lets rows attend to a block; what lies behind the last row's position is left out by vectors.
 template <class Cache, int kCount>
 void attend_block(const AutotpAttention& call, const Row* rows, int64_t start,
-                  const Block<typename Cache::Number>& block, const Work& work) {
+                  const Block<typename Cache::Number>& block, const Work& work, Ahead& ahead) {
     switch ((rows[kCount - 1].position - start) / kLanes) {
-        case 0: return attend_vectors<Cache, kCount, 1>(call, rows, start, block, work);
-        case 1: return attend_vectors<Cache, kCount, 2>(call, rows, start, block, work);
-        case 2: return attend_vectors<Cache, kCount, 3>(call, rows, start, block, work);
-        default: return attend_vectors<Cache, kCount, kVectors>(call, rows, start, block, work);
+        case 0: return attend_vectors<Cache, kCount, 1>(call, rows, start, block, work, ahead);
+        case 1: return attend_vectors<Cache, kCount, 2>(call, rows, start, block, work, ahead);
+        case 2: return attend_vectors<Cache, kCount, 3>(call, rows, start, block, work, ahead);
+        default:
+            return attend_vectors<Cache, kCount, kVectors>(call, rows, start, block, work, ahead);
     }
 }
 
@@ -399,12 +435,13 @@ void run_task(const AutotpAttention& call, const Task& task) {
         start = start / kPositions * kPositions;
     }
     Block<typename Cache::Number> here, next;
+    Ahead ahead;
     find_block<Cache>(call, task, start, last, work, next);
     for (; start < last; start += kPositions) {
         std::swap(here, next);
         if (start + kPositions < last) {
             find_block<Cache>(call, task, start + kPositions, last, work, next);
-            prefetch_block<Cache>(call, next);
+            ahead.start<Cache>(call, next, rows + (rows + kRowsAtOnce - 1) / kRowsAtOnce);
         }
         // Rows of tokens before the block see nothing of it.
         const int64_t unseeing = std::max<int64_t>(0, start - position(task.first_token));
@@ -419,7 +456,7 @@ void run_task(const AutotpAttention& call, const Task& task) {
                         some[r].unit = units[index + r];
                     }
                 }
-                attend_block<Cache, count>(call, some, start, here, work);
+                attend_block<Cache, count>(call, some, start, here, work, ahead);
             }
         };
         attend(std::integral_constant<int, kRowsAtOnce>());
