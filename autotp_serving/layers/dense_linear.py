@@ -129,7 +129,7 @@ def take_over_linears(model: nn.Module, all_reduce: AllReduce) -> None:
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
         if isinstance(module, VocabParallelHead):
-            if module.weight is not None:
+            if module.low_bit is None:
                 module.weight, module.matmul = kernels.take_over(module.weight, module.is_tied)
         elif kind in COLUMN_PARALLEL + ROW_PARALLEL and not getattr(module, "gather_output", False):
             weight, matmul = kernels.take_over(module.weight)

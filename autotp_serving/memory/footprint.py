@@ -192,7 +192,7 @@ def count_loaded(model: Any) -> int:
     """Bytes of the weights of a model that is loaded; a tied head is a view of the embedding."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
-    is_view = head is not None and (
+    is_view = hasattr(head, "untyped_storage") and (
         head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
     )
     buffers = (
