@@ -103,7 +103,10 @@ def check_family(model_config: Any, *, pools: bool = False) -> None:
         elif getattr(model_config, "sliding_window", None):
             reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
-        reason = "its config.json tells of no attention heads"
+        reason = (
+            "its config.json tells of no attention heads: layers that keep states alone, and none "
+            "that attends, would need a server without KV blocks"
+        )
     else:
         reason = find_sparse_reason(model_config.get_text_config())
     if reason:
