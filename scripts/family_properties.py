@@ -30,7 +30,8 @@ FAMILIES = (
     *("deepseek_v3", "minimax_m2", "llama4_text", "olmo2", "olmo3", "phi3", "smollm3"),
     *("ernie4_5_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss", "qwen3_next", "qwen3_5"),
     *("qwen3_5_moe", "granitemoehybrid", "bamba", "falcon_h1", "nemotron_h", "lfm2", "lfm2_moe"),
-    *("olmo_hybrid", "kimi_linear"),
+    *("olmo_hybrid", "kimi_linear", "deepseek_v32", "glm_moe_dsa", "hy_v4"),
+    *("jamba", "minimax"),
 )
 PROPERTIES = ("batch", "preemption", "prefix", "saved", "ranks", "4,000 tokens")
 LONG_LEN, LONG_MAX, MAX_TOKENS = 4000, 4096, 60

@@ -67,6 +67,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 32),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 16),
     "head_dim": 32,
+    "index_topk": 20,  # fewer than most prompts have
+    "index_n_heads": 8,
+    "index_head_dim": 32,
     "tie_word_embeddings": False,  # or each token's best successor is itself
     "is_decoder": True,
     "vocab_size": 320,
@@ -163,6 +166,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2,
     },
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), QWEN4),
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
     "dots3_note_text": {"num_key_value_heads": 4},
     "mvp": {"init_std": 0.15},
     "smollm3": {"no_rope_layers": [1, 0, 1]},

@@ -119,7 +119,7 @@ def _take_over_head(model: nn.Module, head: VocabParallelHead) -> None:
     """Pack a dense head, or the embedding that it is tied to. An embedding that does more than to
     look up stays in rows, and so does one that is cut elsewhere than between groups of rows.
     """
-    library = None if head.weight is None else _find_library(head.weight)
+    library = None if head.low_bit is not None else _find_library(head.weight)
     if library is None:
         return
     weight: Tensor | PackedWeight = head.weight
@@ -133,7 +133,7 @@ def _take_over_head(model: nn.Module, head: VocabParallelHead) -> None:
         (name,) = (name for name, module in model.named_modules() if module is embedding)
         model.set_submodule(name, PackedEmbedding(whole))
     if isinstance(weight, PackedWeight):
-        head.weight = None
+        head.drop_weight()
     head.matmul = DenseMatmul(library, weight)
 
 

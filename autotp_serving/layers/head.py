@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class ConvertedWeight:
+    """In the place of a weight: some families give their head its weight's type."""
+
+    dtype: torch.dtype
 
 
 class VocabParallelHead(nn.Module):
@@ -17,8 +25,8 @@ class VocabParallelHead(nn.Module):
     that every rank holds anyway.
 
     Attributes:
-        weight: [rows of this rank, hidden_size], or None once `low_bit` or a packed weight has
-            taken its place.
+        weight: [rows of this rank, hidden_size]; once `low_bit` or a packed weight has taken its
+            place, what is left.
         low_bit: a layer without bias that multiplies by the converted weight.
         matmul: multiplies [num_tokens, hidden_size] by the dense weight, or None for torch.
         is_tied: whether the weight is a view of the embedding.
@@ -67,7 +75,13 @@ class VocabParallelHead(nn.Module):
     def set_low_bit(self, linear: nn.Module) -> None:
         """Let a converted weight, of this rank's rows, take the dense one's place."""
         self.low_bit = linear
-        self.weight = None
+        self.drop_weight()
+
+    def drop_weight(self) -> None:
+        """Another form has taken the dense weight's place."""
+        dtype = self.weight.dtype
+        del self.weight
+        self.weight = ConvertedWeight(dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map [..., hidden_size] to [..., vocab_size], equal on all ranks.

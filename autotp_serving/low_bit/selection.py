@@ -26,6 +26,9 @@ ROUTERS = (
     *(".router", ".router.proj", ".router.layer", ".router.gate"),
 )
 
+INDEXER = ".indexer."
+"""In the names of what chooses the tokens that attention sees: few weights, as a router's."""
+
 
 @dataclass(frozen=True)
 class LowBitSelection:
@@ -66,6 +69,7 @@ class LowBitSelection:
         return (
             self.linears is not None
             and not name.endswith(ROUTERS)
+            and INDEXER not in name
             and not any(part in name for part in self.keep_dense)
         )
 

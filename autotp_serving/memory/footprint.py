@@ -20,7 +20,9 @@ from autotp_serving.model.shapes import (
     ModelShapes,
     TensorShape,
     count_head_bytes,
+    count_indexers,
     find_heads,
+    find_kv_heads,
     find_kv_sources,
     list_layer_configs,
 )
@@ -178,9 +180,12 @@ def _count_kv_bytes(shapes: ModelShapes, setup: MemorySetup, rank: int) -> int:
     for layer in set(find_kv_sources(shapes.text_config)):
         if attention_layers is not None and layer not in attention_layers:
             continue
-        _, num_heads, head_dim = find_heads(layers[layer])
+        num_heads, key_dim, value_dim = find_kv_heads(layers[layer])
         own_heads = num_heads // setup.num_ranks + (rank < num_heads % setup.num_ranks)
-        num_bytes += own_heads * count_head_bytes(head_dim, head_dim, shapes.itemsize, is_int8)
+        num_bytes += own_heads * count_head_bytes(key_dim, value_dim, shapes.itemsize, is_int8)
+    if num_indexers := count_indexers(shapes.text_config):
+        half = shapes.text_config.index_head_dim // 2
+        num_bytes += num_indexers * count_head_bytes(half, half, shapes.itemsize, is_int8)
     return num_bytes
 
 
@@ -188,7 +193,7 @@ def count_loaded(model: Any) -> int:
     """Bytes of the weights of a model that is loaded; a tied head is a view of the embedding."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
-    is_view = head is not None and (
+    is_view = hasattr(head, "untyped_storage") and (
         head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
     )
     buffers = (

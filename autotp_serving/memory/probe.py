@@ -72,12 +72,16 @@ def probe_model(
         with refuse_by_name(model.config):
             check_unproved(model, device.torch_device)
     sources = tuple(find_kv_sources(model.config.get_text_config()))
+    num_layers = max(probe.head_shapes) + 1
+    is_sparse = num_layers > len(sources)
+    sources += tuple(range(len(sources), num_layers))  # of indexers
     none = (0, *next(iter(probe.head_shapes.values()))[1:])
-    layers = range(max(probe.head_shapes) + 1)
-    found = [probe.head_shapes.get(layer, none) for layer in layers]
+    found = [probe.head_shapes.get(layer, none) for layer in range(num_layers)]
     head_shapes = tuple(
         (heads if sources[layer] == layer else 0, *dims)
         for layer, (heads, *dims) in enumerate(found)
     )
     is_int8 = config.kv_cache_dtype == "int8"
-    return KVCacheShape(head_shapes, config.block_size, model.dtype, is_int8, sources), peak
+    block_size = config.block_size
+    shape = KVCacheShape(head_shapes, block_size, model.dtype, is_int8, sources, is_sparse)
+    return shape, peak

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autotp_serving.config import ConfigError
+from autotp_serving.kernels.reference.attention import PortableAttention
 from autotp_serving.kernels.reference.recurrence import Spans
 from autotp_serving.model.chunks import split_by_chunks
 from autotp_serving.model.kv_cache import Attention, KVCache
@@ -52,8 +53,26 @@ class AttentionContext:
         """The step's sequences, for layers that keep a state (`state_layers.py`)."""
         return Spans.of(self.inputs)
 
-    def choose_attention(self, module: nn.Module) -> Attention:
-        """For a layer's attention: over whole contexts, or within chunks if its type says so."""
+    @cached_property
+    def context_slots(self) -> list[torch.Tensor]:
+        """Of each sequence [context_len], for layers that choose tokens (`token_choice.py`)."""
+        size = self.cache.block_size
+        offsets = torch.arange(size, device=self.inputs.slots.device)
+        tables = self.inputs.block_tables[self.inputs.rows.long()].long()
+        return [
+            (table[: -(-length // size), None] * size + offsets).flatten()[:length]
+            for table, length in zip(tables, self.inputs.host_context_lens, strict=False)
+        ]
+
+    def choose_attention(self, module: nn.Module, chosen: torch.Tensor | None = None) -> Attention:
+        """For a layer's attention: over whole contexts, or within chunks if its type says so.
+
+        Args:
+            chosen: positions that each token sees alone, as of `TokenChoice`.
+        """
+        if chosen is not None:
+            assert isinstance(self.attention, PortableAttention), "see KVCacheShape.is_sparse"
+            return self.attention.among(chosen)
         types = getattr(getattr(module, "config", None), "layer_types", None) or ()
         if "chunked_attention" not in types or types[module.layer_idx] != "chunked_attention":
             return self.attention
@@ -86,6 +105,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -97,6 +117,7 @@ def paged_attention(
         sliding_window: how many of the latest positions are visible; None for all.
         softcap: logits become softcap * tanh(logits / softcap).
         s_aux: [num_heads], a logit of each head that has no value (an attention sink).
+        indices: [num_tokens, most chosen], positions that a token sees alone; see `TokenChoice`.
         attention_context: passed through the model's forward by the runner.
 
     Returns:
@@ -115,7 +136,7 @@ def paged_attention(
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     pools = context.cache.write(module.layer_idx, context.inputs.slots, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = context.choose_attention(module).attend(
+    output = context.choose_attention(module, indices).attend(
         query, (key, value), pools, scaling, sliding_window, softcap, s_aux
     )
     return output[None], None
@@ -124,7 +145,8 @@ def paged_attention(
 def _refuse_unknown(module: nn.Module, mask: object, arguments: dict[str, Any]) -> None:
     """Refuse tensors that would change what attention computes, had we heeded them."""
     tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
-    unknown = ["attention_mask"] if mask is not None else []
+    is_told = mask is not None and not (isinstance(mask, torch.Tensor) and mask.numel() == 0)
+    unknown = ["attention_mask"] if is_told else []
     unknown += [name for name in tensors if name not in HARMLESS_TENSORS]
     if unknown:
         raise ConfigError(

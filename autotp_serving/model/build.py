@@ -90,6 +90,11 @@ def build_on_meta(model_config: Any, dtype: torch.dtype, trust_remote_code: bool
                     f"transformers ({error} is not among its attentions)"
                 ) from error
             reason = " ".join(str(error).split())
+            if reason.startswith("Unrecognized configuration class"):
+                raise ConfigError(
+                    f"the family '{model_config.model_type}' cannot be served: this version of "
+                    "transformers has no class of its language model alone (AutoModelForCausalLM)"
+                ) from error
             raise ConfigError(
                 "this model cannot be built by transformers from its config.json "
                 f"({type(error).__name__}): {reason[:300]}"

@@ -103,20 +103,30 @@ def check_family(model_config: Any, *, pools: bool = False) -> None:
         elif getattr(model_config, "sliding_window", None):
             reason = "its tokens see those after them within a window, which is not done here"
     elif not getattr(model_config.get_text_config(), "num_attention_heads", None):
-        reason = "its config.json tells of no attention heads"
-    elif has_indexer(model_config.get_text_config()):
         reason = (
-            "its sparse attention chooses tokens by an indexer's keys: a cache of these and "
-            "attention to chosen tokens are needed"
+            "its config.json tells of no attention heads: layers that keep states alone, and none "
+            "that attends, would need a server without KV blocks"
         )
+    else:
+        reason = find_sparse_reason(model_config.get_text_config())
     if reason:
         raise ConfigError(f"the family '{model_config.model_type}' cannot be served: {reason}")
 
 
-def has_indexer(text_config: Any) -> bool:
-    """True for sparse attention as in DeepSeek V3.2 and Qwen4."""
-    kinds = getattr(text_config, "layer_types", None) or ()
-    return bool(getattr(text_config, "index_topk", None)) or "indexed_attention" in kinds
+def find_sparse_reason(text_config: Any) -> str | None:
+    """Why sparse attention of this kind is not served; None where it is, or where there is none."""
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    if any("compressed" in kind for kind in kinds):
+        return (
+            "its attention sees sums of tokens in the place of those far away: a cache of these "
+            "beside that of the tokens is needed"
+        )
+    if getattr(text_config, "indexer_compress_ratio", None) or hasattr(text_config, "index_kpool"):
+        return (
+            "its indexer chooses runs of tokens by sums of their keys: a cache of these, and "
+            "attention to the runs, are needed"
+        )
+    return None
 
 
 def is_bidirectional(text_config: Any) -> bool:
@@ -197,7 +207,9 @@ def check_unsharded_parameters(model: nn.Module) -> None:
     """
     from autotp_serving.model.sharding_plan import GatheredNorm
     from autotp_serving.model.state_layers import StateLayer, find_state_layer
+    from autotp_serving.model.token_choice import find_indexers
 
+    indexed = {part for indexer in find_indexers(model) for part in indexer.modules()}
     config = model.config.get_text_config()
     head_dims = {find_heads(layer)[2] for layer in list_layer_configs(config)}
     for name, module in model.named_modules():
@@ -206,7 +218,7 @@ def check_unsharded_parameters(model: nn.Module) -> None:
         if not any(type(child).__name__ == "LinearLayer" for child in module.children()):
             continue
         for inner_name, inner in module.named_modules():
-            if type(inner).__name__ in ("LinearLayer", "LinearAllreduce"):
+            if type(inner).__name__ in ("LinearLayer", "LinearAllreduce") or inner in indexed:
                 continue
             for own_name, parameter in inner.named_parameters(recurse=False):
                 is_known = own_name == "sinks" and not inner_name  # sharded by `shard_layers`

@@ -23,6 +23,8 @@ class KVCacheShape:
         is_int8: whether they are rounded to int8, with a scale for each token and head.
         sources: whose keys and values each layer reads; () for its own. One that reads another's
             has no heads.
+        is_sparse: attention sees chosen tokens, and the last layers are of indexers' keys
+            (`token_choice.py`): it takes kernels that can do this.
     """
 
     head_shapes: tuple[tuple[int, int, int], ...]
@@ -30,6 +32,7 @@ class KVCacheShape:
     dtype: torch.dtype
     is_int8: bool = False
     sources: tuple[int, ...] = ()
+    is_sparse: bool = False
 
     @property
     def bytes_per_block(self) -> int:

@@ -16,6 +16,7 @@ from autotp_serving.model.stored_tensors import FLOATS, CheckpointError, StoredT
 HARMLESS = (
     r"inv_freq$",  # rotary frequencies, which config.json tells too
     r"\.rotary_emb\.(cos|sin)_cached$",
+    r"\.self_attn\.(slope_rate|(query|key|diagonal)_decay)$",  # of MiniMax, which it tells too
     r"\.masked_bias$",  # of old attention code, with the causal mask beside it
     r"\.position_ids$",
 )

@@ -20,7 +20,7 @@ from torch import nn
 
 from autotp_serving.config import ConfigError
 from autotp_serving.kernels.kv_pools import Pools
-from autotp_serving.kernels.reference.attention import ReferenceCache
+from autotp_serving.kernels.reference.attention import ReferenceCache, mark_chosen
 from autotp_serving.model.attention import AttentionContext, paged_attention
 from autotp_serving.model.expert_check import check_experts
 from autotp_serving.model.forward import PlainForward
@@ -32,9 +32,9 @@ FIRST_LEN, SECOND_LEN = 5, 16
 NUM_SEQUENCES = 2
 
 SHORT_WINDOW = 6
-"""What sliding windows and attention chunks are set to meanwhile, so that they matter."""
+"""What windows, chunks and numbers of chosen tokens are set to meanwhile, so that they matter."""
 
-WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
+WINDOW_NAMES = ("sliding_window", "attention_chunk_size", "index_topk")
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.03}
 """Of attention's output, relative to its norm; logits may differ by twice as much."""
@@ -137,6 +137,11 @@ def _attend_twice(
             f"{type(module).__name__} attends to all tokens of a prompt, and transformers' cache "
             "keeps a window of them (sliding_window): this architecture cannot be served"
         )
+    chosen = kwargs.get("indices")
+    if chosen is not None and attention_mask is not None:  # by our indexer, which is checked itself
+        is_hidden = ~mark_chosen(chosen, key.shape[2])
+        least = torch.finfo(attention_mask.dtype).min
+        attention_mask = attention_mask.masked_fill(is_hidden, least)
     theirs = eager(module, query, key, value, attention_mask, **kwargs)
     ours, _ = paged_attention(
         module, query, key, value, None, attention_context=attention_context, **kwargs

@@ -73,6 +73,25 @@ def find_heads(layer_config: Any) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, head_dim
 
 
+def find_kv_heads(layer_config: Any) -> tuple[int, int, int]:
+    """Heads in the cache, of all ranks together, and numbers of a head's key and of its value.
+
+    Latent attention has those of every query head there.
+    """
+    num_heads, num_kv_heads, head_dim = find_heads(layer_config)
+    if getattr(layer_config, "kv_lora_rank", None) is None:
+        return num_kv_heads, head_dim, head_dim
+    key_dim = layer_config.qk_nope_head_dim + layer_config.qk_rope_head_dim
+    return num_heads, key_dim, layer_config.v_head_dim
+
+
+def count_indexers(text_config: Any) -> int:
+    """Layers that choose tokens by keys of their own, `index_head_dim` numbers each."""
+    kinds = getattr(text_config, "layer_types", None) or ()
+    modes = getattr(text_config, "indexer_types", None) or ["full"] * len(kinds)
+    return list(zip(kinds, modes, strict=False)).count(("indexed_attention", "full"))
+
+
 def find_kv_sources(text_config: Any) -> list[int]:
     """Whose keys and values each layer reads: mostly its own.
 

@@ -143,6 +143,8 @@ def shard_layers(model: nn.Module, sharding: dict[str, str], all_reduce: AllRedu
         query = next(filter(None, queries), None)
         if type(query).__name__ == "LinearLayer":
             _take_share_of_heads(model, module, query)
+        query = query or getattr(module, "q_b_proj", None)  # of latent attention
+        if type(query).__name__ == "LinearLayer":
             _shard_sinks(module, query)
         for projection, norm in NORMS_OF_SHARDS:
             _gather_for_norm(module, projection, norm, all_reduce)

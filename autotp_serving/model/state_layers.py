@@ -1,11 +1,12 @@
 """Layers that keep a state of fixed size for each sequence, beside the KV blocks. Every rank.
 
 Gated delta nets (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, Ling 3), Mamba-2 (Granite 4,
-Falcon-H1, Nemotron-H, Bamba) and short convolutions (LFM2). They take the place of transformers'
+Falcon-H1, Nemotron-H, Bamba), Mamba (Jamba), lightning attention (MiniMax) and short convolutions
+(LFM2). They take the place of transformers'
 layers, whose matrices they keep, and run what mixes tokens over the flattened batch, from and to
 pools with a row for each running sequence. A sequence that begins finds zeros, whatever its row
 held, unless rank 0 has the state of an equal beginning copied there first. Heads are shared out
-evenly over ranks. Longer than other files, for the three kinds share what is around their mixing.
+evenly over ranks. Longer than other files, for all kinds share what is around their mixing.
 """
 
 from __future__ import annotations
@@ -419,7 +420,111 @@ class Mamba2(StateLayer):
         return out * gate if is_norm_first else out
 
 
-LAYERS: dict[str, type[ShortConvolution | GatedDeltaNet | Mamba2]] = {
+class Mamba1(StateLayer):
+    """Jamba's: a state space in which every number decays at a pace of its own."""
+
+    def __init__(self, source: nn.Module, config: Any) -> None:
+        super().__init__(source)
+        self._num_channels, self._state_size = source.intermediate_size, source.ssm_state_size
+        self._step_rank = source.time_step_rank
+        parts = ("in_proj_x", "in_proj_z")
+        split_linear(self, "in_proj", dict.fromkeys(parts, self._num_channels))
+        self._split_convolution("conv1d", {"conv_x": self._num_channels})
+        self.sharding = dict.fromkeys((*parts, "dt_proj"), "column")
+        self.sharding |= dict.fromkeys(("x_proj", "out_proj"), "row")
+
+    def plan_shares(self, num_ranks: int) -> None:
+        """See StateLayer."""
+        self._check_divides(self._num_channels, "Mamba channels", num_ranks)
+
+    def take_share(self, rank: int, num_ranks: int, all_reduce: AllReduce) -> None:
+        """See StateLayer."""
+        super().take_share(rank, num_ranks, all_reduce)
+        self._num_channels //= num_ranks
+        _shrink(self, num_ranks)
+
+    def list_state_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See StateLayer."""
+        shape = (self._num_channels, self._state_size)
+        return [*super().list_state_shapes(), (shape, torch.float32)]
+
+    def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """See StateLayer."""
+        mixed = self._convolve(self.in_proj_x(hidden), context).to(hidden.dtype)
+        mixed = self.act(mixed)
+        sizes = [self._step_rank, self._state_size, self._state_size]
+        step, entry, exit = self.x_proj(mixed).split(sizes, dim=1)
+        step = self.dt_proj(self.dt_layernorm(step)).float()
+        inputs = mixed.float()
+        out = self.recurrence.channel_scan(
+            context.spans,
+            inputs,
+            functional.softplus(step),
+            -self.A_log.float().exp(),
+            self.b_layernorm(entry).float(),
+            self.c_layernorm(exit).float(),
+            self.pools[1],
+        )
+        out = (out + inputs * self.D.float()) * functional.silu(self.in_proj_z(hidden).float())
+        return self.out_proj(out.to(hidden.dtype))
+
+
+class LightningMixer(StateLayer):
+    """MiniMax's: linear attention whose heads forget at paces that config.json tells."""
+
+    def __init__(self, source: nn.Module, config: Any) -> None:
+        super().__init__(source)
+        self.num_heads, self.head_dim = source.num_attention_heads, source.head_dim
+        self._norm_size = self.num_heads * self.head_dim
+        self._rates = source.get_slope_rate(device="cpu").flatten()
+        self._all_reduce: AllReduce | None = None
+        self.sharding = {"qkv_proj": "column", "output_gate": "column", "out_proj": "row"}
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """See StateLayer; transformers' layer also returns its state."""
+        return super().forward(*args, **kwargs), None
+
+    def plan_shares(self, num_ranks: int) -> None:
+        """See StateLayer."""
+        self._check_divides(self.num_heads, "heads of linear attention", num_ranks)
+
+    def take_share(self, rank: int, num_ranks: int, all_reduce: AllReduce) -> None:
+        """See StateLayer."""
+        self.num_heads //= num_ranks
+        self._rates = self._rates[rank * self.num_heads :][: self.num_heads]
+        self._all_reduce = all_reduce
+        _shrink(self.norm, num_ranks)
+
+    def list_state_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See StateLayer; there is no convolution."""
+        return [((self.num_heads, self.head_dim, self.head_dim), torch.float32)]
+
+    def allocate(self, num_rows: int, device: torch.device, recurrence: Recurrence) -> None:
+        """See StateLayer."""
+        self.recurrence = recurrence
+        ((shape, dtype),) = self.list_state_shapes()
+        self.pools = (torch.zeros((num_rows, *shape), dtype=dtype, device=device),)
+        self._decay = (-self._rates).exp().to(device)
+        self._groups = torch.arange(self.num_heads, device=device)
+
+    def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """See StateLayer."""
+        qkv = self.act_fn(self.qkv_proj(hidden)).view(len(hidden), self.num_heads, -1).float()
+        query, key, value = qkv.split(self.head_dim, dim=-1)
+        decay = self._decay.expand(len(hidden), -1)
+        out = self.recurrence.selective_scan(
+            context.spans, value, decay, key, query, self._groups, self.pools[0]
+        )
+        out = out.flatten(1).to(hidden.dtype).float()
+        squares = out.square().sum(-1, keepdim=True)
+        if self._all_reduce is not None:
+            squares = self._all_reduce(squares)
+        scale = torch.rsqrt(squares / self._norm_size + self.norm.variance_epsilon)
+        out = self.norm.weight * (out * scale).to(hidden.dtype)
+        return self.out_proj(self.output_gate(hidden).sigmoid() * out)
+
+
+LAYERS: dict[str, type[StateLayer]] = {
     "Lfm2ShortConv": ShortConvolution,
     "Lfm2MoeShortConv": ShortConvolution,
     "Lfm3ShortConv": ShortConvolution,
@@ -433,6 +538,8 @@ LAYERS: dict[str, type[ShortConvolution | GatedDeltaNet | Mamba2]] = {
     "GraniteMoeHybridMambaLayer": Mamba2,
     "FalconH1Mixer": Mamba2,
     "NemotronHMamba2Mixer": Mamba2,
+    "JambaMambaMixer": Mamba1,
+    "MiniMaxLightningAttention": LightningMixer,
 }
 """Transformers' classes, and what takes their place."""
 

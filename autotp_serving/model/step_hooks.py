@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autotp_serving.model.attention import AttentionContext
+from autotp_serving.model.token_choice import choose_tokens
 
 
 class StepPositions:
@@ -51,6 +52,7 @@ class StepHooks:
                 module.register_forward_pre_hook(self._give_offsets, with_kwargs=True)
             if isinstance(module, nn.Embedding) and "position_ids" in parameters:
                 module.register_forward_pre_hook(self._give_positions, with_kwargs=True)
+        choose_tokens(model, lambda: self._context)
 
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._context = kwargs.get("attention_context")

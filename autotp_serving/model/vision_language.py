@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 WRAPPERS = (
     *("gemma3", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
-    *("llava", "llava_next", "llava_onevision"),
+    *("llava", "llava_next", "llava_onevision", "internvl", "kimi_k25"),
 )
 """Families in which an image is a run of embeddings in the text, and nothing else."""
 
@@ -37,7 +37,8 @@ positions of a token, in time, height and width, are one there."""
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
 
 VISION_NAMES = re.compile(
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|image_newline)\b"
+    r"(model\.)?"
+    r"(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|image_newline)\b"
 )
 """How the tensors begin that no text needs."""
 

@@ -114,7 +114,7 @@ class CpuBackend(ReferenceBackend):
 
     def cache(self, shape: KVCacheShape, *, is_causal: bool = True) -> CacheKernels:
         """See Backend."""
-        fits = all(
+        fits = not shape.is_sparse and all(
             can_attend(shape.dtype, key, value, shape.block_size, shape.is_int8)
             for _, key, value in shape.head_shapes
         )

@@ -140,6 +140,15 @@ STATE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mamba_norm_before_gate": True, "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7]}
         | {"ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.5},
     ),
+    "jamba": (
+        "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16, "num_experts": 4}
+        | {"mamba_dt_rank": 8},
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        EXPERTS | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
     "nemotron-h": (
         "NemotronHConfig",
         {"layer_types": ["linear_attention", "moe", "full_attention", "mlp"]}

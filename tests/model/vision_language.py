@@ -96,6 +96,21 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "inner names",
     ),
 }  # fmt: skip
+if hasattr(transformers, "Kimi_K25Config"):  # a mixture with latent attention inside
+    LATENT = {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+        "v_head_dim": 32, "head_dim": 16, "num_key_value_heads": 4,
+    }  # fmt: skip
+    MIXTURE = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "n_shared_experts": 1, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    LAYOUTS["kimi-k2.5"] = (
+        "Kimi_K25Config",
+        {"text_config": TEXT | LATENT | MIXTURE | {"model_type": "kimi_k2"},
+         "vision_config": TOWER, "tie_word_embeddings": False},
+        "layers",
+    )  # fmt: skip
 
 
 def save_vision_language(name: str, folder: Path) -> Path:
@@ -128,6 +143,10 @@ def save_vision_language(name: str, folder: Path) -> Path:
         del written["tie_word_embeddings"]
         written["text_config"].pop("tie_word_embeddings", None)
         path.write_text(json.dumps(written))
+    if change == "layers":  # which transformers writes by the name of those of the tower
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {key.replace("model.blocks", "model.layers"): one for key, one in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     if change == "inner names":
         tensors = load_file(folder / "model.safetensors")
         renamed = {

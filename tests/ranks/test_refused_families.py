@@ -36,6 +36,7 @@ FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "moshi": ("keeps a window of them", "not known to be split rightly"),
     "granite_swa": (None, None),  # attention sinks
     "gpt_oss": (None, None),  # experts with biases, their gates and ups in turn
+    "hy_v4": (None, None),  # tokens that an indexer chooses for some layers, attention sinks
     "mimo_v2_flash": (None, None),  # layers with twice as many key/value heads as others
     "mamba": ("no attention heads", "no attention heads"),
     "falcon_h1": (None, None),  # a state beside attention in every layer

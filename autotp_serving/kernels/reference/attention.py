@@ -6,7 +6,7 @@ The reference for faster kernels, and what runs where there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,12 +63,15 @@ class Prefill:
         context_slots: [context_len] cache slots of its context, or None when the context is just
             these rows, which are then used as they are, unless the cache rounds them: then a
             prompt at once must see what it would see in pieces.
+        chosen: [num_rows, most chosen] positions that each row sees alone, -1 for none; None: all
+            that are before it.
     """
 
     start: int
     stop: int
     context_len: int
     context_slots: torch.Tensor | None
+    chosen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,25 @@ class PortableAttention:
             decodes = Decodes(torch.tensor(decode_rows, device=device), slots, context_lens)
         return PortableAttention(tuple(prefills), decodes, is_causal)
 
+    def among(self, chosen: torch.Tensor) -> PortableAttention:
+        """The same, where each token sees chosen ones alone.
+
+        Args:
+            chosen: [num_tokens, most chosen] positions in each token's sequence; -1 behind them.
+        """
+        most = chosen.shape[1]
+        prefills = tuple(
+            replace(one, chosen=chosen[one.start : one.stop]) if one.context_len > most else one
+            for one in self.prefills
+        )
+        decodes = self.decodes
+        if decodes is not None:
+            rows = chosen[decodes.rows]
+            slots = decodes.context_slots.gather(1, rows.clamp(min=0))
+            slots = torch.where(rows >= 0, slots, decodes.context_slots[:, :1])
+            decodes = Decodes(decodes.rows, slots, (rows >= 0).sum(1))
+        return PortableAttention(prefills, decodes, self.is_causal)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -168,7 +190,15 @@ class PortableAttention:
             else:
                 key, value = pools.read(slots, query.dtype)
             output[rows] = _attend_prefill(
-                query[rows], key, value, scaling, sliding_window, softcap, sinks, self.is_causal
+                query[rows],
+                key,
+                value,
+                scaling,
+                sliding_window,
+                softcap,
+                sinks,
+                self.is_causal,
+                prefill.chosen,
             )
         if self.decodes is not None:
             output[self.decodes.rows] = _attend_decodes(
@@ -186,6 +216,7 @@ def _attend_prefill(
     softcap: float | None,
     sinks: torch.Tensor | None,
     is_causal: bool,
+    chosen: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of the last query_len positions of a context, by default causal.
 
@@ -201,7 +232,8 @@ def _attend_prefill(
     query = query.transpose(0, 1)[None]
     key = key.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
     value = value.transpose(0, 1).repeat_interleave(num_groups, dim=0)[None]
-    if query_len == context_len and sliding_window is None and softcap is sinks is None:
+    is_plain = sliding_window is softcap is sinks is chosen is None
+    if query_len == context_len and is_plain:
         output = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling)
         return output[0].transpose(0, 1)
     key_position = torch.arange(context_len, device=query.device)
@@ -209,8 +241,17 @@ def _attend_prefill(
     visible = (key_position <= query_position) | (not is_causal)
     if sliding_window is not None:
         visible &= key_position > query_position - sliding_window
+    if chosen is not None:
+        visible &= mark_chosen(chosen, context_len)
     sinks = None if sinks is None else sinks[:, None, None]
     return _attend_masked(query, key, value, visible, scaling, softcap, sinks)[0].transpose(0, 1)
+
+
+def mark_chosen(chosen: torch.Tensor, context_len: int) -> torch.Tensor:
+    """Positions [num_rows, most chosen], -1 for none, as a boolean mask [num_rows, context_len]."""
+    places = chosen.where(chosen >= 0, context_len)
+    mask = torch.zeros((len(chosen), context_len + 1), dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(1, places, True)[:, :context_len]
 
 
 def _attend_decodes(

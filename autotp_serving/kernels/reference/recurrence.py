@@ -131,6 +131,31 @@ class Recurrence(Protocol):
         """
         ...
 
+    def channel_scan(
+        self,
+        spans: Spans,
+        inputs: Tensor,
+        steps: Tensor,
+        rates: Tensor,
+        entry: Tensor,
+        exit: Tensor,
+        pool: Tensor,
+    ) -> Tensor:
+        """Mamba's first: S = S * exp(steps rates) + (steps inputs) x entry; out = S exit.
+
+        All are float32.
+
+        Args:
+            inputs, steps: [num_tokens, num_channels].
+            rates: [num_channels, state_size], below 0.
+            entry, exit: [num_tokens, state_size].
+            pool: [num_rows, num_channels, state_size].
+
+        Returns:
+            [num_tokens, num_channels].
+        """
+        ...
+
 
 class ReferenceRecurrence:
     """See Recurrence. A step of each sequence at a time, for all that have one left together."""
@@ -201,6 +226,28 @@ class ReferenceRecurrence:
             state *= decay[tokens][..., None, None]
             state += inputs[tokens][..., None] * entry[tokens][:, groups, None]
             out[tokens] = (state * exit[tokens][:, groups, None]).sum(-1)
+
+        _run(spans, pool, advance)
+        return out
+
+    def channel_scan(
+        self,
+        spans: Spans,
+        inputs: Tensor,
+        steps: Tensor,
+        rates: Tensor,
+        entry: Tensor,
+        exit: Tensor,
+        pool: Tensor,
+    ) -> Tensor:
+        """See Recurrence."""
+        out = torch.empty_like(inputs)
+
+        def advance(state: Tensor, tokens: Tensor) -> None:
+            step = steps[tokens][..., None]
+            state *= (step * rates).exp()
+            state += step * inputs[tokens][..., None] * entry[tokens][:, None]
+            out[tokens] = (state * exit[tokens][:, None]).sum(-1)
 
         _run(spans, pool, advance)
         return out
