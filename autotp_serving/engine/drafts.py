@@ -122,18 +122,28 @@ class StepCosts:
         self._num_waited = 0
         self._plain: dict[int, float] = {}
         self._num_plain: Counter[int] = Counter()
-        self._draft = 0.0
-        self._num_drafted = 0
+        self._draft = [0.0, 0.0]  # looked up or forced, and guessed by a model
+        self._num_drafted = [0, 0]
 
-    def add(self, num_seqs: int, num_drafts: int, seconds: float, *, waited: bool = False) -> None:
+    def add(
+        self,
+        num_seqs: int,
+        num_drafts: int,
+        seconds: float,
+        *,
+        waited: bool = False,
+        by_model: bool = False,
+    ) -> None:
         """Take note of a step in which all sequences decoded.
 
         Args:
             waited: the next began only once its tokens were known, though steps may overlap.
+            by_model: a model may have guessed for it.
         """
         plain = self._plain.get(num_seqs)
-        if plain is not None and self._num_drafted:
-            expected = plain + self.wait * (waited or num_drafts > 0) + num_drafts * self._draft
+        if plain is not None and self._num_drafted[by_model]:
+            wait = self.wait * (waited or num_drafts > 0)
+            expected = plain + wait + num_drafts * self._draft[by_model]
             seconds = min(seconds, LARGEST_GROWTH * expected)
         if num_drafts == 0 and not waited:
             self._num_plain[num_seqs] += 1
@@ -146,17 +156,25 @@ class StepCosts:
             wait = min(max(0.0, seconds - plain), plain)
             self.wait = wait * share + self.wait * (1 - share)
         elif plain is not None:
-            self._num_drafted += 1
-            share = max(DRAFT_SHARE, 1 / self._num_drafted)
+            self._num_drafted[by_model] += 1
+            share = max(DRAFT_SHARE, 1 / self._num_drafted[by_model])
             cost = (seconds - plain - self.wait) / num_drafts
-            self._draft = max(0.0, cost * share + self._draft * (1 - share))
+            before = self._draft[by_model]
+            self._draft[by_model] = max(0.0, cost * share + before * (1 - share))
 
-    def find(self, num_seqs: int) -> tuple[float, float] | None:
-        """Seconds of a step without drafts, and of each draft; None if the first is not known."""
+    def find(self, num_seqs: int, *, by_model: bool = False) -> tuple[float, float, float] | None:
+        """Seconds of a step without drafts, of a draft that must come, and of one that is guessed;
+        None if the first is not known.
+        """
         if self._num_plain[num_seqs] < NUM_PLAIN:
             return None
         plain = self._plain[num_seqs]
-        return plain, self._draft if self._num_drafted else FIRST_COST * plain / num_seqs
+        first = FIRST_COST * plain / num_seqs
+        costs = [
+            cost if count else first
+            for cost, count in zip(self._draft, self._num_drafted, strict=True)
+        ]
+        return plain, costs[False], costs[by_model]
 
 
 class Drafter:
@@ -208,7 +226,7 @@ class Drafter:
         if not self._max_drafts:
             return {}
         if self._model is not None:
-            self._model.has_caught_up = self._has_trials = False
+            self._model.has_caught_up = self._model.has_guessed = self._has_trials = False
         costs = self._find_costs(sequences)
         if costs is None:
             return {}
@@ -233,7 +251,7 @@ class Drafter:
         if num_trials:
             self._num_until_trial = MIN_INTERVAL
         if self._waits_for_trial:
-            spent = self._costs.wait + sum(map(len, drafts.values())) * costs[1]
+            spent = self._costs.wait + sum(map(len, drafts.values())) * costs[2]
             self._num_until_trial = max(MIN_INTERVAL, round(spent / costs[0] / MOST_TRIALS))
         elif self._costs.wait:
             counts = {sequence: len(found) for sequence, found in drafts.items()}
@@ -297,38 +315,40 @@ class Drafter:
             self._pay_for_trials(self._model, num_seqs, seconds)
         is_typical = self._model is None or not self._model.has_caught_up
         if is_typical and is_decode:
-            self._costs.add(num_seqs, num_drafts, seconds, waited=waited)
+            by_model = self._model is not None and self._model.has_guessed
+            self._costs.add(num_seqs, num_drafts, seconds, waited=waited, by_model=by_model)
             if not num_drafts and not waited:
                 self._num_steps_with = 0
 
-    def _find_costs(self, sequences: list[Sequence]) -> tuple[float, float] | None:
-        """A step's seconds, with the wait, and a draft's; None if one without is to be measured."""
+    def _find_costs(self, sequences: list[Sequence]) -> tuple[float, float, float] | None:
+        """What `StepCosts.find` tells, with the wait; None if a step without is to be measured."""
         new = [sequence for sequence in sequences if sequence.drafts is None]
         for sequence in new:
             sequence.drafts = DraftHistory(self._accepted / (self._accepted + self._refused))
-        costs = self._costs.find(len(sequences))
+        costs = self._costs.find(len(sequences), by_model=self._model is not None)
         interval = WAITING_INTERVAL if self._costs.wait else PLAIN_INTERVAL
         if costs is None or new or self._num_steps_with >= interval:
             self._num_steps_with = 0
             self._num_plain_left = NUM_PLAIN_AFTER
             return None
-        return costs[0] + self._costs.wait, costs[1]
+        return costs[0] + self._costs.wait, *costs[1:]
 
     def _is_worth_waiting(
         self,
         lens: dict[Sequence, int],
         num_seqs: int,
         seconds: float,
+        forced_cost: float,
         cost: float,
         margin: float,
     ) -> bool:
         """Whether all these drafts together are worth that steps do not overlap."""
-        num_tokens = 0.0
+        num_tokens, more_seconds = 0.0, self._costs.wait
         for sequence, count in lens.items():
             history = _history_of(sequence)
+            more_seconds += count * (forced_cost if history.forced else cost)
             acceptance = 1.0 if history.forced else history.acceptance
             num_tokens += sum(acceptance**place for place in range(1, count + 1))
-        more_seconds = self._costs.wait + sum(lens.values()) * cost
         return num_tokens * (seconds - self._costs.wait) > margin * more_seconds * num_seqs
 
     def _foretells(self, sequence: Sequence) -> bool:
@@ -355,7 +375,7 @@ class Drafter:
         self._refused = 0.98 * self._refused + 0.02 * (num_accepted < num_drafts)
 
     def _choose_lens(
-        self, sequences: list[Sequence], plain: float, cost: float
+        self, sequences: list[Sequence], plain: float, forced_cost: float, cost: float
     ) -> Iterable[tuple[Sequence, int]]:
         """How many drafts are worth it for each; the first of an interval is only a trial.
 
@@ -363,7 +383,7 @@ class Drafter:
         expected to bring, in the time that it takes, are more than the step gives without it.
         """
         lens: dict[Sequence, int] = {}
-        prospects: list[tuple[float, int, Sequence]] = []
+        prospects: list[tuple[float, int, Sequence, float]] = []
         worth_it = MARGIN * cost * len(sequences) / plain
         for place, sequence in enumerate(sequences):
             most = self._find_most(sequence)
@@ -372,21 +392,21 @@ class Drafter:
             history = _history_of(sequence)
             chance = acceptance = history.acceptance
             if history.forced:
-                prospects += [(1.0, -place, sequence)] * len(history.forced)
+                prospects += [(1.0, -place, sequence, forced_cost)] * len(history.forced)
             elif acceptance > worth_it:
                 for _ in range(most):
-                    prospects.append((chance, -place, sequence))
+                    prospects.append((chance, -place, sequence, cost))
                     chance *= acceptance
             elif history.num_steps_without >= history.interval:
                 lens[sequence] = TRIAL
             history.num_steps_without += 1
         num_tokens, seconds = float(len(sequences)), plain
-        for chance, _, sequence in sorted(prospects, key=lambda one: one[:2], reverse=True):
-            if chance * seconds <= MARGIN * cost * num_tokens:
-                break
+        for chance, _, sequence, price in sorted(prospects, key=lambda one: one[:2], reverse=True):
+            if chance * seconds <= MARGIN * price * num_tokens:
+                continue
             lens[sequence] = lens.get(sequence, 0) + 1
             num_tokens += chance
-            seconds += cost
+            seconds += price
         return lens.items()
 
     def _find_most(self, sequence: Sequence) -> int:
@@ -430,7 +450,7 @@ class Drafter:
 
     def _pay_for_trials(self, model: ModelDrafts, num_seqs: int, seconds: float) -> None:
         """Take what a step with trials lasted longer off the time that there is for them."""
-        plain, _ = self._costs.find(num_seqs) or (seconds, 0.0)
+        plain = (self._costs.find(num_seqs) or (seconds,))[0]
         spent = max(0.0, seconds - plain)
         self._trial_seconds = max(self._trial_seconds - spent, -MAX_DEBT * plain)
         price = spent / max(1, model.num_read)

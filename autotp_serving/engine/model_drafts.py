@@ -59,11 +59,12 @@ class ModelDrafts:
 
     Attributes:
         has_caught_up: it read more, the last time, than what came in a step before.
+        has_guessed: it ran for the next step.
         num_read: tokens that it read then, its own guesses not counted.
     """
 
     def __init__(self, draft: Draft, max_tokens: int) -> None:
-        self.has_caught_up = False
+        self.has_caught_up = self.has_guessed = False
         self.num_read = 0
         self._draft = draft
         self._max_tokens = max_tokens
@@ -107,6 +108,7 @@ class ModelDrafts:
                 asked.append((sequence, reading))
         if not batch.rows:
             return
+        self.has_guessed = True
         for (sequence, reading), found in zip(asked, self._draft(batch, drafts), strict=True):
             self._guesses[sequence] = found
             reading.ahead = found[:-1]  # the last was not read

@@ -11,7 +11,7 @@ import pytest
 
 from autotp_serving.batch import INVALID_TOKEN, Batch, DraftInput, SampleInput
 from autotp_serving.engine import grammar_guide
-from autotp_serving.engine.drafts import Drafter
+from autotp_serving.engine.drafts import Drafter, StepCosts
 from autotp_serving.engine.grammar_compiler import GrammarCompiler
 from autotp_serving.engine.grammar_guide import CompiledGrammar
 from autotp_serving.engine.model_drafts import ModelDrafts
@@ -61,7 +61,7 @@ class RandomDrafter(Drafter):
         super().__init__(5)
         self._draw = random.Random(seed)
         self.look_up = self._guess
-        self._costs.find = lambda num_seqs: (1.0, 0.1)  # known at once
+        self._costs.find = lambda num_seqs, **_: (1.0, 0.1, 0.1)  # known at once
 
     def _choose_lens(self, sequences: list[Sequence], *_: float) -> list[tuple[Sequence, int]]:
         mosts = [(one, self._find_most(one)) for one in sequences]
@@ -319,6 +319,16 @@ def test_a_draft_model_runs_where_its_passes_pay(
             drafter.add_step(step, time * rng.uniform(0.95, 1.05))
             seconds += time
     assert num_tokens / seconds / num_seqs >= least
+
+
+def test_what_a_model_costs_is_not_held_against_tokens_that_must_come() -> None:
+    costs = StepCosts()
+    for _ in range(20):
+        costs.add(1, 0, 1.0)
+        costs.add(1, 2, 3.0, by_model=True)
+        costs.add(1, 5, 1.5)
+    assert costs.find(1, by_model=True) == pytest.approx((1.0, 0.1, 1.0))
+    assert costs.find(1) == pytest.approx((1.0, 0.1, 0.1))
 
 
 def test_look_up_finds_the_latest_place_of_the_last_tokens() -> None:

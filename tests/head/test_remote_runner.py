@@ -253,11 +253,11 @@ def test_samples_arrive_as_they_were():
     params = SamplingParams(temperature=0.5, repetition_penalty=1.1, logit_bias={3: -1.5}, seed=9)
     tokens = [5, 6, 7]
     for _ in range(3):
-        sample = SampleInput(params, 0.25, "a", tokens, 2, (1, 2), b"\x07")
+        sample = SampleInput(params, 0.25, "a", tokens, 2, (1, 2), b"\x07", (9, 4))
         (packed,) = writer.pack([sample])
         (read,) = reader.unpack([packed])
         assert read == sample
         tokens.append(8)
-    assert packed[5:] == ([8], None), "only what is new is sent"
+    assert packed[5:] == ([8], (9, 4), None), "only what is new is sent"
     writer.release("a")
     assert writer.take_released() == ["a"] and writer.take_released() == []
