@@ -15,6 +15,7 @@ def test_progress_is_told_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [0.0]
+    monkeypatch.setattr(progress, "SECONDS", 3.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     caplog.set_level(logging.INFO, "autotp_serving")
     counts = [Progress("Loading", 4 * 10**9, is_shown=shown) for shown in (True, False)]

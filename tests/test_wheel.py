@@ -59,7 +59,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_has_what_the_programs_read(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".txt"}
+    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".json", ".txt"}
     for folder in ("autotp_serving", "benchmarks", "prompt"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
         expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in str(path)}
