@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STEP_TIMES = Path(__file__).parents[1] / "docs/measured/step-times.json"
+STEP_TIMES = Path(__file__).parents[1] / "docs/measured/cards/step-times.json"
 GUESSED_TOKENS = 256
 """Of an answer, by a router that does not know how long it will be."""
 
