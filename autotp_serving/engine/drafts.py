@@ -187,14 +187,13 @@ class Drafter:
         num_drafts: times that a sequence had drafts.
         num_draft_tokens, num_accepted_tokens: drafts that ran, and those that were accepted.
         look_up: gives up to so many drafts for a sequence.
-        are_independent: no drafts where the choice depends on the tokens before, as with penalties
-            and structured output.
+        plain_only: no drafts for sequences with penalties or structured output.
     """
 
     def __init__(self, max_drafts: int) -> None:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.look_up: Callable[[Sequence, int], list[int]] = _look_up
-        self.are_independent = False
+        self.plain_only = False
         self._max_drafts = max_drafts
         self._model: ModelDrafts | None = None
         self._costs = StepCosts()
@@ -414,7 +413,7 @@ class Drafter:
         num_tokens = sequence.num_output_tokens + sequence.num_pending_tokens
         left = sequence.params.max_tokens - num_tokens - 1
         depends = sequence.guide is not None or sequence.params.has_penalties
-        if depends and (self.are_independent or sequence.num_pending_tokens):
+        if depends and (self.plain_only or sequence.num_pending_tokens):
             return 0
         if sequence.guide is not None:
             forced = sequence.guide.look_ahead([], min(left, MAX_FORCED))

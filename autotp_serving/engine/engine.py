@@ -114,7 +114,7 @@ class Engine:
             has_states=runner.has_states,
             make_store=self._make_store if runner.stored_blocks else None,
         )
-        self.scheduler.drafter.are_independent = runner.max_in_flight > 1
+        self.scheduler.drafter.plain_only = runner.max_in_flight > 1
         if config.draft_model is not None:
             drafts = ModelDrafts(self._draft, config.max_num_batched_tokens)
             self.scheduler.drafter.use_model(drafts)

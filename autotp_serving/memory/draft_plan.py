@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from autotp_serving.config import ConfigError
+from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.memory.footprint import DRAFT_KIND, Footprint, MemorySetup
-from autotp_serving.model.lengths import find_max_model_len
+from autotp_serving.model.lengths import find_length
 
 
 def find_draft_footprints(setup: MemorySetup) -> list[Footprint]:
@@ -18,13 +21,34 @@ def find_draft_footprints(setup: MemorySetup) -> list[Footprint]:
     from autotp_serving.memory.planner import find_footprints, read_planned_config
 
     config = setup.config.of_draft(setup.max_model_len)
-    try:
+    with name_draft_model(config):
         model_config, known = read_planned_config(config)
-        find_max_model_len(config, model_config)
+        check_draft_length(model_config, setup.max_model_len)
         return find_footprints(replace(setup, config=config), model_config, known)
+
+
+@contextlib.contextmanager
+def name_draft_model(config: ServingConfig) -> Iterator[None]:
+    """Have what is refused meanwhile tell of --draft-model, under whose settings it was read."""
+    try:
+        yield
     except ConfigError as error:
         reason = str(error).removeprefix("--repo-id-or-model-path: ")
         raise ConfigError(f"--draft-model {config.model_path}: {reason}") from error
+
+
+def check_draft_length(model_config: Any, max_model_len: int) -> None:
+    """Refuse a draft model that takes fewer tokens than the model's sequences may have.
+
+    Raises:
+        ConfigError: with the cure.
+    """
+    limit = find_length(model_config).limit
+    if limit < max_model_len:
+        raise ConfigError(
+            f"it takes {limit} tokens, and sequences may have {max_model_len}: add "
+            f"--max-model-len {limit}"
+        )
 
 
 def add_draft(footprint: Footprint, draft: Footprint) -> Footprint:

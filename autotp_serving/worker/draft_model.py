@@ -22,11 +22,12 @@ from autotp_serving.config import ConfigError, ServingConfig
 from autotp_serving.devices import Device
 from autotp_serving.distributed.launch import RankGroup
 from autotp_serving.low_bit.selection import LowBitSelection
+from autotp_serving.memory.draft_plan import check_draft_length, name_draft_model
 from autotp_serving.memory.probe import probe_model
 from autotp_serving.model.families import PROVED, check_heads
 from autotp_serving.model.forward import Forward
 from autotp_serving.model.kv_cache import KVCache, KVCacheShape
-from autotp_serving.model.lengths import find_max_model_len, fix_rotary
+from autotp_serving.model.lengths import fix_rotary
 from autotp_serving.model.loader import load_model, read_model_config
 from autotp_serving.model.state_layers import list_state_layers
 from autotp_serving.request import SamplingParams
@@ -72,18 +73,15 @@ def load_draft_model(
         ConfigError: in one line that names the flag.
     """
     own = config.of_draft(max_model_len)
-    try:
+    with name_draft_model(own):
         model_config = read_model_config(own)
         check_heads(model_config, group.size)
-        find_max_model_len(own, model_config)
+        check_draft_length(model_config, max_model_len)
         model = load_model(own, model_config, group, device.torch_device, all_reduce, check)
         if list_state_layers(model):
             raise ConfigError("its layers keep states, from which refused guesses cannot be taken")
         fix_rotary(model, max_model_len)
         shape, _ = probe_model(model, own, device, max_model_len)
-    except ConfigError as error:
-        reason = str(error).removeprefix("--repo-id-or-model-path: ")
-        raise ConfigError(f"--draft-model {config.draft_model}: {reason}") from error
     return LoadedDraftModel(model, shape)
 
 

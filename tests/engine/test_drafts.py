@@ -165,7 +165,7 @@ def test_none_where_steps_overlap_and_the_choice_depends_on_the_tokens_before() 
     runner.max_in_flight = 2
     bench = Bench(runner, speculative_tokens=4)
     bench.engine.scheduler.drafter = RandomDrafter(0)
-    bench.engine.scheduler.drafter.are_independent = True
+    bench.engine.scheduler.drafter.plain_only = True
     bench.submit("a", max_tokens=20, repetition_penalty=1.1)
     bench.run()
     assert not bench.engine.stats().num_drafts

@@ -58,7 +58,7 @@ def test_a_draft_model_counts(tmp_path: Path) -> None:
     assert both.weight_bytes == 2 * alone.weight_bytes
     assert both.kv_bytes_per_block == 2 * alone.kv_bytes_per_block
     assert both.load_bytes == alone.weight_bytes + alone.load_bytes
-    for draft, reason in (("nowhere", "nowhere"), (str(other), "max-model-len")):
+    for draft, reason in (("nowhere", "nowhere"), (str(other), "add --max-model-len")):
         unlike = replace(config, draft_model=draft)
         with pytest.raises(ConfigError, match=f"--draft-model {draft}: .*{reason}"):
             find_draft_footprints(MemorySetup(unlike, 10**6, True))
